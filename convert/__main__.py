@@ -1,0 +1,102 @@
+"""python -m convert SOURCE [OUTPUT]: arguments, one call, one summary table."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from convert import BACKUP_PRECISIONS, FORMATS, ConvertOptions, convert
+from runtime.errors import InternVLError
+
+EXIT_INTERRUPTED = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    default = ConvertOptions()
+    p = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Convert an InternVL checkpoint to an OpenVINO model folder and verify it against the PyTorch path.",
+    )
+    p.add_argument("source", metavar="SOURCE", help="checkpoint: a hub id like OpenGVLab/InternVL2-1B, or a local folder")
+    p.add_argument(
+        "output", metavar="OUTPUT", nargs="?", help="model folder to write (default: the source's name and weight format)"
+    )
+    weights = p.add_argument_group("weights (names as in optimum-cli)")
+    weights.add_argument(
+        "--weight-format",
+        choices=FORMATS,
+        default=default.weight_format,
+        help="of the language part; with int4, vision is int4 (InternViT-6B: int8), text embeddings int8 (default: %(default)s)",
+    )
+    weights.add_argument("--vision-weight-format", choices=FORMATS, help="of the vision part (default: follows --weight-format)")
+    weights.add_argument(
+        "--text-embeddings-weight-format", choices=FORMATS, help="of the text embeddings (default: follows --weight-format)"
+    )
+    weights.add_argument(
+        "--group-size",
+        type=int,
+        default=default.group_size,
+        metavar="N",
+        help="int4 weights that share a scale; -1 is one scale a row (default: %(default)s)",
+    )
+    weights.add_argument(
+        "--ratio",
+        type=float,
+        default=default.ratio,
+        metavar="R",
+        help="share of int4 layers, the rest in the backup precision (default: %(default)s)",
+    )
+    weights.add_argument("--sym", action="store_true", help="symmetric weights without zero points (default: asymmetric)")
+    weights.add_argument(
+        "--backup-precision",
+        choices=BACKUP_PRECISIONS,
+        default=default.backup_precision,
+        help="of the head and of what --ratio leaves out (default: %(default)s)",
+    )
+    weights.add_argument(
+        "--awq", action="store_true", help="activation-aware scaling of int4; without --dataset from the weights alone"
+    )
+    weights.add_argument("--scale-estimation", action="store_true", help="fit int4 scales to activations; needs --dataset")
+    weights.add_argument(
+        "--dataset", metavar="FOLDER", help="pictures to calibrate on; NAME.txt beside NAME.jpg is the question (default: none)"
+    )
+    weights.add_argument(
+        "--num-samples", type=int, default=default.num_samples, metavar="N", help="pictures used at most (default: %(default)s)"
+    )
+    p.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=default.verify,
+        help="compare every part with the PyTorch path; drift past the weight format's bound exits 1 (default: on)",
+    )
+    p.add_argument("--force", action="store_true", help="replace OUTPUT when the new folder is whole")
+    hub = p.add_argument_group("hub")
+    hub.add_argument("--revision", help="branch, tag or commit (default: main)")
+    hub.add_argument("--token", help="access token (default: the stored login)")
+    hub.add_argument("--cache-dir", metavar="FOLDER", help="where downloads are kept (default: the hub's cache)")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(parser().parse_args(arguments))
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped conversion cleans up like an interrupted one
+    try:
+        summary = convert(options.pop("source"), options.pop("output"), ConvertOptions(**options))
+    except InternVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(*summary.lines(), sep="\n")
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""What a weight format means: NNCF's weight compression of one traced part.
+
+The only file that imports nncf. Takes and gives ov.Model; knows nothing of checkpoints or folders.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+
+from convert import ConvertOptions
+from runtime.errors import OptionError
+
+WEIGHT_TYPES = {"u4": "int4", "i4": "int4", "u8": "int8", "i8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+WEIGHTS_AT_ONCE = 1 << 24  # of a vocabulary matrix; NNCF takes some ten bytes for each while it works on them
+
+
+def _nncf() -> Any:
+    """NNCF with its telemetry off, which it would send without asking unless this variable is set at its first import."""
+    os.environ.setdefault("NNCF_CI", "1")
+    import nncf
+
+    nncf.set_log_level("ERROR")
+    return nncf
+
+
+def compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] | None = None) -> ov.Model:
+    """Compress the weights of `model`, which must not be used any more; fp32 and fp16 are left as they were traced.
+
+    int8 is one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
+    table and the last matrix in the backup precision, as NNCF has it. `samples` are inputs of the model, for the data-aware
+    algorithms. Raises OptionError when the group size does not divide a layer.
+    """
+    if weight_format in ("fp32", "fp16"):
+        return model
+    nncf = _nncf()
+    kind = "SYM" if options.sym else "ASYM"
+    if weight_format == "int8":
+        _compress_vocabulary_matrix(model, f"INT8_{kind}")
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[f"INT8_{kind}"])
+    backup = options.backup_precision.upper()
+    done = backup != "NONE" and _compress_vocabulary_matrix(model, backup)
+    dataset = nncf.Dataset(list(samples)) if samples is not None else None
+    try:
+        return nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode[f"INT4_{kind}"],
+            group_size=options.group_size,
+            ratio=options.ratio,
+            all_layers=done,  # the matrix that NNCF would spare is compressed already, do not spare the one before it
+            backup_mode=nncf.BackupMode[backup],
+            awq=options.awq,
+            scale_estimation=options.scale_estimation and dataset is not None,
+            dataset=dataset,
+        )
+    except nncf.InvalidGroupSizeError as error:
+        raise OptionError(_group_size_advice(str(error), options.group_size)) from None
+
+
+def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:
+    """Compress the embedding table or the head, if the model has one, by blocks of rows; return whether it has.
+
+    Each row has its own scale, so the result is what NNCF gives for the whole, in a tenth of the memory (1.6 GB for a
+    vocabulary of 150,000 in a width of 900).
+    """
+    matrix = _vocabulary_matrix(model)
+    if matrix is None:
+        return False
+    values = np.empty(matrix.get_output_shape(0), dtype=np.int8 if mode.endswith("_SYM") else np.uint8)
+    scales: list[np.ndarray] = []
+    zeros: list[np.ndarray] = []
+    start = 0
+    for block in _row_blocks(matrix):
+        quantised, scale, zero = _quantised_rows(block, mode)
+        values[start : start + len(quantised)] = quantised
+        scales.append(scale)
+        if zero is not None:
+            zeros.append(zero)
+        start += len(quantised)
+    name = matrix.get_friendly_name()
+    result = opset.convert(opset.constant(values, name=name, shared_memory=True), ov.Type.f16)
+    if zeros:
+        zero_point = opset.constant(np.concatenate(zeros), name=f"{name}/zero_point")
+        result = opset.subtract(result, opset.convert(zero_point, ov.Type.f16), name=f"{name}/zero_point/subtract")
+    scale = opset.constant(np.concatenate(scales), name=f"{name}/scale")
+    result = opset.multiply(result, scale, name=f"{name}/fq_weights_1")
+    for target in matrix.output(0).get_target_inputs():
+        if target.get_node().get_type_name() == "Convert":
+            target.replace_source_output(result.output(0))
+        else:
+            target.replace_source_output(opset.convert(result, matrix.get_output_element_type(0)).output(0))
+    model.validate_nodes_and_infer_types()
+    return True
+
+
+def _vocabulary_matrix(model: ov.Model) -> ov.Node | None:
+    """The matrix that the output is looked up in (text embeddings) or multiplied with (head); None for the vision part."""
+    if not any(port.get_any_name() in ("logits", "inputs_embeds") for port in model.outputs):
+        return None
+    node = model.get_results()[0]
+    while node.get_type_name() in ("Result", "Convert"):
+        node = node.input_value(0).get_node()
+    node = node.input_value({"Gather": 0, "MatMul": 1}[node.get_type_name()]).get_node()
+    while node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node
+
+
+def _row_blocks(matrix: ov.Node) -> Iterator[ov.Tensor]:
+    """The matrix as tensors of whole rows that share its memory, in its own type (numpy has no bfloat16)."""
+    rows, width = matrix.get_output_shape(0)
+    step = max(1, WEIGHTS_AT_ONCE // width)
+    kind = matrix.get_output_element_type(0)
+    raw = np.asarray(matrix.data).reshape(rows, -1).view(np.uint8)
+    for start in range(0, rows, step):
+        block = np.ascontiguousarray(raw[start : start + step])
+        yield ov.Tensor(block, ov.Shape([len(block), width]), kind)
+
+
+def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Let NNCF compress one block; return its values, scales and zero points."""
+    ids = opset.parameter([-1], dtype=ov.Type.i64)
+    table = opset.convert(opset.constant(block, shared_memory=True, name="rows"), ov.Type.f32)
+    small = ov.Model([opset.gather(table, ids, 0)], [ids])
+    with redirect_stdout(io.StringIO()):  # a progress bar a block would tell nothing
+        nncf = _nncf()
+        small = nncf.compress_weights(small, mode=nncf.CompressWeightsMode[mode])
+    found = {node.get_friendly_name(): node.data for node in small.get_ops() if node.get_type_name() == "Constant"}
+    return found["rows"], found["rows/scale"], found.get("rows/zero_point")
+
+
+def _group_size_advice(message: str, group_size: int) -> str:
+    """NNCF lists the layers with their channel sizes; name the first and the largest group size that fits all."""
+    sizes = [int(size) for size in re.findall(r"channel size: (\d+)", message)]
+    fitting = next((g for g in (128, 64, 32, 16) if g < group_size and sizes and all(size % g == 0 for size in sizes)), None)
+    what = f"a layer {sizes[0]} wide" if sizes else "a layer"
+    first = f"--group-size {fitting} or " if fitting else ""
+    return f"group size {group_size} does not divide {what}: use {first}--group-size -1 (one scale a row), or --weight-format int8"
+
+
+def bit_widths(model: ov.Model) -> dict[str, float]:
+    """Share of the weights in each stored type, largest first; scales and zero points are not counted."""
+    counted: Counter[str] = Counter()
+    for node in model.get_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() != "Constant" or name.endswith(("/scale", "/zero_point")) or len(node.get_output_shape(0)) < 2:
+            continue
+        kind = WEIGHT_TYPES.get(node.get_output_element_type(0).get_type_name())
+        if kind:
+            counted[kind] += math.prod(node.get_output_shape(0))
+    total = counted.total() or 1
+    return {kind: count / total for kind, count in counted.most_common()}

@@ -1,0 +1,36 @@
+"""How much memory the process has used, and giving it back: a conversion frees large blocks and must not keep them.
+
+The only file that knows of operating systems.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+LARGE_BLOCK = 1 << 20
+
+
+def return_freed_memory() -> None:
+    """Make the C library give large freed blocks back at once.
+
+    glibc raises this threshold to 32 MB by itself as soon as large blocks are freed, and then keeps the holes: measured, the
+    trace of a 300M vision transformer left 600 MB of them behind. Other C libraries have nothing to set.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

@@ -1,0 +1,178 @@
+"""The recipe: source -> checks -> parts -> tokenizer and configuration -> proof -> model folder.
+
+Says what it does, one line a step; the work is in the files it names.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from convert import ConvertOptions, memory
+from convert.checkpoint import Checkpoint, resolve
+from convert.compress import bit_widths, compress
+from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
+from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
+from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
+from convert.verify import Report, verify
+from runtime import __version__
+from runtime.folder import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    PART_FILES,
+    PARTS,
+    PREPROCESSOR_CONFIG_FILE,
+    bytes_of,
+    check_space,
+    check_target,
+    new_folder,
+)
+
+LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # other formats start from the stored type, mapped
+BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.70}  # int4 with its int8 head and scales, rounded up
+TOKENIZER_BYTES = 40_000_000
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass
+class Summary:
+    """What a conversion wrote, and what it took."""
+
+    folder: Path
+    seconds: float = 0.0
+    verify_seconds: float = 0.0
+    peak_bytes: int = 0
+    part_bytes: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, dict[str, float]] = field(default_factory=dict)
+    report: Report | None = None
+
+    def lines(self) -> list[str]:
+        """The final table: files, sizes, bit widths."""
+        rows = [f"{'file':<44}{'size':>10}   weights"]
+        for part in PARTS:
+            widths = ", ".join(f"{share:.0%} {kind}" for kind, share in self.widths[part].items() if share >= 0.005)
+            rows.append(f"{PART_FILES[part]:<44}{self.part_bytes[part] / 1e6:>7.1f} MB   {widths}")
+        took = f"{self.seconds:.0f} s" + (f" + {self.verify_seconds:.0f} s to verify" if self.report else ", not verified")
+        total = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        return [*rows, f"{str(self.folder) + '/':<44}{total / 1e6:>7.1f} MB   in {took}, peak {self.peak_bytes / 1e9:.2f} GB"]
+
+
+def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summary:
+    """Convert; see convert.convert."""
+    started = time.monotonic()
+    memory.return_freed_memory()
+    # 1) everything that can be wrong is found before any work
+    final = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{options.weight_format}")
+    check_target(final, force=options.force)
+    checkpoint = Checkpoint(resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir))
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
+    checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
+    formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
+    check_space(final, _expected_bytes(checkpoint, formats))
+    with new_folder(final, force=options.force) as work:
+        summary = Summary(final)
+        # 2) one part in memory at a time
+        for part in PARTS:
+            with _step(f"{part} ({formats[part]})"):
+                summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work)
+            summary.part_bytes[part] = bytes_of(work, part)
+        # 3) tokenizer and configuration
+        with _step("tokenizer"):
+            save_tokenizer(tokenizer, work)
+            _write_configuration(checkpoint, tokenizer, work)
+        summary.seconds = time.monotonic() - started
+        # 4) the proof
+        if options.verify:
+            with _step("verify"):
+                summary.report = verify(checkpoint, work, tokenizer, formats)
+            print(*summary.report.lines(), sep="\n", flush=True)
+            summary.report.raise_if_drifted()
+            summary.verify_seconds = time.monotonic() - started - summary.seconds
+    summary.peak_bytes = memory.peak_bytes()
+    return summary
+
+
+def _convert_part(
+    part: str, checkpoint: Checkpoint, weight_format: str, options: ConvertOptions, source: str, work: Path
+) -> dict[str, float]:
+    """Load, trace, compress and save one part; return its bit widths."""
+    dtype = LOAD_TYPES.get(weight_format)
+    model = {
+        "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
+        "vision": lambda: trace_vision(load_vision(checkpoint, dtype)),
+        "language": lambda: trace_language(
+            load_language(checkpoint, dtype, plain_rope=True, head_only=True), quantised=weight_format in ("int8", "int4")
+        ),
+    }[part]()
+    model = compress(model, weight_format, options)
+    for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
+        model.set_rt_info(value, ["internvl_openvino", key])
+    ov.save_model(model, work / PART_FILES[part], compress_to_fp16=False)
+    widths = bit_widths(model)
+    del model
+    forget_traces()
+    gc.collect()
+    return widths
+
+
+def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
+    """About what the folder will take on disk."""
+    sizes = dict.fromkeys(PARTS, 0.0)
+    for name, shape in checkpoint.shapes.items():
+        language = "text_embeddings" if "embed" in name else "language"
+        part = language if name.startswith("language_model.") else "vision"
+        sizes[part] += torch.Size(shape).numel() * BYTES_A_WEIGHT[formats[part]]
+    return int(sum(sizes.values())) + TOKENIZER_BYTES
+
+
+def _write_configuration(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path) -> None:
+    generation = generation_config(tokenizer, checkpoint.config, checkpoint.folder)
+    raw = {key: value for key, value in checkpoint.raw_config.items() if key != "auto_map"}
+    config = raw | {
+        "architectures": ["InternVLChatModel"],
+        "hidden_size": checkpoint.config.language["hidden_size"],
+        "img_context_token_id": context_id(tokenizer),
+        "eos_token_id": generation["eos_token_id"][0],
+        "pad_token_id": generation["pad_token_id"],
+    }
+    side = checkpoint.config.tile_size
+    # openvino_genai reads the tile side from size.shortest_edge only and falls back to 336 without it
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    }
+    for name, content in (
+        (CONFIG_FILE, config),
+        (GENERATION_CONFIG_FILE, generation),
+        (PREPROCESSOR_CONFIG_FILE, preprocessor),
+    ):
+        _write_json(work / name, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _step(name: str) -> Iterator[None]:
+    """Say what is being done, then its time and the peak memory so far."""
+    started = time.monotonic()
+    print(f"{name} ...", flush=True)
+    yield
+    print(f"{name}: {time.monotonic() - started:.1f} s, peak memory {memory.peak_bytes() / 1e9:.2f} GB", flush=True)

@@ -1,0 +1,1 @@
+"""The PyTorch path: what a conversion is traced from and measured against."""

@@ -1,0 +1,167 @@
+"""The language part: a checkpoint's llm_config and tensors -> a transformers decoder.
+
+The table LANGUAGE_MODELS says which kinds are supported and how their tensors are named. Knows nothing of pictures.
+InternLM2 is Llama after a rename and a split of its packed attention matrix: OpenGVLab/InternVL@2410d1d
+internvl_chat/internvl/model/internlm2/modeling_internlm2.py, and huggingface/transformers@v5.5.4
+src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from einops import rearrange
+from transformers import PretrainedConfig, PreTrainedModel
+
+from convert.checkpoint import Shapes
+from runtime.config import InternVLConfig
+from runtime.errors import CheckpointError, UnsupportedModelError
+
+PREFIX = "language_model."
+
+# Architecture keys only: the published sections are full dumps with generation defaults and an attention implementation in them.
+CONFIG_KEYS = [
+    *["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"],
+    *["head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "partial_rotary_factor"],
+    *["max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"],
+    *["bos_token_id", "eos_token_id", "pad_token_id"],
+]
+
+INTERNLM2_NAMES = [  # (published, Llama's)
+    ("model.tok_embeddings.", "model.embed_tokens."),
+    (".attention.wo.", ".self_attn.o_proj."),
+    (".feed_forward.w1.", ".mlp.gate_proj."),
+    (".feed_forward.w2.", ".mlp.down_proj."),
+    (".feed_forward.w3.", ".mlp.up_proj."),
+    (".attention_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+    ("output.", "lm_head."),
+]
+PACKED, SPLIT = ".attention.wqkv.", (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """How one kind of language model is built: transformers' class, its fixed settings, its published tensor names."""
+
+    model_type: str  # of transformers and of the exporter
+    class_name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    names: list[tuple[str, str]] = field(default_factory=list)
+    packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
+    head: str = "lm_head.weight"
+
+
+LANGUAGE_MODELS = {
+    "Qwen2ForCausalLM": LanguageModel("qwen2", "Qwen2ForCausalLM"),
+    "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
+    "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
+    "InternLM2ForCausalLM": LanguageModel(
+        "llama",
+        "LlamaForCausalLM",
+        settings={"attention_bias": False, "mlp_bias": False},
+        names=INTERNLM2_NAMES,
+        packed_attention=True,
+        head="output.weight",
+    ),
+}
+
+
+def language_kind(config: InternVLConfig) -> LanguageModel:
+    """Return the row of LANGUAGE_MODELS for this checkpoint; raises UnsupportedModelError naming the supported ones."""
+    found = config.language_architecture
+    if found not in LANGUAGE_MODELS:
+        raise UnsupportedModelError(
+            f"config.json: the language model {found} is not supported; supported are {', '.join(LANGUAGE_MODELS)}"
+        )
+    return LANGUAGE_MODELS[found]
+
+
+def language_config(config: InternVLConfig, *, plain_rope: bool = False) -> PretrainedConfig:
+    """Build transformers' configuration of the language model.
+
+    `plain_rope` leaves out dynamic NTK scaling, which changes nothing up to the trained length and cannot be traced.
+    """
+    kind = language_kind(config)
+    chosen = {key: config.language[key] for key in CONFIG_KEYS if config.language.get(key) is not None} | kind.settings
+    scaling = chosen.get("rope_scaling")
+    if scaling and scaling.get("type", scaling.get("rope_type")) == "su":  # Phi-3's first name for it
+        chosen["rope_scaling"] = {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}
+    if scaling and plain_rope and scaling.get("type", scaling.get("rope_type")) == "dynamic":
+        del chosen["rope_scaling"]
+    if kind.model_type == "phi3":  # a window no shorter than the context is no window; transformers would still mask for it
+        window = config.language.get("sliding_window")
+        chosen["sliding_window"] = None if not window or window >= chosen["max_position_embeddings"] else window
+    try:
+        built = getattr(transformers, kind.class_name).config_class(**chosen)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"config.json: llm_config cannot be read as {config.language_architecture}: {error}") from None
+    built._attn_implementation = "sdpa"
+    return built
+
+
+def build_language(config: InternVLConfig, *, tied: bool, plain_rope: bool = False) -> PreTrainedModel:
+    """Build the decoder without weights, on the meta device; `tied` says that the head is the embedding table."""
+    hf_config = language_config(config, plain_rope=plain_rope)
+    hf_config.tie_word_embeddings = tied
+    with torch.device("meta"):
+        model = getattr(transformers, language_kind(config).class_name)(hf_config)
+    # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    return model.eval()
+
+
+def published_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
+    """Every tensor that a checkpoint holds for its language model, by its published name."""
+    kind = language_kind(config)
+    shapes: Shapes = {}
+    for name, tensor in build_language(config, tied=tied).state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        shape = tuple(tensor.shape)
+        if kind.packed_attention and SPLIT[0] in name:
+            rows = sum(build_rows(config))
+            shapes[PREFIX + name.replace(SPLIT[0], PACKED)] = (rows, *shape[1:])
+        elif not (kind.packed_attention and any(part in name for part in SPLIT)):
+            shapes[PREFIX + _rename(name, [(ours, theirs) for theirs, ours in kind.names])] = shape
+    return shapes
+
+
+def build_rows(config: InternVLConfig) -> tuple[int, int, int]:
+    """Rows of the query, key and value matrices."""
+    c = language_config(config)
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return c.num_attention_heads * head, c.num_key_value_heads * head, c.num_key_value_heads * head
+
+
+def to_transformers(config: InternVLConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give published tensors the names (and, for packed attention, the split) of transformers' class."""
+    kind = language_kind(config)
+    state: dict[str, torch.Tensor] = {}
+    for published, tensor in tensors.items():
+        name = published.removeprefix(PREFIX)
+        if kind.packed_attention and PACKED in name:
+            state |= zip((name.replace(PACKED, part) for part in SPLIT), _split_packed(config, tensor), strict=True)
+        else:
+            state[_rename(name, kind.names)] = tensor
+    return state
+
+
+def _rename(name: str, pairs: list[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if old in name if old.startswith(".") else name.startswith(old):
+            return name.replace(old, new, 1)
+    return name
+
+
+def _split_packed(config: InternVLConfig, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """wqkv ((heads + 2 groups) * head, D) -> q, k, v; rows go group by group: its query heads, one key head, one value head."""
+    groups = config.language["num_key_value_heads"]
+    per_group = config.language["num_attention_heads"] // groups
+    heads = rearrange(packed, "(g slots d) w -> g slots d w", g=groups, slots=per_group + 2)
+    q, k, v = heads.split([per_group, 1, 1], dim=1)
+    q, k, v = (rearrange(t, "g slots d w -> (g slots d) w").contiguous() for t in (q, k, v))
+    return q, k, v

@@ -1,0 +1,141 @@
+"""The PyTorch path as one model: the checkpoint's own weights on CPU or CUDA, what the converted parts must agree with.
+
+Three loaders, one a part, serve the conversion too, which holds one part in memory at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from convert.checkpoint import Checkpoint, Shapes
+from convert.reference.language import PREFIX, build_language, language_kind, published_shapes, to_transformers
+from convert.reference.vision import VisionPart
+from runtime.config import InternVLConfig
+
+ROWS_AT_ONCE = 8192  # of a matrix that is cast at use; bounds the extra memory of a large head
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding table: decided by the tensors, since published config.json files contradict them."""
+    return PREFIX + language_kind(checkpoint.config).head not in checkpoint.shapes
+
+
+def expected_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
+    """Every tensor of a checkpoint with this configuration, by its published name."""
+    with torch.device("meta"):
+        vision = {name: tuple(tensor.shape) for name, tensor in VisionPart(config).state_dict().items()}
+    return vision | published_shapes(config, tied=tied)
+
+
+def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> VisionPart:
+    """Load the vision part. `dtype` None keeps the matrices as they are stored, mapped from the file."""
+    with torch.device("meta"):
+        part = VisionPart(checkpoint.config)
+    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict()), dtype), assign=True)
+    part.vision_model.embeddings.fit_position_table()
+    return part.requires_grad_(False).eval()
+
+
+def load_language(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, plain_rope: bool = False, head_only: bool = False
+) -> PreTrainedModel:
+    """Load the language part. `dtype` as in `load_vision`.
+
+    `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
+    takes embeddings, so the table would only take memory.
+    """
+    tied = is_tied(checkpoint)
+    model = build_language(checkpoint.config, tied=tied, plain_rope=plain_rope)
+    names = published_shapes(checkpoint.config, tied=tied)
+    table = text_table_name(checkpoint)
+    mapped = checkpoint.tensors(name for name in names if tied or not head_only or name != table)
+    state = _cast(to_transformers(checkpoint.config, mapped), dtype)
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    elif head_only:
+        state["model.embed_tokens.weight"] = model.model.embed_tokens.weight
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_text_embeddings(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """Load the embedding table, (V, D)."""
+    name = text_table_name(checkpoint)
+    return _cast(checkpoint.tensors([name]), dtype)[name]
+
+
+def text_table_name(checkpoint: Checkpoint) -> str:
+    """The published name of the embedding table."""
+    kind = language_kind(checkpoint.config)
+    return PREFIX + next((theirs for theirs, ours in kind.names if "embed_tokens" in ours), "model.embed_tokens.") + "weight"
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Cast to `dtype`; None casts all but matrices to float32 (they are small, and a 16-bit norm would lose digits)."""
+    return {name: tensor.to(dtype or (tensor.dtype if tensor.ndim == 2 else torch.float32)) for name, tensor in tensors.items()}
+
+
+class _CastAtUse(nn.Linear):
+    """A linear layer that computes in its input's type whatever type its matrix is stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = self.bias.split(ROWS_AT_ONCE) if self.bias is not None else [None] * len(self.weight)
+        rows = zip(self.weight.split(ROWS_AT_ONCE), biases, strict=False)
+        return torch.cat([F.linear(x, w.to(x.dtype), b) for w, b in rows], dim=-1)
+
+
+def compute_in_float32(part: nn.Module) -> None:
+    """Make a part loaded with `dtype` None compute in float32 over its mapped matrices: slower, but in little memory."""
+    for module in part.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _CastAtUse
+
+
+class InternVLChatModel(nn.Module):
+    """The reference: pictures and token ids in, features, logits or generated ids out."""
+
+    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.vision, self.language, self.dtype = config, vision, language, dtype
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> InternVLChatModel:
+        """Load the whole checkpoint as float32 or bfloat16 to `device`, "cpu" or "cuda"."""
+        return cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), dtype).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @torch.inference_mode()
+    def extract_feature(self, pixel_values: Tensor) -> Tensor:
+        """Tiles (N, 3, S, S), normalised -> context embeddings (N, P, D)."""
+        return self.vision(pixel_values.to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, *, context_id: int) -> Tensor:
+        """Token ids (B, T) -> embeddings (B, T, D), tile rows over the positions that hold `context_id`, in order."""
+        embeds = self.language.get_input_embeddings()(input_ids.to(self.device)).to(self.dtype)
+        if pixel_values is not None:
+            here = (input_ids == context_id).to(self.device)
+            rows = self.extract_feature(pixel_values).flatten(0, 1)  # (N, P, D) -> (N * P, D)
+            if int(here.sum()) != len(rows):
+                raise ValueError(f"{int(here.sum())} context tokens for {len(rows)} rows of {len(pixel_values)} tiles")
+            embeds[here] = rows
+        return embeds
+
+    @torch.inference_mode()
+    def logits(self, embeds: Tensor) -> Tensor:
+        """Embeddings (B, T, D), no padding -> logits (B, T, V)."""
+        return self.language(inputs_embeds=embeds, use_cache=False).logits
+
+    @torch.inference_mode()
+    def generate(self, embeds: Tensor, attention_mask: Tensor | None = None, **options: object) -> Tensor:
+        """Embeddings (B, T, D), left-padded where `attention_mask` (B, T) is 0 -> new token ids; options are transformers'."""
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
+        return self.language.generate(inputs_embeds=embeds, attention_mask=mask.to(self.device), **options)  # type: ignore[operator]

@@ -1,0 +1,128 @@
+"""The three parts as OpenVINO models: names, dynamic axes, KV cache as state.
+
+Takes modules of convert/reference, gives ov.Model whose weights still are the module's own memory (mapped from the checkpoint).
+The signatures are the contract with openvino_genai and optimum-intel: names by which they feed and read, float32 in and out,
+all positions of the logits. The language part goes through optimum-intel's patches, whose graph is the one that GenAI's paged
+attention recognises: huggingface/optimum-intel@e1de5bee optimum/exporters/openvino/convert.py export_pytorch. Differences:
+nothing is written to disk in between, and the trace is not run a second time to check it (verify.py does better).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openvino as ov
+import torch
+from openvino._offline_transformations import apply_moc_transformations
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.patch_model import __make_16bit_traceable as keep_16bit_weights
+from openvino.frontend.pytorch.patch_model import unpatch_model
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from optimum.exporters.openvino.utils import _get_input_info, clear_class_registry
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convert.reference.vision import VisionPart
+
+ACTIVATIONS_SCALE_FACTOR = "8.0"  # keeps float16 activations of the GPU plugin from overflowing; optimum-intel's value
+PATCHED_FORWARD = "_openvino_module_extension_patch_orig_forward"  # where keep_16bit_weights leaves a module's own forward
+EXAMPLE_TILES, EXAMPLE_TOKENS = 1, 2
+
+
+def trace_text_embeddings(table: Tensor) -> ov.Model:
+    """Embedding table (V, D) -> model `input` (B, T) int64 -> `inputs_embeds` (B, T, D) float32."""
+    example = {"input": torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64)}
+    with _quiet():
+        model = _to_openvino(nn.Embedding.from_pretrained(table), example, [ov.PartialShape([-1, -1])])
+    return _name(model, ["input"], ["inputs_embeds"])
+
+
+def trace_vision(part: VisionPart) -> ov.Model:
+    """Vision part -> model `pixel_values` (N, 3, S, S) float32 -> `last_hidden_state` (N, P, D) float32."""
+    side = part.config.tile_size
+    example = {"pixel_values": torch.zeros(EXAMPLE_TILES, 3, side, side)}
+    with _quiet():
+        model = _to_openvino(part, example, [ov.PartialShape([-1, 3, side, side])])
+    return _name(model, ["pixel_values"], ["last_hidden_state"])
+
+
+def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
+    """Decoder -> stateful model `inputs_embeds` (B, T, D), `attention_mask` (B, past + T), `position_ids` (B, T), `beam_idx` (B).
+
+    Its output is `logits` (B, T, V) float32 at all positions; keys and values live in states of (B, heads, past, head size).
+    `quantised` weights leave the KV cache's precision to the device; otherwise float16 is asked for, as optimum-intel does.
+    """
+    from optimum.exporters.openvino.model_configs import get_vlm_text_generation_config
+    from optimum.exporters.openvino.stateful import patch_stateful
+
+    export = get_vlm_text_generation_config(model.config.model_type, model.config, "int64", "fp32")
+    example = export.rename_ambiguous_inputs(export.generate_dummy_inputs(framework="pt"))
+    patcher = export.patch_model_for_export(model)
+    forward = patcher.patched_forward
+    order = [name for name in inspect.signature(patcher.orig_forward).parameters if name in example]
+
+    @functools.wraps(forward)  # the decoder orders the example's inputs by this signature
+    def with_tuple_outputs(*args: Any, **kwargs: Any) -> tuple:
+        outputs = forward(**dict(zip(order, args, strict=False)), **kwargs)
+        return tuple(tuple(value) if isinstance(value, list) else value for value in outputs.values())
+
+    patcher.patched_forward = with_tuple_outputs
+    with _quiet(), patcher:
+        inputs = _get_input_info(model, export, example)
+        traced = _to_openvino(model, example, [item.shape for item in inputs])
+    _name(traced, [item.name for item in inputs], list(export.outputs))
+    patch_stateful(model.config, traced)
+    traced.set_rt_info(ACTIVATIONS_SCALE_FACTOR, ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
+    if not quantised:
+        traced.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
+    return traced
+
+
+def _to_openvino(module: nn.Module, example: dict[str, Any], shapes: list[ov.PartialShape]) -> ov.Model:
+    """Trace on an example, then open the axes; ov.convert_model's steps without its second validation and its telemetry."""
+    keep_16bit_weights(module)
+    decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    model = frontend.convert(frontend.load(decoder))
+    for parameter, shape in zip(model.get_parameters(), shapes, strict=True):
+        parameter.set_partial_shape(shape)
+    model.validate_nodes_and_infer_types()
+    apply_moc_transformations(model, cf=False, smart_reshape=True)
+    unpatch_model(module, PATCHED_FORWARD)
+    return model
+
+
+def forget_traces() -> None:
+    """Let go of all modules traced so far, and with them of the checkpoint's mapped pages.
+
+    TorchScript keeps every traced module. The models made here live on that memory: call this when they are not used any more.
+    """
+    clear_class_registry()
+
+
+def _name(model: ov.Model, inputs: list[str], outputs: list[str]) -> ov.Model:
+    for port, name in zip(model.inputs, inputs, strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)  # paged attention looks a parameter up by this name
+    for port, name in zip(model.outputs, outputs, strict=True):
+        port.get_tensor().set_names({name})
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what a trace says of itself; what it gets wrong, verify.py finds."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,180 @@
+"""The proof of a conversion: the model folder's parts, run in float32, against the PyTorch path on a small input.
+
+Reads a finished folder as any runtime would; its bounds say how far a weight format may drift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from convert.checkpoint import Checkpoint
+from convert.reference.model import compute_in_float32, load_language, load_text_embeddings, load_vision
+from convert.tokenizer import context_id, probe_prompt
+from runtime.errors import DriftError
+from runtime.folder import PART_FILES
+
+GREEDY_TOKENS = 8
+SEED = 0
+
+# What a weight format may cost on the probe: the least cosine to the reference, and the largest difference as a share of the
+# reference's largest value. Measured on random weights, which keep less of a signal than trained ones.
+LEAST_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, "int4": 0.85}
+LARGEST_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5, "int4": 2.0}
+
+# Compute in float32 throughout, so that what is measured is the weights and not the device's shortcuts.
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "EXECUTION_MODE_HINT": "ACCURACY",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
+
+
+class Part:
+    """One part of a model folder on the CPU in float32: arrays in, an array out."""
+
+    def __init__(self, folder: Path, part: str):
+        self._request = ov.Core().compile_model(folder / PART_FILES[part], "CPU", EXACT).create_infer_request()
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        """Tiles (N, 3, S, S) -> context embeddings (N, P, D), or token ids (B, T) -> embeddings (B, T, D)."""
+        return self._request.infer([array])[0]
+
+
+class LanguagePart(Part):
+    """The stateful language part, with its one KV cache."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, "language")
+
+    def logits(self, embeds: np.ndarray, attention_mask: np.ndarray, *, reset: bool = True) -> np.ndarray:
+        """Embeddings (B, T, D) under a mask (B, past + T) -> logits (B, T, V), valid until the next call.
+
+        `reset` forgets what came before.
+        """
+        if reset:
+            self._request.reset_state()
+        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
+        self._request.infer(
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": attention_mask,
+                "position_ids": positions,
+                "beam_idx": np.arange(len(embeds), dtype=np.int32),
+            },
+            share_outputs=True,
+        )
+        return self._request.get_tensor("logits").data
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one part compares: absolute differences, the reference's largest absolute value, and the cosine of all values."""
+
+    part: str
+    weight_format: str
+    largest: float
+    mean: float
+    scale: float
+    cosine: float
+
+    @property
+    def drifted(self) -> bool:
+        # written so that NaN counts as drift
+        fine = self.cosine >= LEAST_COSINE[self.weight_format]
+        return not (fine and self.largest <= LARGEST_DIFFERENCE[self.weight_format] * max(self.scale, 1.0))
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: list[Row]
+    greedy_agreed: int  # tokens the folder picks like the reference, given the reference's tokens before
+    greedy_tokens: int
+
+    def lines(self) -> list[str]:
+        """The report as a table for people."""
+        head = f"{'part':<16}{'weights':<9}{'largest diff':>13}{'mean diff':>12}{'cosine':>11}   bound"
+        body = [
+            f"{row.part:<16}{row.weight_format:<9}{row.largest:>13.2e}{row.mean:>12.2e}{row.cosine:>11.6f}   "
+            f"cosine >= {LEAST_COSINE[row.weight_format]}"
+            for row in self.rows
+        ]
+        return [head, *body, f"greedy tokens: {self.greedy_agreed} of {self.greedy_tokens} as the reference"]
+
+    def raise_if_drifted(self) -> None:
+        """Raise DriftError naming the parts that are past the bound of their weight format."""
+        bad = [
+            f"{row.part} ({row.weight_format}: cosine {row.cosine:.6f}, largest {row.largest:.2e})"
+            for row in self.rows
+            if row.drifted
+        ]
+        if bad:
+            raise DriftError(
+                f"the converted model differs from the PyTorch path by more than its weight format allows: {', '.join(bad)}; "
+                "no folder was written. Try --weight-format int8, or report it with the table above"
+            )
+
+
+@torch.inference_mode()
+def verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str]) -> Report:
+    """Run one tile and a short prompt through the reference and the folder, one part in memory at a time.
+
+    Every part gets the reference's input, so that a difference is its own. The language part sees two rows of the tile and the
+    probe prompt, which is enough to tell and keeps the logits small.
+    """
+    side = checkpoint.config.tile_size
+    tile = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED))
+    ids = torch.tensor([tokenizer.encode(probe_prompt(tokenizer))])  # (1, T)
+
+    text = F.embedding(ids, load_text_embeddings(checkpoint, None)).float()  # (1, T, D)
+    rows = [_compare("text_embeddings", formats, text, Part(folder, "text_embeddings")(ids.numpy()))]
+
+    vision = load_vision(checkpoint, None)
+    compute_in_float32(vision)
+    features = vision(tile)  # (1, P, D)
+    del vision
+    rows.append(_compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
+
+    embeds = text.clone()
+    here = torch.eq(ids[0], context_id(tokenizer))
+    embeds[:, here] = features[:, : int(here.sum())]
+    model = load_language(checkpoint, None)
+    compute_in_float32(model)
+    expected = model(inputs_embeds=embeds, use_cache=False).logits  # (1, T, V)
+    greedy = model.generate(  # type: ignore[operator]
+        inputs_embeds=embeds,
+        attention_mask=torch.ones_like(ids),
+        **{"max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS, "do_sample": False, "pad_token_id": 0},
+    )
+    steps = model.get_input_embeddings()(greedy).float()  # (1, G, D)
+    del model
+    language = LanguagePart(folder)
+    rows.append(_compare("language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64))))
+    return Report(rows, _agreement(language, embeds, steps, greedy), greedy.shape[1])
+
+
+def _agreement(language: LanguagePart, embeds: Tensor, steps: Tensor, greedy: Tensor) -> int:
+    """Count the positions where the folder's next token is the reference's, feeding it the reference's tokens one by one."""
+    agreed, length = 0, embeds.shape[1]
+    logits = language.logits(embeds.numpy(), np.ones((1, length), np.int64))
+    for n, token in enumerate(greedy[0].tolist()):
+        agreed += int(logits[0, -1].argmax() == token)
+        if n + 1 < greedy.shape[1]:
+            logits = language.logits(steps[:, n : n + 1].numpy(), np.ones((1, length + n + 1), np.int64), reset=False)
+    return agreed
+
+
+def _compare(part: str, formats: dict[str, str], expected: Tensor, found: np.ndarray) -> Row:
+    a, b = expected.flatten(), torch.from_numpy(found).flatten()
+    difference = (a - b).abs_()
+    dot, aa, bb = (float(torch.sum(x * y, dtype=torch.float64)) for x, y in ((a, b), (a, a), (b, b)))
+    largest, mean = float(difference.max()), float(difference.mean(dtype=torch.float64))
+    return Row(part, formats[part], largest, mean, float(a.abs().max()), dot / max((aa * bb) ** 0.5, 1e-30))

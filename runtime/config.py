@@ -1,0 +1,145 @@
+"""What config.json says, as frozen dataclasses with the numbers derived from it.
+
+Reads the published `internvl_chat` layout and knows its defaults; knows nothing of weights, tokens or devices. The language
+model's own section stays a plain dictionary here: only `convert` builds a language model from it.
+Defaults of missing keys: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/configuration_*.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import CheckpointError, UnsupportedModelError
+
+MODEL_TYPE = "internvl_chat"
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision transformer: InternViT-300M (layer norm, biased qkv) or InternViT-6B (RMS norm, normalised q and k)."""
+
+    hidden_size: int = 3200
+    intermediate_size: int = 12800
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 25
+    image_size: int = 224  # side of the stored position table, in pixels
+    patch_size: int = 14
+    norm_type: str = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+    hidden_act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        if self.norm_type not in ("layer_norm", "rms_norm"):
+            raise UnsupportedModelError(
+                f"config.json: vision_config.norm_type is {self.norm_type!r}; layer_norm and rms_norm are supported"
+            )
+        if self.hidden_act != "gelu":
+            raise UnsupportedModelError(f"config.json: vision_config.hidden_act is {self.hidden_act!r}; only gelu is supported")
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"config.json: vision_config.hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class InternVLConfig:
+    """One checkpoint or model folder: the vision transformer, the language model's section, tiling, template."""
+
+    vision: VisionConfig
+    language: dict[str, Any]  # llm_config as published
+    template: str
+    tile_size: int  # S, side of a tile in pixels
+    tokens_per_tile: int  # P
+    select_layer: int = -1  # which hidden state of the vision transformer feeds the projector
+    ps_version: str = "v1"  # order of the context tokens of a tile: v2 row by row, v1 column by column
+    downsample_ratio: float = 0.5
+    min_tiles: int = 1
+    max_tiles: int = 6
+    use_thumbnail: bool = False
+    dynamic_image_size: bool = False
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_size // self.vision.patch_size
+
+    @property
+    def shuffle_factor(self) -> int:
+        """Patches along one side of the square that one context token stands for."""
+        return int(1 / self.downsample_ratio)
+
+    @property
+    def language_architecture(self) -> str:
+        """Class name that the checkpoint gives for its language model, e.g. `Qwen2ForCausalLM`."""
+        return str((self.language.get("architectures") or ["(none)"])[0])
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> InternVLConfig:
+        """Read a parsed config.json.
+
+        Raises UnsupportedModelError for another model type, CheckpointError for missing or contradictory keys.
+        """
+        found = raw.get("model_type")
+        if found != MODEL_TYPE:
+            raise UnsupportedModelError(
+                f"config.json: model_type is {found!r}, expected {MODEL_TYPE!r}: "
+                "give an InternVL chat checkpoint in its published layout"
+            )
+        for key in ("vision_config", "llm_config"):
+            if not isinstance(raw.get(key), dict):
+                raise CheckpointError(f"config.json has no {key}: it is not a complete InternVL configuration")
+        if not raw.get("template"):
+            raise CheckpointError("config.json has no template: the prompt of this checkpoint is unknown")
+        vision = VisionConfig(**{k: v for k, v in raw["vision_config"].items() if k in VisionConfig.__dataclass_fields__})
+        tile_size = raw.get("force_image_size") or vision.image_size
+        ratio = raw.get("downsample_ratio", 0.5)
+        side = tile_size // vision.patch_size
+        config = cls(
+            vision=vision,
+            language=raw["llm_config"],
+            template=raw["template"],
+            tile_size=tile_size,
+            tokens_per_tile=int(side**2 * ratio**2),
+            select_layer=raw.get("select_layer", -1),
+            ps_version=raw.get("ps_version", "v1"),
+            downsample_ratio=ratio,
+            min_tiles=raw.get("min_dynamic_patch", 1),
+            max_tiles=raw.get("max_dynamic_patch", 6),
+            use_thumbnail=raw.get("use_thumbnail", False),
+            dynamic_image_size=raw.get("dynamic_image_size", False),
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        if self.ps_version not in ("v1", "v2"):
+            raise UnsupportedModelError(f"config.json: ps_version is {self.ps_version!r}; v1 and v2 are supported")
+        if self.tile_size % self.vision.patch_size or self.grid_side % self.shuffle_factor:
+            raise CheckpointError(
+                f"config.json: a tile of {self.tile_size} pixels is not a whole number of "
+                f"{self.shuffle_factor} x {self.shuffle_factor} squares of {self.vision.patch_size}-pixel patches"
+            )
+        layers = self.vision.num_hidden_layers
+        if not -layers - 1 <= self.select_layer <= layers:
+            raise CheckpointError(
+                f"config.json: select_layer {self.select_layer} is outside a vision transformer of {layers} layers"
+            )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Parse the config.json at `path`; raises CheckpointError when it is missing or not a JSON object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}: give a checkpoint folder or a hub id") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch the checkpoint again") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds a {type(raw).__name__}, expected a JSON object")
+    return raw

@@ -1,0 +1,103 @@
+"""The file names of a model folder, and how one comes to be: whole or not at all.
+
+Writing happens in a hidden folder beside the final name, which is moved into place at the end. Knows the names of the files,
+not what the models in them compute. Names: huggingface/optimum-intel@e1de5bee optimum/intel/openvino/utils.py
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.errors import ModelFolderError
+
+PART_FILES = {
+    "text_embeddings": "openvino_text_embeddings_model.xml",
+    "vision": "openvino_vision_embeddings_model.xml",
+    "language": "openvino_language_model.xml",
+}
+PARTS = tuple(PART_FILES)
+TOKENIZER_FILE = "openvino_tokenizer.xml"
+DETOKENIZER_FILE = "openvino_detokenizer.xml"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
+
+
+def bytes_of(folder: Path, part: str) -> int:
+    """Size of a part's two files (.xml and .bin) in bytes."""
+    xml = folder / PART_FILES[part]
+    return xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
+
+
+def check_target(folder: Path, *, force: bool) -> None:
+    """Refuse a target that exists (unless `force`) or that is not ours to replace; raises ModelFolderError."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not force:
+        raise ModelFolderError(f"{folder} exists already: choose another output folder, or replace it with --force")
+    if not folder.is_dir() or folder.is_symlink():
+        raise ModelFolderError(f"{folder} is not a folder: --force replaces model folders only")
+    if any(folder.iterdir()) and not (folder / PART_FILES["language"]).exists():
+        raise ModelFolderError(
+            f"{folder} holds no {PART_FILES['language']}, so it is not a model folder: --force will not delete it; "
+            "choose another output folder"
+        )
+
+
+@contextmanager
+def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to write to; move it to `final` when the block ends well, remove it when it does not.
+
+    With `force`, an existing model folder at `final` is replaced only after the new one is whole. Raises ModelFolderError when
+    the target is taken or cannot be written, or when the disk is full.
+    """
+    check_target(final, force=force)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
+    except OSError as error:
+        raise ModelFolderError(f"{final.parent} cannot be written ({error.strerror}): choose another output folder") from None
+    try:
+        yield work
+        work.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would lock other users out of the finished folder
+        check_target(final, force=force)  # it may have appeared meanwhile
+        _move(work, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ModelFolderError(f"the disk of {final.parent} is full: free some space or choose another output folder") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ModelFolderError when the disk of `folder` (which need not exist yet) has less than `needed` bytes free."""
+    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ModelFolderError(
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, the model folder needs about {needed / 1e9:.2f} GB: "
+            "free some space or choose another output folder"
+        )
+
+
+def _move(work: Path, final: Path) -> None:
+    if not final.exists():
+        work.rename(final)
+        return
+    aside = work.with_name(work.name + ".old")
+    final.rename(aside)
+    work.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

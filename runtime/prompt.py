@@ -1,0 +1,51 @@
+"""The conversation templates of the family, as a table.
+
+One row a template name: what stands around each message, and the system message the model was trained with.
+Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversation.py:238-392.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.errors import UnsupportedModelError
+
+IMAGE_START, IMAGE_END, CONTEXT_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+
+_SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+_SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands before each role's message, and the separator after every message."""
+
+    system: str
+    user: str
+    assistant: str
+    separator: str
+    system_message: str
+
+    @property
+    def stop_token(self) -> str:
+        """The token that ends an answer: the separator without its newline."""
+        return self.separator.strip()
+
+
+def _chatml(separator: str, system_message: str) -> Template:
+    return Template("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", separator, system_message)
+
+
+TEMPLATES: dict[str, Template] = {
+    "Hermes-2": _chatml("<|im_end|>", _SYSTEM_2),
+    "internlm2-chat": _chatml("<|im_end|>", _SYSTEM_2),
+    "phi3-chat": Template("<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>", _SYSTEM_2),
+    "internvl2_5": _chatml("<|im_end|>\n", _SYSTEM_2_5),
+}
+
+
+def get_template(name: str) -> Template:
+    """Return the template of config.json's `template`; raises UnsupportedModelError naming the known ones."""
+    if name not in TEMPLATES:
+        raise UnsupportedModelError(f"config.json: template {name!r} is not known; known are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
