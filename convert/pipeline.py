@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import openvino as ov
 import torch
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from convert import ConvertOptions, memory
@@ -40,6 +42,7 @@ from runtime.folder import (
 
 LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # other formats start from the stored type, mapped
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.70}  # int4 with its int8 head and scales, rounded up
+CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -137,14 +140,16 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
 
 def _write_configuration(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path) -> None:
     generation = generation_config(tokenizer, checkpoint.config, checkpoint.folder)
-    raw = {key: value for key, value in checkpoint.raw_config.items() if key != "auto_map"}
-    config = raw | {
+    config = checkpoint.raw_config | {
         "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
         "hidden_size": checkpoint.config.language["hidden_size"],
         "img_context_token_id": context_id(tokenizer),
         "eos_token_id": generation["eos_token_id"][0],
         "pad_token_id": generation["pad_token_id"],
+        "transformers_version": transformers.__version__,
     }
+    shutil.copy(Path(__file__).with_name(CONFIGURATION_CODE), work)
     side = checkpoint.config.tile_size
     # openvino_genai reads the tile side from size.shortest_edge only and falls back to 336 without it
     preprocessor = {

@@ -6,10 +6,13 @@ Reads the tokenizer files of a checkpoint without running its Python; knows noth
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
+import transformers
 from tokenizers import AddedToken, Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -20,6 +23,8 @@ from runtime.folder import DETOKENIZER_FILE, GENERATION_CONFIG_FILE, TOKENIZER_F
 from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START, Template, get_template
 
 MAX_NEW_TOKENS = 1024  # the model cards' setting; without one, GenAI and OVMS generate until the context is full
+# transformers' own defaults, spelled out: optimum-intel 2.2 forgets to fill them in for InternVL on transformers 5
+OPTIMUM_NEEDS = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 # What InternLM2's published tokenizer_config.json lays over the pieces of tokenizer.model
 INTERNLM2_TOKENS = {
@@ -51,7 +56,8 @@ def load_tokenizer(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerB
     an id has no row in the embedding table.
     """
     try:
-        tokenizer = _read_files(folder, config)
+        with _without_warnings():
+            tokenizer = _read_files(folder, config)
     except TokenizerError:
         raise
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError, json ValueError
@@ -88,6 +94,17 @@ def _read_files(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerBase
     raise TokenizerError(
         f"{folder} has no tokenizer: expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt; fetch them again"
     )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """transformers 5.5 takes any tokenizer beside an older config.json for a Mistral one and says it is wrong."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
@@ -187,6 +204,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig
     ends = [stop, *(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id]
     return {
         "max_new_tokens": MAX_NEW_TOKENS,
+        **OPTIMUM_NEEDS,
         **{key: value for key, value in own.items() if key != "max_length"},
         "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)),
         "pad_token_id": stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

@@ -1,0 +1,16 @@
+"""Configuration of an InternVL model folder for transformers, which has no class of this model type.
+
+Copied into every model folder, so that optimum-intel opens it (with trust_remote_code=True) without any code of the original
+repository. Imports nothing of the project.
+"""
+
+from transformers import PretrainedConfig
+
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        super().__init__(**kwargs)
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        self.llm_config = PretrainedConfig(**(llm_config or {}))
