@@ -34,7 +34,7 @@ def _nncf() -> Any:
     return nncf
 
 
-def compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] | None = None) -> ov.Model:
+def compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] = ()) -> ov.Model:
     """Compress the weights of `model`, which must not be used any more; fp32 and fp16 are left as they were traced.
 
     int8 is one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
@@ -50,7 +50,8 @@ def compress(model: ov.Model, weight_format: str, options: ConvertOptions, sampl
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[f"INT8_{kind}"])
     backup = options.backup_precision.upper()
     done = backup != "NONE" and _compress_vocabulary_matrix(model, backup)
-    dataset = nncf.Dataset(list(samples)) if samples is not None else None
+    inputs = list(samples)
+    dataset = nncf.Dataset(inputs) if inputs else None
     try:
         return nncf.compress_weights(
             model,

@@ -9,7 +9,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from convert import ConvertOptions, memory
+from convert.calibration import calibration_samples, find_pictures
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, compress
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
@@ -39,12 +40,12 @@ from runtime.folder import (
     check_target,
     new_folder,
 )
+from runtime.image import IMAGENET_MEAN, IMAGENET_STD
 
 LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # other formats start from the stored type, mapped
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.70}  # int4 with its int8 head and scales, rounded up
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass
@@ -81,13 +82,16 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
+    pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     check_space(final, _expected_bytes(checkpoint, formats))
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
         # 2) one part in memory at a time
         for part in PARTS:
             with _step(f"{part} ({formats[part]})"):
-                summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work)
+                # the language part comes last: what it is calibrated on goes through the other two
+                samples = calibration_samples(pictures, work, checkpoint.config, tokenizer) if part == "language" else ()
+                summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples)
             summary.part_bytes[part] = bytes_of(work, part)
         # 3) tokenizer and configuration
         with _step("tokenizer"):
@@ -106,7 +110,13 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
 
 
 def _convert_part(
-    part: str, checkpoint: Checkpoint, weight_format: str, options: ConvertOptions, source: str, work: Path
+    part: str,
+    checkpoint: Checkpoint,
+    weight_format: str,
+    options: ConvertOptions,
+    source: str,
+    work: Path,
+    samples: Iterable[Any],
 ) -> dict[str, float]:
     """Load, trace, compress and save one part; return its bit widths."""
     dtype = LOAD_TYPES.get(weight_format)
@@ -117,7 +127,7 @@ def _convert_part(
             load_language(checkpoint, dtype, plain_rope=True, head_only=True), quantised=weight_format in ("int8", "int4")
         ),
     }[part]()
-    model = compress(model, weight_format, options)
+    model = compress(model, weight_format, options, samples)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
     ov.save_model(model, work / PART_FILES[part], compress_to_fp16=False)
@@ -156,8 +166,8 @@ def _write_configuration(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerB
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
-        "image_mean": IMAGENET_MEAN,
-        "image_std": IMAGENET_STD,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),

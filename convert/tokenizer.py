@@ -186,7 +186,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def probe_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     """A rendered prompt with a picture of two context tokens, with words, digits, Chinese and an emoji, without bos."""
-    question = f"{IMAGE_START}{CONTEXT_TOKEN * 2}{IMAGE_END}\nWhat's here, in 12 words? 你好 🙂"
+    return prompt_of(tokenizer, f"{IMAGE_START}{CONTEXT_TOKEN * 2}{IMAGE_END}\nWhat's here, in 12 words? 你好 🙂")
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """The prompt of a first question, as text to encode with special tokens."""
     turn = [{"role": "user", "content": question}]
     text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text

@@ -30,6 +30,10 @@ class ModelFolderError(InternVLError):
     """A model folder is missing, incomplete, or cannot be written."""
 
 
+class PictureError(InternVLError):
+    """A picture cannot be found or read."""
+
+
 class DriftError(InternVLError):
     """The converted parts differ from the reference by more than their weight format allows."""
 

@@ -1,0 +1,53 @@
+"""Pictures of a folder -> inputs of the language part, for the data-aware compression of its weights.
+
+Uses the parts that are already converted, so that the activations are those the language part will see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from convert.tokenizer import context_id, prompt_of
+from convert.verify import Part
+from runtime.config import InternVLConfig
+from runtime.errors import OptionError
+from runtime.image import Tiling, cut_tiles, open_picture
+from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+QUESTION = "Describe this picture in detail."
+
+
+def find_pictures(dataset: str, count: int) -> list[Path]:
+    """The first `count` pictures of a folder by name; raises OptionError when there are none."""
+    folder = Path(dataset)
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise OptionError(f"--dataset {dataset} is not a folder with pictures ({', '.join(PICTURES)})")
+    return found[:count]
+
+
+def calibration_samples(
+    pictures: list[Path], work: Path, config: InternVLConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the language part's inputs for each picture and its question (PICTURE.txt, or a general one)."""
+    vision, text = Part(work, "vision"), Part(work, "text_embeddings")
+    for path in pictures:
+        beside = path.with_suffix(".txt")
+        question = beside.read_text(encoding="utf-8").strip() if beside.exists() else QUESTION
+        rows = vision(cut_tiles(open_picture(path), Tiling.of(config)))  # (N, P, D)
+        context = CONTEXT_TOKEN * (rows.shape[0] * rows.shape[1])
+        ids = np.array([tokenizer.encode(prompt_of(tokenizer, f"{IMAGE_START}{context}{IMAGE_END}\n{question}"))])
+        embeds = np.array(text(ids))  # (1, T, D)
+        embeds[ids == context_id(tokenizer)] = rows.reshape(-1, rows.shape[-1])
+        length = ids.shape[1]
+        yield {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(length, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
