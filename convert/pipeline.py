@@ -5,6 +5,7 @@ Says what it does, one line a step; the work is in the files it names.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import shutil
@@ -24,6 +25,7 @@ from convert import ConvertOptions, memory
 from convert.calibration import calibration_samples, find_pictures
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, compress
+from convert.reference.language import language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
@@ -79,6 +81,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     final = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{options.weight_format}")
     check_target(final, force=options.force)
     checkpoint = Checkpoint(resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir))
+    language_kind(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
@@ -130,12 +133,21 @@ def _convert_part(
     model = compress(model, weight_format, options, samples)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
-    ov.save_model(model, work / PART_FILES[part], compress_to_fp16=False)
+    _save(model, work / PART_FILES[part])
     widths = bit_widths(model)
     del model
     forget_traces()
     gc.collect()
     return widths
+
+
+def _save(model: ov.Model, path: Path) -> None:
+    try:
+        ov.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        if "iostream" not in str(error):  # all that OpenVINO says of a write that fails
+            raise
+        raise OSError(errno.ENOSPC, "the write failed", str(path)) from None
 
 
 def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:

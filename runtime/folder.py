@@ -69,9 +69,11 @@ def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
         check_target(final, force=force)  # it may have appeared meanwhile
         _move(work, final)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ModelFolderError(f"the disk of {final.parent} is full: free some space or choose another output folder") from None
+        raise ModelFolderError(
+            f"{final} cannot be written, its disk is full ({error}): free some or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -30,6 +30,8 @@ CONFIG_KEYS = [
     *["bos_token_id", "eos_token_id", "pad_token_id"],
 ]
 
+REQUIRED_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+
 INTERNLM2_NAMES = [  # (published, Llama's)
     ("model.tok_embeddings.", "model.embed_tokens."),
     (".attention.wo.", ".self_attn.o_proj."),
@@ -77,6 +79,9 @@ def language_kind(config: InternVLConfig) -> LanguageModel:
         raise UnsupportedModelError(
             f"config.json: the language model {found} is not supported; supported are {', '.join(LANGUAGE_MODELS)}"
         )
+    missing = [key for key in REQUIRED_KEYS if key not in config.language]
+    if missing:
+        raise CheckpointError(f"config.json: llm_config has no {', '.join(missing)}: it is not complete; fetch it again")
     return LANGUAGE_MODELS[found]
 
 
