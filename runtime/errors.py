@@ -34,6 +34,14 @@ class PictureError(InternVLError):
     """A picture cannot be found or read."""
 
 
+class PromptError(InternVLError):
+    """A question and its pictures do not fit together, or do not fit the model."""
+
+
+class DeviceError(InternVLError):
+    """A device is not there."""
+
+
 class DriftError(InternVLError):
     """The converted parts differ from the reference by more than their weight format allows."""
 

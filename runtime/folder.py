@@ -35,6 +35,18 @@ def bytes_of(folder: Path, part: str) -> int:
     return xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ModelFolderError unless `folder` holds all parts; for a checkpoint, it says how to convert it."""
+    missing = [name for name in [*PART_FILES.values(), CONFIG_FILE] if not (folder / name).exists()]
+    if not missing:
+        return
+    if list(folder.glob("*.safetensors")):
+        raise ModelFolderError(f"{folder} is a PyTorch checkpoint: convert it first with  python -m convert {folder}")
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder} is not there: give a model folder, as python -m convert writes it")
+    raise ModelFolderError(f"{folder} is not a whole model folder, it lacks {', '.join(missing)}: convert the checkpoint again")
+
+
 def check_target(folder: Path, *, force: bool) -> None:
     """Refuse a target that exists (unless `force`) or that is not ours to replace; raises ModelFolderError."""
     if not folder.exists() and not folder.is_symlink():

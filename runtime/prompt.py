@@ -6,11 +6,15 @@ Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.errors import UnsupportedModelError
+from runtime.errors import PromptError, UnsupportedModelError
 
 IMAGE_START, IMAGE_END, CONTEXT_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+IMAGE_MARK = "<image>"  # where a picture stands in a question
+
+Turn = tuple[str, str]  # question and answer
 
 _SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -49,3 +53,30 @@ def get_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise UnsupportedModelError(f"config.json: template {name!r} is not known; known are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def render(template: Template, system_message: str, history: Sequence[Turn], question: str) -> str:
+    """The prompt that asks `question` after `history`, ending where the answer begins.
+
+    An empty answer in the history leaves its turn open, as upstream's template does.
+    """
+    parts = [template.system + system_message + template.separator]
+    for asked, answered in history:
+        parts.append(template.user + asked + template.separator)
+        parts.append(template.assistant + answered + template.separator if answered else template.assistant)
+    return "".join([*parts, template.user + question + template.separator, template.assistant])
+
+
+def expand_marks(prompt: str, tiles: Sequence[int], tokens_per_tile: int) -> str:
+    """Replace the picture marks of a prompt, in order, by the context tokens of each picture's tiles.
+
+    Raises PromptError when there are more or fewer marks than pictures.
+    """
+    if prompt.count(IMAGE_MARK) != len(tiles):
+        raise PromptError(
+            f"the prompt has {prompt.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(tiles)} pictures: write one mark a picture, "
+            "earlier turns included, and give all their tiles"
+        )
+    for count in tiles:
+        prompt = prompt.replace(IMAGE_MARK, IMAGE_START + CONTEXT_TOKEN * (tokens_per_tile * count) + IMAGE_END, 1)
+    return prompt

@@ -5,6 +5,8 @@ Three loaders, one a part, serve the conversion too, which holds one part in mem
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +15,8 @@ from transformers import PreTrainedModel
 from convert.checkpoint import Checkpoint, Shapes
 from convert.reference.language import PREFIX, build_language, language_kind, published_shapes, to_transformers
 from convert.reference.vision import VisionPart
+from convert.tokenizer import context_id, load_tokenizer
+from runtime.chat import ChatModel
 from runtime.config import InternVLConfig
 
 ROWS_AT_ONCE = 8192  # of a matrix that is cast at use; bounds the extra memory of a large head
@@ -94,48 +98,42 @@ def compute_in_float32(part: nn.Module) -> None:
             module.__class__ = _CastAtUse
 
 
-class InternVLChatModel(nn.Module):
-    """The reference: pictures and token ids in, features, logits or generated ids out."""
+class InternVLChatModel(nn.Module, ChatModel):
+    """The reference: upstream's calls on PyTorch, CPU or CUDA."""
 
-    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, dtype: torch.dtype):
+    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, context_id: int):
         super().__init__()
-        self.config, self.vision, self.language, self.dtype = config, vision, language, dtype
+        self.config, self.vision, self.language, self.context_id = config, vision, language, context_id
+        self.system_message = self.conv_template.system_message
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> InternVLChatModel:
         """Load the whole checkpoint as float32 or bfloat16 to `device`, "cpu" or "cuda"."""
-        return cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), dtype).to(device)
+        context = context_id(load_tokenizer(checkpoint.folder, checkpoint.config))
+        model = cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), context)
+        return model.to(device)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def _where(self) -> Tensor:
+        """A tensor of the device and type that the model computes in."""
+        return self.vision.mlp1[0].weight  # type: ignore[return-value]
 
-    @torch.inference_mode()
-    def extract_feature(self, pixel_values: Tensor) -> Tensor:
-        """Tiles (N, 3, S, S), normalised -> context embeddings (N, P, D)."""
-        return self.vision(pixel_values.to(self.device, self.dtype))
+    @torch.no_grad()
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        return self.language.get_input_embeddings()(ids.to(self._where.device))
 
-    @torch.inference_mode()
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, *, context_id: int) -> Tensor:
-        """Token ids (B, T) -> embeddings (B, T, D), tile rows over the positions that hold `context_id`, in order."""
-        embeds = self.language.get_input_embeddings()(input_ids.to(self.device)).to(self.dtype)
-        if pixel_values is not None:
-            here = (input_ids == context_id).to(self.device)
-            rows = self.extract_feature(pixel_values).flatten(0, 1)  # (N, P, D) -> (N * P, D)
-            if int(here.sum()) != len(rows):
-                raise ValueError(f"{int(here.sum())} context tokens for {len(rows)} rows of {len(pixel_values)} tiles")
-            embeds[here] = rows
-        return embeds
+    @torch.no_grad()
+    def encode_tiles(self, pixel_values: Tensor) -> Tensor:
+        return self.vision(pixel_values.to(self._where))
 
-    @torch.inference_mode()
-    def logits(self, embeds: Tensor) -> Tensor:
+    @torch.no_grad()
+    def generate_from(self, inputs_embeds: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        mask = attention_mask.to(inputs_embeds.device)
+        return self.language.generate(inputs_embeds=inputs_embeds, attention_mask=mask, **options)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def logits(self, inputs_embeds: Tensor) -> Tensor:
         """Embeddings (B, T, D), no padding -> logits (B, T, V)."""
-        return self.language(inputs_embeds=embeds, use_cache=False).logits
-
-    @torch.inference_mode()
-    def generate(self, embeds: Tensor, attention_mask: Tensor | None = None, **options: object) -> Tensor:
-        """Embeddings (B, T, D), left-padded where `attention_mask` (B, T) is 0 -> new token ids; options are transformers'."""
-        mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-        return self.language.generate(inputs_embeds=embeds, attention_mask=mask.to(self.device), **options)  # type: ignore[operator]
+        return self.language(inputs_embeds=inputs_embeds, use_cache=False).logits

@@ -1,0 +1,82 @@
+"""python -m pytest tests/test_docs.py
+
+What the documents say is so: commands parse, help is the real help, files and links exist.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert.__main__ import parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(starting: str) -> list[str]:
+    lines = [
+        line.split("#")[0].strip()
+        for document in DOCUMENTS
+        for block in code_blocks(document.read_text())
+        for line in block.splitlines()
+    ]
+    return sorted({line for line in lines if line.startswith(starting)})
+
+
+@pytest.mark.parametrize("command", commands("python -m convert"))
+def test_convert_commands_parse(command):
+    arguments = shlex.split(command)[3:]
+    if "--help" not in arguments:
+        parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("command", commands("make "))
+def test_make_targets_exist(command):
+    target = command.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_help_in_the_readme_is_the_real_help():
+    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "convert", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert any(block.strip() == done.stdout.strip() for block in code_blocks(README)), done.stdout
+
+
+def test_help_answers_at_once():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "convert", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert not re.search(r"\| +(torch|openvino|transformers)$", done.stderr, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_file_map_is_the_tree():
+    """Every Python file of convert and runtime stands in the README's map, and nothing else does."""
+    block = next(block for block in code_blocks(README) if block.startswith("convert/"))
+    listed, folders = set(), []
+    for line in block.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            listed.add("".join(folders) + name)
+    tree = {str(p.relative_to(ROOT)) for package in ("convert", "runtime") for p in (ROOT / package).rglob("*.py")}
+    tree = {path for path in tree if not path.endswith("reference/__init__.py")}
+    assert listed == tree
