@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup check test bench clean
+.PHONY: setup check test quickstart bench clean
 
 setup: $(VENV)/.installed  ## make the virtual environment and install the project in it
 
@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[convert,demo,test]'
+	$(BIN)/python -m pip install --quiet -e '.[convert,test]'
 	touch $@
 
 check: setup  ## format, lint, types
@@ -21,6 +21,11 @@ check: setup  ## format, lint, types
 
 test: setup check  ## everything that CI runs
 	$(BIN)/python -m pytest
+
+quickstart: setup  ## the main job offline, in seconds, on a tiny checkpoint with random weights
+	$(BIN)/python -m tests.checkpoints tiny-qwen2 build/tiny-qwen2
+	$(BIN)/python -m convert build/tiny-qwen2 build/tiny-qwen2-int4 --group-size 64 --force
+	$(BIN)/python -m runtime info build/tiny-qwen2-int4
 
 bench: setup  ## conversion time and memory at full size (minutes, 4 GB of disk)
 	$(BIN)/python -m tests.bench

@@ -6,6 +6,7 @@ The only file that imports nncf. Takes and gives ov.Model; knows nothing of chec
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from convert import ConvertOptions
+from convert.memory import page_out
 from runtime.errors import OptionError
 
 WEIGHT_TYPES = {"u4": "int4", "i4": "int4", "u8": "int8", "i8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
@@ -28,8 +30,12 @@ WEIGHTS_AT_ONCE = 1 << 24  # of a vocabulary matrix; NNCF takes some ten bytes f
 def _nncf() -> Any:
     """NNCF with its telemetry off, which it would send without asking unless this variable is set at its first import."""
     os.environ.setdefault("NNCF_CI", "1")
-    import nncf
-
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # its PyTorch side misses CUDA aloud
+    try:
+        import nncf
+    finally:
+        logging.disable(before)
     nncf.set_log_level("ERROR")
     return nncf
 
@@ -101,6 +107,7 @@ def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:
         else:
             target.replace_source_output(opset.convert(result, matrix.get_output_element_type(0)).output(0))
     model.validate_nodes_and_infer_types()
+    page_out(np.asarray(matrix.data))  # 270 MB of a 1B checkpoint that the other layers' turn does not need
     return True
 
 

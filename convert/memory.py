@@ -6,10 +6,14 @@ The only file that knows of operating systems.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+
+import numpy as np
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 LARGE_BLOCK = 1 << 20
+MADV_PAGEOUT = 21  # Linux 5.4, asm-generic/mman-common.h
 
 
 def return_freed_memory() -> None:
@@ -22,6 +26,19 @@ def return_freed_memory() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def page_out(array: np.ndarray) -> None:
+    """Let the system drop the pages of an array that will hardly be read again; mapped from a file, they come back if it is.
+
+    Only whole pages inside the array, and only where the system knows the request: without it, memory is merely kept longer.
+    """
+    if sys.platform != "linux":
+        return
+    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (array.ctypes.data + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
 
 
 def peak_bytes() -> int:

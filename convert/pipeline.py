@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,17 +90,21 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     check_space(final, _expected_bytes(checkpoint, formats))
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
-        # 2) one part in memory at a time
-        for part in PARTS:
-            with _step(f"{part} ({formats[part]})"):
-                # the language part comes last: what it is calibrated on goes through the other two
-                samples = calibration_samples(pictures, work, checkpoint.config, tokenizer) if part == "language" else ()
-                summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples)
-            summary.part_bytes[part] = bytes_of(work, part)
-        # 3) tokenizer and configuration
-        with _step("tokenizer"):
-            save_tokenizer(tokenizer, work)
-            _write_configuration(checkpoint, tokenizer, work)
+        # 2) the tokenizer, beside the parts: it is Python's work, theirs is mostly not
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            saved_tokenizer = pool.submit(save_tokenizer, tokenizer, work)
+            # 3) one part in memory at a time
+            for part in PARTS:
+                with _step(f"{part} ({formats[part]})"):
+                    samples: Iterable[Any] = ()
+                    if part == "language" and pictures:  # it comes last: what it is calibrated on goes through the other two
+                        saved_tokenizer.result()
+                        samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
+                    summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples)
+                summary.part_bytes[part] = bytes_of(work, part)
+            with _step("tokenizer"):
+                saved_tokenizer.result()
+                _write_configuration(checkpoint, tokenizer, work)
         summary.seconds = time.monotonic() - started
         # 4) the proof
         if options.verify:

@@ -87,7 +87,7 @@ def info(folder: Path) -> None:
     rows = {
         "folder": folder,
         "language model": f"{config.language_architecture}, {config.language.get('num_hidden_layers')} layers",
-        "vision": f"{config.vision.num_hidden_layers} layers of {config.vision.hidden_size}",
+        "vision model": f"InternViT, {config.vision.num_hidden_layers} layers of {config.vision.hidden_size}",
         "template": config.template,
         "tiles": f"{tiles} of {config.tile_size} pixels, {config.tokens_per_tile} tokens each",
         **{part: f"{bytes_of(folder, part) / 1e6:.1f} MB  {PART_FILES[part]}" for part in PARTS},
