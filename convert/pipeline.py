@@ -5,19 +5,18 @@ Says what it does, one line a step; the work is in the files it names.
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +41,7 @@ from runtime.folder import (
     check_space,
     check_target,
     new_folder,
+    save_model,
 )
 from runtime.image import IMAGENET_MEAN, IMAGENET_STD
 
@@ -95,7 +95,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             saved_tokenizer = pool.submit(save_tokenizer, tokenizer, work)
             # 3) one part in memory at a time
             for part in PARTS:
-                with _step(f"{part} ({formats[part]})"):
+                with _step(f"{part} ({formats[part]})", partial(bytes_of, work, part)):
                     samples: Iterable[Any] = ()
                     if part == "language" and pictures:  # it comes last: what it is calibrated on goes through the other two
                         saved_tokenizer.result()
@@ -138,21 +138,12 @@ def _convert_part(
     model = compress(model, weight_format, options, samples)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
-    _save(model, work / PART_FILES[part])
+    save_model(model, work / PART_FILES[part])
     widths = bit_widths(model)
     del model
     forget_traces()
     gc.collect()
     return widths
-
-
-def _save(model: ov.Model, path: Path) -> None:
-    try:
-        ov.save_model(model, path, compress_to_fp16=False)
-    except RuntimeError as error:
-        if "iostream" not in str(error):  # all that OpenVINO says of a write that fails
-            raise
-        raise OSError(errno.ENOSPC, "the write failed", str(path)) from None
 
 
 def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
@@ -202,9 +193,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _step(name: str) -> Iterator[None]:
-    """Say what is being done, then its time and the peak memory so far."""
+def _step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
+    """Say what is being done, then its time, the bytes it wrote and the peak memory so far."""
     started = time.monotonic()
     print(f"{name} ...", flush=True)
     yield
-    print(f"{name}: {time.monotonic() - started:.1f} s, peak memory {memory.peak_bytes() / 1e9:.2f} GB", flush=True)
+    took = f"{time.monotonic() - started:.1f} s" + (f", {size() / 1e6:.1f} MB" if size else "")
+    print(f"{name}: {took}, peak memory {memory.peak_bytes() / 1e9:.2f} GB", flush=True)

@@ -19,7 +19,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedToke
 from convert.reference.language import language_kind
 from runtime.config import InternVLConfig, read_config
 from runtime.errors import TokenizerError
-from runtime.folder import DETOKENIZER_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
+from runtime.folder import DETOKENIZER_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, save_model
 from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START, Template, get_template
 
 MAX_NEW_TOKENS = 1024  # the model cards' setting; without one, GenAI and OVMS generate until the context is full
@@ -175,8 +175,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
     tokenizer.save_pretrained(folder)
     encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
-    ov.save_model(encoder, folder / TOKENIZER_FILE, compress_to_fp16=False)
-    ov.save_model(decoder, folder / DETOKENIZER_FILE, compress_to_fp16=False)
+    save_model(encoder, folder / TOKENIZER_FILE)
+    save_model(decoder, folder / DETOKENIZER_FILE)
     probe = probe_prompt(tokenizer)
     expected = tokenizer.encode(probe)
     found = ov.compile_model(encoder, "CPU")([probe])["input_ids"][0].tolist()

@@ -13,7 +13,9 @@ import openvino as ov
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import compute_in_float32, load_language, load_text_embeddings, load_vision
@@ -25,8 +27,9 @@ GREEDY_TOKENS = 8
 SEED = 0
 
 # What a weight format may cost on the probe: the least cosine to the reference, and the largest difference as a share of the
-# reference's largest value. Measured on random weights, which keep less of a signal than trained ones.
-LEAST_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, "int4": 0.85}
+# reference's largest value. Set from random weights of the published shapes, which keep less of a signal than trained ones:
+# the language parts of 1B and 8B reached 0.87 and 0.89 in int4. A part that is wrong falls to 0.
+LEAST_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, "int4": 0.7}
 LARGEST_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5, "int4": 2.0}
 
 # Compute in float32 throughout, so that what is measured is the weights and not the device's shortcuts.
@@ -130,6 +133,11 @@ def verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerB
     Every part gets the reference's input, so that a difference is its own. The language part sees two rows of the tile and the
     probe prompt, which is enough to tell and keeps the logits small.
     """
+    with tqdm(total=2 + GREEDY_TOKENS, desc="Comparing with PyTorch", disable=None, leave=False) as bar:
+        return _verify(checkpoint, folder, tokenizer, formats, bar)
+
+
+def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str], bar: tqdm) -> Report:
     side = checkpoint.config.tile_size
     tile = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     ids = torch.tensor([tokenizer.encode(probe_prompt(tokenizer))])  # (1, T)
@@ -142,6 +150,7 @@ def verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerB
     features = vision(tile)  # (1, P, D)
     del vision
     rows.append(_compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
+    bar.update()
 
     embeds = text.clone()
     here = torch.eq(ids[0], context_id(tokenizer))
@@ -149,9 +158,11 @@ def verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerB
     model = load_language(checkpoint, None)
     compute_in_float32(model)
     expected = model(inputs_embeds=embeds, use_cache=False).logits  # (1, T, V)
+    bar.update()
     greedy = model.generate(  # type: ignore[operator]
         inputs_embeds=embeds,
         attention_mask=torch.ones_like(ids),
+        streamer=_Ticks(bar),
         **{"max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS, "do_sample": False, "pad_token_id": 0},
     )
     steps = model.get_input_embeddings()(greedy).float()  # (1, G, D)
@@ -159,6 +170,19 @@ def verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerB
     language = LanguagePart(folder)
     rows.append(_compare("language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64))))
     return Report(rows, _agreement(language, embeds, steps, greedy), greedy.shape[1])
+
+
+class _Ticks(BaseStreamer):
+    """Moves a bar by one a token."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def put(self, value: Tensor) -> None:
+        self.bar.update(int(value.numel() > 0))  # the first one is the empty prompt
+
+    def end(self) -> None:
+        pass
 
 
 def _agreement(language: LanguagePart, embeds: Tensor, steps: Tensor, greedy: Tensor) -> int:

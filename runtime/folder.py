@@ -13,8 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.errors import ModelFolderError
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 PART_FILES = {
     "text_embeddings": "openvino_text_embeddings_model.xml",
@@ -99,6 +103,18 @@ def check_space(folder: Path, needed: int) -> None:
             f"the disk of {folder} has {free / 1e9:.2f} GB free, the model folder needs about {needed / 1e9:.2f} GB: "
             "free some space or choose another output folder"
         )
+
+
+def save_model(model: ov.Model, path: Path) -> None:
+    """Write an OpenVINO model as it is; raises OSError when the write fails, as Python's own writes do."""
+    import openvino as ov
+
+    try:
+        ov.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        if "iostream" not in str(error):  # all that OpenVINO says of a write that fails
+            raise
+        raise OSError(errno.ENOSPC, "the write failed", str(path)) from None
 
 
 def _move(work: Path, final: Path) -> None:
