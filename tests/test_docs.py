@@ -67,7 +67,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_file_map_is_the_tree():
-    """Every Python file of convert and runtime stands in the README's map, and nothing else does."""
+    """Every Python file of the packages stands in the README's map, and nothing else does."""
     block = next(block for block in code_blocks(README) if block.startswith("convert/"))
     listed, folders = set(), []
     for line in block.splitlines():
@@ -77,6 +77,6 @@ def test_file_map_is_the_tree():
             folders.append(name)
         else:
             listed.add("".join(folders) + name)
-    tree = {str(p.relative_to(ROOT)) for package in ("convert", "runtime") for p in (ROOT / package).rglob("*.py")}
+    tree = {str(p.relative_to(ROOT)) for package in ("convert", "runtime", "demo") for p in (ROOT / package).rglob("*.py")}
     tree = {path for path in tree if not path.endswith("reference/__init__.py")}
     assert listed == tree

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"convert", "runtime", "demo"}
-MAY_IMPORT = {"runtime": {"runtime"}, "convert": {"convert", "runtime"}}
+MAY_IMPORT = {"runtime": {"runtime"}, "convert": {"convert", "runtime"}, "demo": {"demo", "runtime", "convert"}}
 NEVER = {
     "runtime": {"nncf", "optimum", "gradio", "timm", "torchvision", "einops"},
     "convert": {"gradio", "timm", "torchvision"},
+    "demo": {"nncf", "optimum", "openvino"},
 }
 ONE_HOME = {"nncf": "convert/compress.py", "optimum": "convert/trace.py", "openvino_tokenizers": "convert/tokenizer.py"}
 FILES = [file for package in MAY_IMPORT for file in sorted((ROOT / package).rglob("*.py"))]
@@ -50,7 +51,7 @@ def test_every_file_opens_with_its_job(file):
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_importing_a_package_loads_nothing_heavy(package):
-    heavy = "{'torch', 'openvino', 'transformers', 'nncf', 'optimum'}"
+    heavy = "{'torch', 'openvino', 'transformers', 'nncf', 'optimum', 'gradio'}"
     code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
