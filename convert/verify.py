@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from convert.checkpoint import Checkpoint
@@ -159,12 +159,10 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     compute_in_float32(model)
     expected = model(inputs_embeds=embeds, use_cache=False).logits  # (1, T, V)
     bar.update()
-    greedy = model.generate(  # type: ignore[operator]
-        inputs_embeds=embeds,
-        attention_mask=torch.ones_like(ids),
-        streamer=_Ticks(bar),
-        **{"max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS, "do_sample": False, "pad_token_id": 0},
-    )
+    # no end token: what follows one is compared like the rest
+    model.generation_config = GenerationConfig(max_new_tokens=GREEDY_TOKENS, do_sample=False, pad_token_id=0)
+    options = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "streamer": _Ticks(bar)}
+    greedy = model.generate(**options)  # type: ignore[operator]
     steps = model.get_input_embeddings()(greedy).float()  # (1, G, D)
     del model
     language = LanguagePart(folder)

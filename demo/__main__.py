@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it at its import
     try:
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
         from demo.chatbot import make_demo
         from runtime.model import OVInternVLChatModel
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    tokenizer = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
     make_demo(model, tokenizer).launch(server_name=options.host, server_port=options.port, share=False)
     return 0
 

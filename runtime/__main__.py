@@ -35,7 +35,7 @@ def chat(folder: Path, question: str, image: list[Path], max_tiles: int | None, 
 
     import numpy as np
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import PreTrainedTokenizerFast, TextStreamer
 
     from runtime.image import Tiling, cut_tiles, open_picture
     from runtime.model import OVInternVLChatModel
@@ -46,7 +46,7 @@ def chat(folder: Path, question: str, image: list[Path], max_tiles: int | None, 
     if max_new_tokens < 1:
         raise PromptError(f"max new tokens {max_new_tokens} is not positive")
     model = OVInternVLChatModel(folder, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tiling = Tiling.of(model.config)
     if max_tiles is not None:
         if max_tiles < 1:
