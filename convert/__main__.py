@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from convert import BACKUP_PRECISIONS, FORMATS, ConvertOptions, convert
@@ -81,21 +82,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
-    signal.signal(signal.SIGTERM, _interrupt)  # a stopped conversion cleans up like an interrupted one
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stopped conversion cleans up like an interrupted one
+        signal.signal(number, interrupt)
     try:
         summary = convert(options.pop("source"), options.pop("output"), ConvertOptions(**options))
-    except InternVLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except BaseException as error:
+        if interrupted.is_set():  # asked first: below OpenVINO's C++ an interrupt comes back as some other error
+            print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if isinstance(error, InternVLError):
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        raise
     print(*summary.lines(), sep="\n")
     return 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
