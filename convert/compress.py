@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,39 @@ def _nncf() -> Any:
     return nncf
 
 
+@contextmanager
+def _compiled_once() -> Iterator[None]:
+    """Let NNCF reuse the small model it quantises matrices with.
+
+    It compiles one anew for each of some 300 matrices, since the result it takes lives in the infer request and would be
+    overwritten. Here the result is copied out, a quarter of the time is saved, and the bytes are the same (tests compare).
+    """
+    _nncf()
+    from nncf.openvino.optimized_functions import models
+    from nncf.quantization.algorithms.weight_compression import openvino_backend
+    from nncf.tensor import Tensor
+
+    infer, uncached = models._infer_ov_model, openvino_backend.disable_results_caching
+
+    def infer_and_copy(*arguments: Any) -> list[Any]:
+        return [Tensor(_copy(result.data)) for result in infer(*arguments)]
+
+    models._infer_ov_model = infer_and_copy
+    openvino_backend.disable_results_caching = nullcontext
+    try:
+        yield
+    finally:
+        models._infer_ov_model, openvino_backend.disable_results_caching = infer, uncached
+
+
+def _copy(result: ov.Tensor | np.ndarray) -> ov.Tensor | np.ndarray:
+    if isinstance(result, np.ndarray):
+        return result.copy()
+    copied = ov.Tensor(result.element_type, result.shape)
+    result.copy_to(copied)
+    return copied
+
+
 def compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] = ()) -> ov.Model:
     """Compress the weights of `model`, which must not be used any more; fp32 and fp16 are left as they were traced.
 
@@ -46,6 +79,11 @@ def compress(model: ov.Model, weight_format: str, options: ConvertOptions, sampl
     """
     if weight_format in ("fp32", "fp16"):
         return model
+    with _compiled_once():
+        return _compress(model, weight_format, options, samples)
+
+
+def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any]) -> ov.Model:
     nncf = _nncf()
     kind = "SYM" if options.sym else "ASYM"
     if weight_format == "int8":
