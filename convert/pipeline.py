@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from convert import ConvertOptions, memory
+from convert import ConvertOptions
 from convert.calibration import calibration_samples, find_pictures
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, compress
@@ -30,7 +30,7 @@ from convert.reference.model import expected_shapes, is_tied, load_language, loa
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
 from convert.verify import Report, verify
-from runtime import __version__
+from runtime import __version__, memory
 from runtime.folder import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,

@@ -142,7 +142,7 @@ def chat_template(template: Template, *, bos: str | None) -> str:
     """
 
     def block(start: str, message: str) -> str:
-        return f"{{{{ {_quote(start)} + {message} + {_quote(template.separator)} }}}}"
+        return f"{{{{ {_quote(start)} + {message} + {_quote(template.sep)} }}}}"
 
     return "".join(
         [

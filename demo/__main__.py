@@ -24,8 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it at its import
     try:
-        from transformers import PreTrainedTokenizerFast
-
         from demo.chatbot import make_demo
         from runtime.model import OVInternVLChatModel
 
@@ -36,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.folder)
-    make_demo(model, tokenizer).launch(server_name=options.host, server_port=options.port, share=False)
+    make_demo(model).launch(server_name=options.host, server_port=options.port, share=False)
     return 0
 
 

@@ -1,80 +1,212 @@
-"""python -m runtime {chat,info} FOLDER: one question answered as it is written, or what a model folder holds."""
+"""python -m runtime {chat,benchmark,info} FOLDER: ask a model folder, measure it, or look what it holds."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
-import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from runtime.errors import InternVLError, PromptError
+from runtime.device import PRECISIONS
+from runtime.errors import InternVLError, OptionError
 from runtime.folder import CONFIG_FILE, PART_FILES, PARTS, bytes_of, check_folder
 
+if TYPE_CHECKING:
+    from runtime.chat import Conversation
+
 DEFAULT_NEW_TOKENS = 256
+COMMANDS = """/image FILE    a picture for the next question; may be said several times
+/video FILE    a video for the next question
+/reset         forget the conversation
+/quit          leave (as Ctrl-D does); Ctrl-C stops an answer"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m runtime", description="Ask a model folder that python -m convert wrote.")
     commands = p.add_subparsers(dest="command", required=True)
-    chat = commands.add_parser("chat", help="answer one question, about pictures or not")
-    chat.add_argument("folder", metavar="FOLDER", type=Path, help="model folder")
-    chat.add_argument("question", metavar="QUESTION", help="what to ask; <image> marks where a picture stands")
-    chat.add_argument("--image", metavar="FILE", type=Path, action="append", default=[], help="picture; may be given several times")
+
+    placed = argparse.ArgumentParser(add_help=False)
+    placed.add_argument("folder", metavar="FOLDER", type=Path, help="model folder")
+    where = placed.add_argument_group("where it runs")
+    where.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
+    where.add_argument("--vision-device", metavar="DEVICE", help="another device for the vision part (default: --device)")
+    where.add_argument(
+        "--precision", choices=PRECISIONS, default="default", help="accuracy: slower, closest to PyTorch (default: %(default)s)"
+    )
+    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled models there (default: on a GPU, in FOLDER)")
+
+    chat = commands.add_parser("chat", parents=[placed], help="answer one question, or chat when there is none")
+    chat.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask; <image> marks where a picture stands")
+    chat.add_argument("--image", metavar="FILE", action="append", default=[], help="picture or its URL; may be given several times")
+    chat.add_argument("--video", metavar="FILE", help="video, of which 8 frames are shown to the model")
     chat.add_argument("--max-tiles", type=int, metavar="N", help="tiles a picture at most (default: the model's, often 12)")
-    chat.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="(default: %(default)s)")
-    chat.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
+    chat.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
+    chat.add_argument("--json", action="store_true", help="print the answer and its statistics as one JSON object")
+    writing = chat.add_argument_group("how it writes")
+    writing.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="(default: %(default)s)")
+    writing.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
+    writing.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
+    writing.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: 50)")
+    writing.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids what was said (default: 1)")
+    writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
+
+    bench = commands.add_parser("benchmark", parents=[placed], help="measure first token, speed and memory")
+    bench.add_argument("--image", metavar="FILE", type=Path, help="picture to ask about (default: a random one of 1000 x 750)")
+    bench.add_argument("--max-tiles", type=int, metavar="N", help="tiles at most (default: the model's, often 12)")
+    bench.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of each answer (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
+    bench.add_argument("--warm-up", type=int, default=1, metavar="N", help="runs before them (default: %(default)s)")
+
     info = commands.add_parser("info", help="what a model folder holds")
     info.add_argument("folder", metavar="FOLDER", type=Path, help="model folder")
     return p
 
 
-def chat(folder: Path, question: str, image: list[Path], max_tiles: int | None, max_new_tokens: int, device: str) -> None:
-    """Stream the answer to standard output, then a line of statistics to standard error."""
-    from dataclasses import replace
+def show_progress(stage: str, done: int, total: int) -> None:
+    """One line on a terminal that says what is being read; nothing where there is none."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[Kreading {stage}: {done} of {total} ", end="", file=sys.stderr, flush=True)
 
-    import numpy as np
-    import torch
-    from transformers import PreTrainedTokenizerFast, TextStreamer
 
-    from runtime.image import Tiling, cut_tiles, open_picture
+def clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def writing_options(
+    temperature: float, top_p: float | None, top_k: int | None, repetition_penalty: float | None, **_: Any
+) -> dict[str, Any]:
+    """The command line's sampling options as transformers' generate options. Raises OptionError."""
+    if temperature < 0:
+        raise OptionError(f"temperature {temperature:g} is negative: 0 takes the likeliest token, 1 draws as the model was trained")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise OptionError(f"top p {top_p:g} is not between 0 and 1")
+    if top_k is not None and top_k < 1:
+        raise OptionError(f"top k {top_k} is not positive")
+    if repetition_penalty is not None and repetition_penalty <= 0:
+        raise OptionError(f"repetition penalty {repetition_penalty:g} is not positive")
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options |= {name: value for name, value in given.items() if value is not None}
+    elif top_p is not None or top_k is not None:
+        raise OptionError("--top-p and --top-k choose among draws: give a --temperature above 0 too")
+    if repetition_penalty is not None:
+        options["repetition_penalty"] = repetition_penalty
+    return options
+
+
+def say(conversation: Conversation, question: str, **options: Any) -> None:
+    """Write the answer to standard output as it comes, then its statistics to standard error."""
+    begun = False
+    try:
+        for piece in conversation.stream(question, progress=show_progress, **options):
+            if not begun:
+                clear_progress()
+            begun = True
+            print(piece, end="", flush=True)
+    finally:
+        if not begun:
+            clear_progress()
+    print(flush=True)
+    print(conversation.statistics, file=sys.stderr)
+
+
+def chat(question: str | None, image: list[str], video: str | None, max_tiles: int | None, **options: Any) -> None:
+    """One question and its answer, or a conversation when there is no question."""
+    writing = {**writing_options(**options), "max_new_tokens": options["max_new_tokens"]}
+    if question is not None and not question.strip():
+        raise OptionError("the question is empty: write one, or leave it out to chat")
+    if question is None and options["json"]:
+        raise OptionError("--json answers one question: give it")
+    conversation = open_model(**options).start_conversation(options["system"])
+    if options["seed"] is not None:
+        import torch
+
+        torch.manual_seed(options["seed"])
+    asked = {"images": image, "video": video, "max_tiles": max_tiles, **writing}
+    if question is None:
+        talk(conversation, asked)
+    elif options["json"]:
+        answer = conversation.ask(question, **asked)
+        assert conversation.statistics is not None
+        print(json.dumps({"answer": answer, **conversation.statistics.as_dict()}, ensure_ascii=False))
+    else:
+        say(conversation, question, **asked)
+
+
+def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input) -> None:
+    """Questions and commands from the terminal until it is enough. A mistake is told and the conversation goes on."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history, where the system has it
+    print(f"Ask, or:\n{COMMANDS}", file=sys.stderr)
+    images, video = list(asked["images"]), asked["video"]
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
+            continue
+        command, _, rest = line.partition(" ")
+        rest = rest.strip().strip("'\"")  # a file dropped on a terminal comes in quotes
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation.reset()
+                images, video = [], None
+                print("the conversation is empty", file=sys.stderr)
+            elif command in ("/image", "/video"):
+                if not rest:
+                    raise OptionError(f"{command} needs a file: {command} FILE")
+                if not rest.startswith(("http://", "https://", "data:")) and not Path(rest).is_file():
+                    raise OptionError(f"{rest} is not there")
+                images, video = ([*images, rest], video) if command == "/image" else (images, rest)
+                waiting = len(images) + (video is not None)
+                print(f"{waiting} for the next question", file=sys.stderr)
+            elif command.startswith("/") and "/" not in command[1:]:
+                print(f"{command} is not a command:\n{COMMANDS}", file=sys.stderr)
+            elif line:
+                turns = len(conversation.turns)
+                try:
+                    say(conversation, line, **{**asked, "images": images, "video": video})
+                except KeyboardInterrupt:
+                    print("\n(stopped)", file=sys.stderr)
+                if len(conversation.turns) > turns:
+                    images, video = [], None
+        except InternVLError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def open_model(folder: Path, device: str, vision_device: str | None, precision: str, cache_dir: Path | None, **_: Any) -> Any:
+    """The model of the command line's options."""
     from runtime.model import OVInternVLChatModel
-    from runtime.prompt import IMAGE_MARK
 
-    if not question.strip():
-        raise PromptError("the question is empty: write one")
-    if max_new_tokens < 1:
-        raise PromptError(f"max new tokens {max_new_tokens} is not positive")
-    model = OVInternVLChatModel(folder, device)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tiling = Tiling.of(model.config)
-    if max_tiles is not None:
-        if max_tiles < 1:
-            raise PromptError(f"max tiles {max_tiles} is not positive")
-        tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
-    started = time.monotonic()
-    cut = [cut_tiles(open_picture(path), tiling) for path in image]
-    pixels = torch.from_numpy(np.concatenate(cut)) if cut else None
-    if cut and IMAGE_MARK not in question:
-        question = f"{IMAGE_MARK}\n" * len(cut) + question
+    return OVInternVLChatModel(folder, device, vision_device=vision_device, precision=precision, cache_dir=cache_dir)
 
-    class Timed(TextStreamer):
-        first: float | None = None
-        tokens = -1  # the first put is the prompt's
 
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += 1
-            if self.tokens == 1:
-                self.first = time.monotonic()
-            super().put(value)
+def benchmark(**options: Any) -> None:
+    """Print each run, the medians, and a last line of JSON."""
+    import platform
 
-    streamer = Timed(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-    model.chat(tokenizer, pixels, question, options, num_patches_list=[len(tiles) for tiles in cut])
-    first = (streamer.first or time.monotonic()) - started
-    later = time.monotonic() - started - first
-    speed = f"{(streamer.tokens - 1) / later:.1f} tokens/s after it" if streamer.tokens > 1 else "no further ones"
-    print(f"{sum(map(len, cut))} tiles, first token after {first:.2f} s, {speed}", file=sys.stderr)
+    import openvino as ov
+
+    from runtime.benchmark import benchmark as measure
+
+    if options["warm_up"] < 0 or options["repeats"] < 1:
+        raise OptionError(f"{options['repeats']} repeats after {options['warm_up']} runs of warm-up: at least one is measured")
+    print(f"openvino {ov.__version__}, {ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, Python {platform.python_version()}")
+    found = measure(**options, report=lambda line: print(line, flush=True))
+    for name, value in found.items():
+        print(f"{name:<22} {value:.3f}" if isinstance(value, float) else f"{name:<22} {value}")
+    print(json.dumps(found | {"device": options["device"], "precision": options["precision"]}))
 
 
 def info(folder: Path) -> None:
@@ -89,6 +221,7 @@ def info(folder: Path) -> None:
         "language model": f"{config.language_architecture}, {config.language.get('num_hidden_layers')} layers",
         "vision model": f"InternViT, {config.vision.num_hidden_layers} layers of {config.vision.hidden_size}",
         "template": config.template,
+        "context": f"{config.language.get('max_position_embeddings')} tokens",
         "tiles": f"{tiles} of {config.tile_size} pixels, {config.tokens_per_tile} tokens each",
         **{part: f"{bytes_of(folder, part) / 1e6:.1f} MB  {PART_FILES[part]}" for part in PARTS},
     }
@@ -98,9 +231,10 @@ def info(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags of pictures that are read all the same
     try:
-        command = options.pop("command")
-        chat(**options) if command == "chat" else info(**options)
+        commands: dict[str, Callable[..., None]] = {"chat": chat, "benchmark": benchmark, "info": info}
+        commands[options.pop("command")](**options)
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

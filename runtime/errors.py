@@ -34,12 +34,20 @@ class PictureError(InternVLError):
     """A picture cannot be found or read."""
 
 
+class VideoError(InternVLError):
+    """A video cannot be found or read."""
+
+
 class PromptError(InternVLError):
     """A question and its pictures do not fit together, or do not fit the model."""
 
 
 class DeviceError(InternVLError):
     """A device is not there."""
+
+
+class NumericsError(InternVLError):
+    """A part gave values that are not numbers."""
 
 
 class DriftError(InternVLError):

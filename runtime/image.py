@@ -1,19 +1,25 @@
 """Turn a picture into tiles (N, 3, S, S), as the InternVL training code does.
 
-Pure Pillow and NumPy: knows nothing about prompts, tokens or devices.
+Pillow and NumPy: knows nothing about prompts, tokens or devices, nor where a picture comes from.
 Grid rule: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/train/dataset.py (dynamic_preprocess, find_closest_aspect_ratio)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import sha1
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from runtime.config import InternVLConfig
-from runtime.errors import PictureError
+from runtime.errors import OptionError
+from runtime.picture import Source, open_picture
+
+if TYPE_CHECKING:
+    import torch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,6 +39,14 @@ class Tiling:
         if not config.dynamic_image_size:
             return cls(config.tile_size, 1, 1, thumbnail=False)
         return cls(config.tile_size, config.min_tiles, config.max_tiles, config.use_thumbnail)
+
+    def at_most(self, tiles: int | None) -> Tiling:
+        """The same with another limit, the thumbnail not counted; None changes nothing. Raises OptionError below 1."""
+        if tiles is None:
+            return self
+        if tiles < 1:
+            raise OptionError(f"max tiles {tiles} is not positive")
+        return replace(self, max_tiles=tiles, min_tiles=min(self.min_tiles, tiles))
 
 
 def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
@@ -55,8 +69,8 @@ def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
     return best
 
 
-def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
-    """Cut an RGB picture into normalised tiles (N, 3, S, S) float32, row by row, the thumbnail last."""
+def cut_pixels(picture: Image.Image, tiling: Tiling) -> np.ndarray:
+    """Cut an RGB picture into tiles (N, S, S, 3) uint8, row by row, the thumbnail last."""
     side = tiling.side
     columns, rows = choose_grid(*picture.size, tiling)
     resized = picture.resize((side * columns, side * rows), Image.Resampling.BICUBIC)
@@ -67,20 +81,52 @@ def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
     ]
     if tiling.thumbnail and len(tiles) > 1:
         tiles.append(picture.resize((side, side), Image.Resampling.BICUBIC))
-    pixels = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float32) / 255  # (N, S, S, 3)
-    normalised = (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+    return np.stack([np.asarray(tile) for tile in tiles])
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """Tiles (N, S, S, 3) uint8 -> (N, 3, S, S) float32 as the vision part takes them."""
+    normalised = (pixels.astype(np.float32) / 255 - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Open a picture file as RGB, turned as its EXIF orientation says.
+def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
+    """Cut an RGB picture into normalised tiles (N, 3, S, S) float32, row by row, the thumbnail last."""
+    return normalise(cut_pixels(picture, tiling))
 
-    Upstream ignores the orientation, so that photographs lie on their side: an intended difference. Raises PictureError.
+
+@dataclass(frozen=True)
+class PictureTiles:
+    """The tiles of one picture, and a key of their content."""
+
+    key: bytes
+    pixels: np.ndarray = field(repr=False, compare=False)  # (N, S, S, 3) uint8, or (N, 3, S, S) float32 when normalised already
+
+    @property
+    def count(self) -> int:
+        """Number of tiles N."""
+        return len(self.pixels)
+
+    @classmethod
+    def of_picture(cls, picture: Image.Image, tiling: Tiling) -> PictureTiles:
+        """The tiles of an RGB picture."""
+        return cls.of_tiles(cut_pixels(picture, tiling))
+
+    @classmethod
+    def of_tiles(cls, tiles: np.ndarray) -> PictureTiles:
+        """Tiles that were cut already."""
+        return cls(sha1(np.ascontiguousarray(tiles).data, usedforsecurity=False).digest(), tiles)
+
+    def normalised(self) -> Iterator[np.ndarray]:
+        """The tiles (3, S, S) float32 one by one."""
+        return (normalise(tile[None])[0] if tile.dtype == np.uint8 else tile for tile in self.pixels)
+
+
+def load_image(picture: Source, input_size: int = 448, max_num: int = 12) -> torch.Tensor:
+    """Upstream's: a picture -> tiles (N, 3, input_size, input_size) float32, at most `max_num` and a thumbnail.
+
+    Takes what `runtime.picture.open_picture` takes; raises PictureError.
     """
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError:
-        raise PictureError(f"{path} is not there") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path} cannot be read as a picture ({error})") from None
+    import torch
+
+    return torch.from_numpy(cut_tiles(open_picture(picture), Tiling(input_size, max_tiles=max_num)))

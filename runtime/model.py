@@ -1,7 +1,13 @@
-"""OVInternVLChatModel: a model folder on a device, with upstream's calls."""
+"""OVInternVLChatModel: a model folder on devices, with upstream's calls and conversations.
+
+Puts the parts together; what they do is in embeddings.py and language.py, what is asked of them in chat.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +15,116 @@ import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from runtime.chat import ChatModel
 from runtime.config import InternVLConfig, read_config
-from runtime.errors import DeviceError
-from runtime.folder import CONFIG_FILE, PART_FILES, check_folder
-from runtime.language import OVLanguageModel
+from runtime.device import place_parts
+from runtime.embeddings import FEATURE_CACHE_BYTES, FeatureCache, StatelessPart
+from runtime.errors import ModelFolderError
+from runtime.folder import CONFIG_FILE, check_folder
+from runtime.language import KVCache, OVLanguageModel
 from runtime.prompt import get_template
+from runtime.stream import Progress
 
-TILES_AT_ONCE = 4  # bounds the vision part's memory; attention takes 70 MB a tile
+PATCHES_AT_ONCE = 1024  # one tile of 448 pixels; more take memory and no less time
+OF_UPSTREAM = {"torch_dtype", "dtype", "low_cpu_mem_usage", "use_flash_attn", "trust_remote_code", "attn_implementation"}
 
 
 class OVInternVLChatModel(ChatModel):
-    """The three parts of a model folder, compiled for a device.
+    """The three parts of a model folder, compiled for their devices.
 
+    `device` is OpenVINO's name, `vision_device` another one for the vision part. `precision` accuracy trades speed for the
+    of the PyTorch path. `cache_dir` keeps compiled models (on a GPU by default in the folder). `ov_config` holds OpenVINO
+    properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and `reuse_kv` off makes
+    stateless calls compute their whole prompt.
     Raises ModelFolderError for a folder that is not whole or not converted, DeviceError for a device that is not there.
     """
 
-    def __init__(self, model_dir: str | Path, device: str = "CPU", *, ov_config: dict[str, Any] | None = None):
-        folder = Path(model_dir)
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: str = "CPU",
+        *,
+        vision_device: str | None = None,
+        precision: str = "default",
+        cache_dir: str | Path | None = None,
+        ov_config: Mapping[str, Any] | None = None,
+        part_config: Mapping[str, Mapping[str, Any]] | None = None,
+        feature_cache_bytes: int = FEATURE_CACHE_BYTES,
+        reuse_kv: bool = True,
+    ):
+        self.folder = folder = Path(model_dir)
         check_folder(folder)
         raw = read_config(folder / CONFIG_FILE)
         self.config = InternVLConfig.from_dict(raw)
-        self.context_id = raw["img_context_token_id"]
+        if "img_context_token_id" not in raw:
+            raise ModelFolderError(f"{folder / CONFIG_FILE} has no img_context_token_id: convert the checkpoint again")
+        self.img_context_token_id = raw["img_context_token_id"]
         self.system_message = get_template(self.config.template).system_message
-        core, properties = ov.Core(), ov_config or {}
-        if device.split(".")[0].split(":")[0] not in {"AUTO", "HETERO", *(name.split(".")[0] for name in core.available_devices)}:
-            raise DeviceError(f"there is no device {device} here; there are {', '.join(core.available_devices)}")
-        self._text_request, self._vision_request = (
-            core.compile_model(folder / PART_FILES[part], device, properties).create_infer_request()
-            for part in ("text_embeddings", "vision")
+        self.feature_cache = FeatureCache(feature_cache_bytes)
+        self.tiles_at_once = max(1, PATCHES_AT_ONCE // self.config.grid_side**2)
+        core = ov.Core()
+        placed = place_parts(
+            core,
+            folder,
+            device,
+            vision_device=vision_device,
+            wide_vision=self.config.vision.norm_type == "rms_norm",
+            precision=precision,
+            cache_dir=cache_dir,
+            ov_config=ov_config,
+            part_config=part_config,
         )
-        self.language_model = OVLanguageModel(folder, core, device, properties, self.config.language, self.embed_tokens)
+        self._text = StatelessPart(folder, "text_embeddings", core, placed["text_embeddings"])
+        self._vision = StatelessPart(folder, "vision", core, placed["vision"])
+        self.language_model = OVLanguageModel(
+            folder, core, placed["language"], self.config.language, self.embed_tokens, reuse=reuse_kv
+        )
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, device: str = "CPU", **options: Any) -> OVInternVLChatModel:
-        """The same as the class itself, under the name that upstream's code calls."""
-        return cls(model_dir, device, **options)
+        """The class itself under upstream's name; what upstream says there of PyTorch has no meaning here and is dropped."""
+        return cls(model_dir, device, **{name: value for name, value in options.items() if name not in OF_UPSTREAM})
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:  # type: ignore[override]
+        """The folder's tokenizer."""
+        return PreTrainedTokenizerFast.from_pretrained(self.folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are handed in and out: host memory."""
+        return torch.device("cpu")
+
+    def eval(self) -> OVInternVLChatModel:
+        """Nothing to do: upstream's code calls it."""
+        return self
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(np.array(self._text_request.infer([ids.numpy()])[0]))
+        return self._text(ids)
 
     def encode_tiles(self, pixel_values: Tensor) -> Tensor:
-        batches = pixel_values.float().split(TILES_AT_ONCE)
-        return torch.from_numpy(np.concatenate([self._vision_request.infer([batch.numpy()])[0] for batch in batches]))
+        return self._vision(pixel_values.float())
 
-    def generate_from(self, inputs_embeds: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+    def new_cache(self) -> KVCache:
+        return self.language_model.new_cache()
+
+    def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[KVCache]:
+        return self.language_model.lend_cache(keys)
+
+    def generate_from(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        cache: KVCache | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Any:
         return self.language_model.generate(  # type: ignore[misc]
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache=self.new_cache() if cache is None else cache,
+            progress=progress,
+            **options,
         )

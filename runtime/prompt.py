@@ -27,17 +27,17 @@ class Template:
     system: str
     user: str
     assistant: str
-    separator: str
+    sep: str
     system_message: str
 
     @property
     def stop_token(self) -> str:
         """The token that ends an answer: the separator without its newline."""
-        return self.separator.strip()
+        return self.sep.strip()
 
 
-def _chatml(separator: str, system_message: str) -> Template:
-    return Template("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", separator, system_message)
+def _chatml(sep: str, system_message: str) -> Template:
+    return Template("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", sep, system_message)
 
 
 TEMPLATES: dict[str, Template] = {
@@ -60,14 +60,21 @@ def render(template: Template, system_message: str, history: Sequence[Turn], que
 
     An empty answer in the history leaves its turn open, as upstream's template does.
     """
-    parts = [template.system + system_message + template.separator]
+    parts = [template.system + system_message + template.sep]
     for asked, answered in history:
-        parts.append(template.user + asked + template.separator)
-        parts.append(template.assistant + answered + template.separator if answered else template.assistant)
-    return "".join([*parts, template.user + question + template.separator, template.assistant])
+        parts.append(template.user + asked + template.sep)
+        parts.append(template.assistant + answered + template.sep if answered else template.assistant)
+    return "".join([*parts, template.user + question + template.sep, template.assistant])
 
 
-def expand_marks(prompt: str, tiles: Sequence[int], tokens_per_tile: int) -> str:
+def expand_marks(
+    prompt: str,
+    tiles: Sequence[int],
+    tokens_per_tile: int,
+    start: str = IMAGE_START,
+    end: str = IMAGE_END,
+    context: str = CONTEXT_TOKEN,
+) -> str:
     """Replace the picture marks of a prompt, in order, by the context tokens of each picture's tiles.
 
     Raises PromptError when there are more or fewer marks than pictures.
@@ -78,5 +85,17 @@ def expand_marks(prompt: str, tiles: Sequence[int], tokens_per_tile: int) -> str
             "earlier turns included, and give all their tiles"
         )
     for count in tiles:
-        prompt = prompt.replace(IMAGE_MARK, IMAGE_START + CONTEXT_TOKEN * (tokens_per_tile * count) + IMAGE_END, 1)
+        prompt = prompt.replace(IMAGE_MARK, start + context * (tokens_per_tile * count) + end, 1)
     return prompt
+
+
+def frame_marks(frames: int) -> str:
+    """The lines that stand before a question about a video."""
+    return "".join(f"Frame{number}: {IMAGE_MARK}\n" for number in range(1, frames + 1))
+
+
+def picture_marks(pictures: int) -> str:
+    """The lines that stand before a question about pictures that has no marks of its own."""
+    if pictures == 1:
+        return f"{IMAGE_MARK}\n"
+    return "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in range(1, pictures + 1))

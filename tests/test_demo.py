@@ -21,7 +21,7 @@ def page(tiny, converted):
     folder = converted(tiny("tiny-qwen2"), weight_format="fp32")
     model = OVInternVLChatModel(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    demo = make_demo(model, tokenizer)
+    demo = make_demo(model)
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)
     yield gradio_client.Client(address, verbose=False), model, tokenizer
     demo.close()
@@ -43,7 +43,8 @@ def test_an_answer_arrives_in_pieces_and_is_the_models(page, picture):
     assert len(pieces) > 1
     import torch
 
-    from runtime.image import Tiling, cut_tiles, open_picture
+    from runtime.image import Tiling, cut_tiles
+    from runtime.picture import open_picture
 
     tiles = torch.from_numpy(cut_tiles(open_picture(picture), Tiling.of(model.config)))
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -59,7 +60,7 @@ def test_a_broken_picture_is_one_line_and_the_page_goes_on(page, tmp_path):
     assert client.predict({"text": "Hello", "files": []}, 12, 4, api_name="/answer")
 
 
-def test_pictures_of_earlier_turns_keep_their_marks(tmp_path):
+def test_pictures_stay_with_their_turns():
     from demo.chatbot import turns_of
 
     file = {"type": "file", "file": {"path": "a.png"}}
@@ -69,9 +70,7 @@ def test_pictures_of_earlier_turns_keep_their_marks(tmp_path):
         {"role": "user", "content": "And <image> this?"},
         {"role": "assistant", "content": "A dog."},
     ]
-    turns, pictures = turns_of(history)
-    assert turns == [("<image>\nWhat?", "A cat."), ("And <image> this?", "A dog.")]
-    assert [str(path) for path in pictures] == ["a.png"]
+    assert turns_of(history) == [("What?", ["a.png"], "A cat."), ("And <image> this?", [], "A dog.")]
 
 
 def test_a_folder_that_is_none_is_told(capsys, tmp_path):

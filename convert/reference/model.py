@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.checkpoint import Checkpoint, Shapes
 from convert.reference.language import PREFIX, build_language, language_kind, published_shapes, to_transformers
@@ -18,6 +18,8 @@ from convert.reference.vision import VisionPart
 from convert.tokenizer import context_id, load_tokenizer
 from runtime.chat import ChatModel
 from runtime.config import InternVLConfig
+from runtime.embeddings import FeatureCache
+from runtime.stream import Progress
 
 ROWS_AT_ONCE = 8192  # of a matrix that is cast at use; bounds the extra memory of a large head
 
@@ -101,19 +103,22 @@ def compute_in_float32(part: nn.Module) -> None:
 class InternVLChatModel(nn.Module, ChatModel):
     """The reference: upstream's calls on PyTorch, CPU or CUDA."""
 
-    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, context_id: int):
+    tiles_at_once = 4
+
+    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self.config, self.vision, self.language, self.context_id = config, vision, language, context_id
+        self.config, self.vision, self.language, self.tokenizer = config, vision, language, tokenizer
+        self.img_context_token_id = context_id(tokenizer)
         self.system_message = self.conv_template.system_message
+        self.feature_cache = FeatureCache(0)  # computes everything anew, as the original does
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> InternVLChatModel:
         """Load the whole checkpoint as float32 or bfloat16 to `device`, "cpu" or "cuda"."""
-        context = context_id(load_tokenizer(checkpoint.folder, checkpoint.config))
-        model = cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), context)
-        return model.to(device)
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
+        return cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), tokenizer).to(device)
 
     @property
     def _where(self) -> Tensor:
@@ -129,7 +134,9 @@ class InternVLChatModel(nn.Module, ChatModel):
         return self.vision(pixel_values.to(self._where))
 
     @torch.no_grad()
-    def generate_from(self, inputs_embeds: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+    def generate_from(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, cache: None = None, progress: Progress | None = None, **options: Any
+    ) -> Any:
         mask = attention_mask.to(inputs_embeds.device)
         return self.language.generate(inputs_embeds=inputs_embeds, attention_mask=mask, **options)  # type: ignore[operator]
 

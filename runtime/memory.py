@@ -1,4 +1,4 @@
-"""How much memory the process has used, and giving it back: a conversion frees large blocks and must not keep them.
+"""How much memory the process has used, and giving it back: large blocks are freed all the time and must not be kept.
 
 The only file that knows of operating systems.
 """

@@ -1,0 +1,166 @@
+"""An answer while it is written: text pieces, what it took, and stopping it from another thread.
+
+Knows token ids and a tokenizer; knows nothing of prompts, pictures or devices. Plug another user interface in here.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+WAKE_SECONDS = 0.2  # Windows lets Ctrl-C through only between waits
+Progress = Callable[[str, int, int], None]  # stage, done, total; stages are frames, tiles and prefill
+
+
+class Cancelled(Exception):
+    """Raised inside a running answer that is not wanted any more; never reaches the caller."""
+
+
+@dataclass
+class Statistics:
+    """What an answer took. Times in seconds, counted from the question."""
+
+    tiles: int = 0  # of the pictures of this turn
+    encoded_tiles: int = 0  # of all pictures of the prompt, went through the vision part now
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, already in the KV cache
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    token_seconds: float | None = None  # mean of the tokens after the first
+    finish_reason: str = ""  # stop, length or cancelled
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; None when there was only one."""
+        return 1 / self.token_seconds if self.token_seconds else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the clock, for JSON."""
+        values = asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        del values["started"]
+        return values
+
+    def __str__(self) -> str:
+        reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
+        speed = f", {1000 * self.token_seconds:.1f} ms a token, {1 / self.token_seconds:.1f} tokens/s" if self.token_seconds else ""
+        return (
+            f"{self.tiles} tiles, {self.prompt_tokens} prompt tokens{reused}, first token after {self.first_token_seconds:.2f} s, "
+            f"{self.new_tokens} new tokens{speed}"
+        )
+
+
+class _TextOf:
+    """A streamer of transformers' kind: token ids in, text without its outer white space out, cut where the answer stops."""
+
+    def __init__(self, tokenizer: Any, stop_token: str, emit: Callable[[str], None], statistics: Statistics):
+        self._tokenizer, self._stop_token, self._emit, self._statistics = tokenizer, stop_token, emit, statistics
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop_ids = set(tokenizer.encode(stop_token, add_special_tokens=False)[:1])
+        self._ids: list[int] = []
+        self._text = self._waiting = ""  # white space waits for what follows it
+
+    def put(self, ids: torch.Tensor) -> None:
+        for token in ids.flatten().tolist():
+            now = time.perf_counter() - self._statistics.started
+            if not self._ids:
+                self._statistics.first_token_seconds = now
+            else:
+                self._statistics.token_seconds = (now - self._statistics.first_token_seconds) / len(self._ids)
+            self._ids.append(token)
+            self._statistics.new_tokens = len(self._ids)
+            if token in self._stop_ids:
+                self._statistics.finish_reason = "stop"
+            else:
+                self._say(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
+
+    def _say(self, text: str) -> None:
+        text = self._waiting + text if self._text else (self._waiting + text).lstrip()
+        spoken = text.rstrip()
+        self._waiting = text[len(spoken) :]
+        if spoken:
+            self._text += spoken
+            self._emit(spoken)
+
+    def end(self) -> None:
+        """Say what an unfinished character still owes."""
+        whole = whole_answer(self._tokenizer, self._ids, self._stop_token)
+        if whole.startswith(self._text) and len(whole) > len(self._text):
+            self._emit(whole[len(self._text) :])
+
+
+def whole_answer(tokenizer: PreTrainedTokenizerBase, ids: Any, stop_token: str) -> str:
+    """New token ids -> the answer: special tokens left out, cut at the stop token, without outer white space."""
+    return tokenizer.decode(ids, skip_special_tokens=True).split(stop_token)[0].strip()  # type: ignore[union-attr]
+
+
+class _Asked(StoppingCriteria):
+    """Ends the decoding once it is asked to."""
+
+    def __init__(self, cancelled: threading.Event):
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._cancelled.is_set())
+
+
+def stream_text(
+    generate: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token: str,
+    statistics: Statistics,
+    cancelled: threading.Event,
+    cancel: Callable[[], None],
+    progress: Progress | None,
+) -> Generator[str, None, None]:
+    """Run `generate(streamer=, stopping_criteria=, progress=)` in a thread and yield the text as it comes.
+
+    Ends when the answer does or soon after `cancelled` is set; calls `cancel` when it is closed early. Errors of `generate` are
+    raised here. `statistics` is filled by the way.
+    """
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    streamer = _TextOf(tokenizer, stop_token, pieces.put, statistics)
+    failed: list[BaseException] = []
+
+    def check(stage: str, done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise Cancelled
+        if progress is not None:
+            progress(stage, done, total)
+
+    def work() -> None:
+        try:
+            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([_Asked(cancelled)]), progress=check)
+        except Cancelled:
+            pass
+        except BaseException as error:  # carried to the thread that reads
+            failed.append(error)
+        finally:
+            pieces.put(None)
+
+    thread = threading.Thread(target=work, name="answer", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                piece = pieces.get(timeout=WAKE_SECONDS)
+            except queue.Empty:
+                continue
+            if piece is None:
+                break
+            yield piece
+    except BaseException:
+        cancel()
+        raise
+    finally:
+        thread.join()
+    if failed:
+        raise failed[0]

@@ -1,0 +1,371 @@
+"""python -m pytest tests/test_conversation.py
+
+Conversations: the same text as the reference that computes every prompt anew, and nothing computed twice.
+"""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+import runtime.language
+from convert.checkpoint import Checkpoint
+from convert.reference.model import InternVLChatModel
+from runtime.embeddings import FeatureCache, encode_pictures, keys_of
+from runtime.errors import NumericsError, OptionError, PromptError
+from runtime.image import PictureTiles, Tiling
+from runtime.model import OVInternVLChatModel
+from runtime.prompt import render
+from runtime.stream import Statistics, stream_text
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+OPTIONS = {"max_new_tokens": 12}
+
+
+def picture(seed: int, width: int = 112, height: int = 56) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, converted):
+    return converted(tiny("tiny-qwen2"), weight_format="fp32")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return InternVLChatModel.from_checkpoint(Checkpoint(tiny("tiny-qwen2")))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return OVInternVLChatModel(folder, ov_config=EXACT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+TALK = [
+    ("What is it?", [picture(1)]),
+    ("And this?", [picture(2, 56, 112), picture(3, 56, 56)]),
+    ("Why?", []),
+    ("<image> is how much larger than the first?", [picture(4, 200, 60)]),
+]
+
+
+def test_a_conversation_says_what_the_reference_says(reference, model):
+    ours, theirs = model.start_conversation(), reference.start_conversation()
+    for question, images in TALK:
+        answer = ours.ask(question, images=images, **OPTIONS)
+        assert answer == theirs.ask(question, images=images, **OPTIONS)
+        assert ours.statistics.prompt_tokens == theirs.statistics.prompt_tokens
+    assert ours.statistics.reused_tokens > 0.7 * ours.statistics.prompt_tokens
+    assert theirs.statistics.reused_tokens == 0
+    assert [turn.question for turn in ours.turns] == [turn.question for turn in theirs.turns]
+    assert ours.turns[1].question == "Image-1: <image>\nImage-2: <image>\nAnd this?"
+
+
+@pytest.mark.parametrize("edit", ["last", "middle", "picture", "all"])
+def test_an_edited_history_gives_the_text_of_a_new_one(reference, model, edit):
+    """What is common with the KV cache stays, what is not is masked out: the answers do not tell the difference."""
+    ours, theirs = model.start_conversation(), reference.start_conversation()
+    for conversation in (ours, theirs):
+        for question, images in TALK[:3]:
+            conversation.ask(question, images=images, **OPTIONS)
+        if edit == "last":
+            del conversation.turns[-1]
+        elif edit == "middle":
+            conversation.turns[1].answer = "A house."
+        elif edit == "picture":
+            conversation.turns[1].pictures[0] = PictureTiles.of_picture(picture(9, 56, 112), Tiling.of(model.config))
+        else:
+            conversation.reset()
+    for question in ("And now?", "Really?"):
+        assert ours.ask(question, **OPTIONS) == theirs.ask(question, **OPTIONS)
+    if edit != "all":
+        assert ours.statistics.reused_tokens > 0.5 * ours.statistics.prompt_tokens
+
+
+def test_edits_that_leave_more_slots_dead_than_alive_start_afresh(model, reference):
+    ours, theirs = model.start_conversation(system="S"), reference.start_conversation(system="S")
+    for conversation in (ours, theirs):
+        conversation.ask("What?", images=[picture(1, 200, 150)], **OPTIONS)
+        conversation.reset()
+    assert ours.ask("Hello?", **OPTIONS) == theirs.ask("Hello?", **OPTIONS)
+    assert ours.statistics.reused_tokens == 0
+    assert len(ours._cache) == ours._cache.get_seq_length()  # no dead slots
+
+
+def test_interleaved_conversations_do_not_disturb_each_other(reference, model):
+    alone = []
+    for seed in (1, 2):
+        conversation = reference.start_conversation(system=f"You are number {seed}.")
+        alone.append([conversation.ask("What?", images=picture(seed), **OPTIONS), conversation.ask("Why?", **OPTIONS)])
+    first, second = (model.start_conversation(system=f"You are number {seed}.") for seed in (1, 2))
+    found = [[first.ask("What?", images=picture(1), **OPTIONS)], [second.ask("What?", images=picture(2), **OPTIONS)]]
+    found[0].append(first.ask("Why?", **OPTIONS))
+    found[1].append(second.ask("Why?", **OPTIONS))
+    assert found == alone
+
+
+def test_conversations_run_at_the_same_time(reference, model):
+    """Two threads, piece by piece; each must read its own answer."""
+    wanted = [reference.start_conversation().ask("What?", images=picture(seed), max_new_tokens=40) for seed in range(3)]
+    found = [""] * 3
+
+    def run(seed):
+        found[seed] = model.start_conversation().ask("What?", images=picture(seed), max_new_tokens=40)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == wanted
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
+def test_stateless_calls_reuse_the_common_prefix_and_answer_the_same(folder, reference, tokenizer, reuse):
+    model = OVInternVLChatModel(folder, ov_config=EXACT, reuse_kv=reuse)
+    fed = []
+    feed = runtime.language.KVCache.feed
+    options = {"max_new_tokens": 8, "do_sample": False}
+    pixels = torch.randn(5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    history = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            runtime.language.KVCache, "feed", lambda self, embeds, *rest: fed.append(embeds.shape[1]) or feed(self, embeds, *rest)
+        )
+        for question, given in (("What is <image>?", [3]), ("And <image>?", [3, 2]), ("Why?", [3, 2])):
+            arguments = (tokenizer, pixels[: sum(given)], question, options)
+            fed.clear()
+            answer = model.chat(*arguments, history=history or [], return_history=True, num_patches_list=given)
+            prefill = fed[0]
+            wanted = reference.chat(*arguments, history=history or [], return_history=True, num_patches_list=given)
+            assert answer == wanted
+            history = answer[1]
+        whole = len(tokenizer(render(model.conv_template, model.system_message, history[:-1], "Why?"))["input_ids"])
+        assert (prefill < whole / 2) == reuse
+        edited = [(history[0][0], "Nothing."), *history[1:]]
+        arguments = (tokenizer, pixels, "Sure?", options)
+        fed.clear()
+        answer = model.chat(*arguments, history=edited, num_patches_list=[3, 2])
+        assert answer == reference.chat(*arguments, history=edited, num_patches_list=[3, 2])
+
+
+def test_a_picture_goes_through_the_vision_part_once(model):
+    model.feature_cache.clear()
+    model.start_conversation().ask("What?", images=[picture(5)], max_new_tokens=2)
+    again = model.start_conversation()
+    again.ask("Something else?", images=[picture(5), picture(5)], max_new_tokens=2)
+    assert again.statistics.tiles == 6
+    assert again.statistics.encoded_tiles == 0
+    again.ask("With other tiles?", images=[picture(5)], max_tiles=1, max_new_tokens=2)
+    assert again.statistics.encoded_tiles == again.statistics.tiles == 1
+
+
+def test_the_feature_cache_drops_the_oldest_first_and_holds_its_bound():
+    calls = []
+
+    def encode(batch):
+        calls.append(len(batch))
+        return torch.zeros(len(batch), 4, 8)
+
+    cache = FeatureCache(2 * 4 * 8 * 4)  # two tiles
+    a, b, c = (PictureTiles.of_picture(picture(seed, 56, 56), Tiling(56)) for seed in range(3))
+    for wanted, encoded in ((a, 1), (b, 1), (a, 0), (c, 1), (a, 0), (b, 1)):
+        assert encode_pictures([wanted], encode, 4, cache)[1] == encoded
+        assert cache.bytes <= cache.limit
+    large = PictureTiles.of_picture(picture(7, 224, 224), Tiling(56))
+    features, _ = encode_pictures([large, a], encode, 4, cache)
+    assert [len(each) for each in features] == [10, 1]
+    assert calls[-3:] == [4, 4, 2]
+
+
+def test_keys_tell_pictures_apart_and_rows_of_one():
+    ids = np.array([1, 5, 5, 5, 5, 2])
+    first, second = (PictureTiles.of_picture(picture(seed, 56, 56), Tiling(56)) for seed in (1, 2))
+    keys = keys_of(ids, 5, [first, second], 2)
+    assert list(keys[[0, 5]]) == [1, 2]
+    assert (keys[1:5] < 0).all()
+    assert len(set(keys)) == 6
+    assert list(keys_of(ids, 5, [first, first], 2)[1:3]) == list(keys[1:3])
+
+
+def test_a_long_prompt_is_prefilled_in_pieces(folder, reference, monkeypatch):
+    monkeypatch.setattr(runtime.language, "PREFILL_AT_ONCE", 7)
+    model = OVInternVLChatModel(folder, ov_config=EXACT)
+    stages = []
+    conversation = model.start_conversation()
+    answer = conversation.ask("What?", images=picture(1), progress=lambda *stage: stages.append(stage), **OPTIONS)
+    assert answer == reference.start_conversation().ask("What?", images=picture(1), **OPTIONS)
+    prompt = conversation.statistics.prompt_tokens
+    assert [stage for stage in stages if stage[0] == "prefill"] == [("prefill", at, prompt) for at in range(0, prompt, 7)]
+    assert ("tiles", 0, 3) in stages
+
+
+def test_pieces_join_to_the_answer_and_statistics_count(model):
+    conversation = model.start_conversation()
+    pieces = list(conversation.stream("What?", images=[picture(1)], **OPTIONS))
+    assert len(pieces) > 3
+    assert "".join(pieces) == conversation.turns[-1].answer == "".join(pieces).strip()
+    statistics = conversation.statistics
+    assert statistics.new_tokens == 12
+    assert statistics.finish_reason == "length"
+    assert 0 < statistics.token_seconds < statistics.first_token_seconds
+    assert statistics.tokens_per_second == pytest.approx(1 / statistics.token_seconds)
+    assert "3 tiles" in str(statistics)
+    assert set(statistics.as_dict()) >= {"tiles", "prompt_tokens", "reused_tokens", "tokens_per_second"}
+
+
+def test_an_answer_is_cancelled_from_another_thread_and_the_conversation_goes_on(model, reference):
+    conversation = model.start_conversation()
+    pieces = []
+    for piece in conversation.stream("What?", images=[picture(1)], max_new_tokens=2000):
+        pieces.append(piece)
+        if len(pieces) == 5:
+            threading.Thread(target=conversation.cancel).start()
+    assert conversation.statistics.finish_reason == "cancelled"
+    assert conversation.statistics.new_tokens < 1500
+    said = conversation.turns[-1].answer
+    assert said == "".join(pieces)
+    other = reference.start_conversation()
+    other.turns = list(conversation.turns)
+    assert conversation.ask("Why?", **OPTIONS) == other.ask("Why?", **OPTIONS)
+    assert conversation.statistics.reused_tokens > 0
+
+
+def test_an_answer_is_cancelled_before_its_first_word(model):
+    conversation = model.start_conversation()
+    model.feature_cache.clear()
+
+    def progress(stage, done, total):
+        conversation.cancel()
+
+    assert conversation.ask("What?", images=[picture(11)], progress=progress, **OPTIONS) == ""
+    assert conversation.statistics.finish_reason == "cancelled"
+    assert conversation.turns == []
+    assert conversation.ask("What?", **OPTIONS)
+
+
+def test_a_reader_that_leaves_ends_the_answer(model):
+    conversation = model.start_conversation()
+    before = threading.active_count()
+    for _ in conversation.stream("What?", max_new_tokens=2000):
+        break
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() == before
+    assert conversation.statistics.finish_reason == "cancelled"
+    assert conversation.ask("And?", **OPTIONS)
+
+
+def test_one_conversation_answers_once_at_a_time(model):
+    conversation = model.start_conversation()
+    stream = conversation.stream("What?", max_new_tokens=50)
+    next(stream)
+    with pytest.raises(PromptError, match="is answering already"):
+        conversation.ask("And?", **OPTIONS)
+    stream.close()
+
+
+def test_sampling_beams_and_processors_are_those_of_transformers(model, reference):
+    """Same seed, same options: the draws of the two backends agree, because their logits do."""
+    for options in (
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 20},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"num_beams": 3},
+        {"min_new_tokens": 5},
+    ):
+        answers = []
+        for each in (model, reference):
+            torch.manual_seed(7)
+            answers.append(each.start_conversation().ask("What?", images=picture(2), max_new_tokens=10, **options))
+        assert answers[0] == answers[1], options
+
+
+def test_generate_returns_dictionaries_with_scores(model, reference, tokenizer):
+    ids = tokenizer("Hello there", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    ours, theirs = model.generate(input_ids=ids, **options), reference.generate(input_ids=ids, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for one, other in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+
+
+def test_batches_take_several_pictures_a_question_and_none(model, reference, tokenizer):
+    options = {"max_new_tokens": 8, "do_sample": False}
+    pixels = torch.randn(6, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    questions, counts = ["Which is larger?", "Hello?", "<image> and\n<image>: same?", "What?"], [[1, 2], [], [1, 1], 1]
+    batch = model.batch_chat(tokenizer, pixels, questions, options, num_patches_list=counts)
+    assert batch == reference.batch_chat(tokenizer, pixels, questions, options, num_patches_list=counts)
+    alone = [
+        model.chat(tokenizer, pixels[:3], f"Image-1: <image>\nImage-2: <image>\n{questions[0]}", options, num_patches_list=[1, 2]),
+        model.chat(tokenizer, None, questions[1], options),
+        model.chat(tokenizer, pixels[3:5], questions[2], options, num_patches_list=[1, 1]),
+        model.chat(tokenizer, pixels[5:], questions[3], options),
+    ]
+    assert batch == alone
+    assert model.batch_chat(tokenizer, None, ["Hello?", "Who?"], options)[0] == alone[1]
+
+
+def test_mistakes_are_told_before_any_work(model, tokenizer):
+    conversation = model.start_conversation()
+    for call, kind, message in (
+        (lambda: conversation.stream(" "), PromptError, "the question is empty"),
+        (lambda: conversation.stream("What?", max_new_tokens=0), OptionError, "max new tokens 0 is not positive"),
+        (lambda: conversation.stream("What?", images=picture(1), max_tiles=0), OptionError, "max tiles 0 is not positive"),
+        (lambda: conversation.stream("<image>?"), PromptError, "has 1 <image> marks for 0 pictures"),
+        (lambda: model.chat(tokenizer, None, "", {"max_new_tokens": 3}), PromptError, "the question is empty"),
+        (lambda: model.chat(tokenizer, None, "a", {"max_new_tokens": 0}), OptionError, "max new tokens 0 is not"),
+        (lambda: model.batch_chat(tokenizer, None, ["a", ""], {}), PromptError, "the question is empty"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+
+
+def test_a_prompt_longer_than_the_context_names_what_takes_it(folder, monkeypatch):
+    model = OVInternVLChatModel(folder, ov_config=EXACT)
+    model.config.language["max_position_embeddings"] = 60
+    with pytest.raises(
+        PromptError, match=r"has \d+ tokens, 52 of them for 13 tiles; the model reads 60: lower the tiles .*--max-tiles"
+    ):
+        model.start_conversation().stream("What?", images=picture(1, 400, 300))
+
+
+def test_logits_that_are_no_numbers_are_told(folder, monkeypatch):
+    model = OVInternVLChatModel(folder, ov_config=EXACT)
+    conversation = model.start_conversation()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode_tiles", lambda tiles: torch.full((len(tiles), 4, 64), float("nan")))
+        with pytest.raises(NumericsError, match=r"vision part gave features that are not numbers.*--precision accuracy"):
+            conversation.ask("What?", images=picture(21), **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "embed_tokens", lambda ids: torch.full((*ids.shape, 64), float("nan")))
+        with pytest.raises(NumericsError, match=r"logits that are not numbers.*--precision accuracy"):
+            conversation.ask("What?", **OPTIONS)
+    assert conversation.turns == []
+    assert conversation.ask("What?", **OPTIONS)  # and it goes on
+
+
+def test_characters_of_several_tokens_come_whole(tokenizer):
+    """Byte-level tokens of one Chinese character must not be shown in halves."""
+    text = "你好世界 and more  "
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+    statistics = Statistics()
+
+    def generate(streamer, **_):
+        for token in ids:
+            streamer.put(token[None])
+        streamer.end()
+
+    pieces = list(stream_text(generate, tokenizer, "<|im_end|>", statistics, threading.Event(), lambda: None, None))
+    assert "".join(pieces) == text.strip()
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert statistics.new_tokens == len(ids)
