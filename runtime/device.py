@@ -1,6 +1,6 @@
 """On which device each part runs, and with which OpenVINO properties.
 
-Places by names alone, so that it can be tried on a stand-in for a machine with a GPU. The only file that compiles a part.
+Decides from names alone, so that it can be tried on a stand-in for a machine with a GPU; compiles nothing.
 Property names: openvinotoolkit/openvino src/inference/include/openvino/runtime/properties.hpp
 """
 
@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from runtime.errors import DeviceError, OptionError
-from runtime.folder import PARTS, last_line
-
-if TYPE_CHECKING:
-    import openvino as ov
+from runtime.folder import PARTS
 
 COMBINING = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices made of others, which may follow after a colon
 PRECISIONS = ("default", "accuracy")
@@ -113,14 +110,3 @@ def _chosen(
     elif gpu:  # compiling for a GPU takes minutes the first time
         properties["CACHE_DIR"] = str(folder / MODEL_CACHE)
     return properties
-
-
-def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.CompiledModel:
-    """Compile a part where it was placed. Raises DeviceError when its device refuses it or one of its properties."""
-    try:
-        return core.compile_model(model, placement.device, placement.properties)
-    except RuntimeError as error:
-        raise DeviceError(
-            f"{placement.device} cannot run the {placement.part} part ({last_line(error)}): "
-            "choose another device or other properties"
-        ) from error

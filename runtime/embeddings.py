@@ -16,9 +16,9 @@ import openvino as ov
 import torch
 from torch import Tensor
 
-from runtime.device import Placement, compile_part
-from runtime.folder import read_part
+from runtime.device import Placement
 from runtime.image import PictureTiles
+from runtime.part import compile_part, infer, read_part
 from runtime.stream import Progress
 
 FEATURE_CACHE_BYTES = 256 << 20  # 22 pictures of 13 tiles for a 1B model
@@ -29,11 +29,13 @@ class StatelessPart:
 
     def __init__(self, folder: Path, part: str, core: ov.Core, placement: Placement):
         self._request = compile_part(core, read_part(core, folder, part), placement).create_infer_request()
+        self._input = self._request.get_compiled_model().input().get_any_name()
         self._lock = threading.Lock()
 
     def __call__(self, values: Tensor) -> Tensor:
         with self._lock:
-            return torch.from_numpy(self._request.infer([values.numpy()])[0].copy())
+            infer(self._request, {self._input: values.numpy()})
+            return torch.from_numpy(self._request.get_output_tensor().data.copy())
 
 
 class FeatureCache:

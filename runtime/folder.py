@@ -39,23 +39,6 @@ def bytes_of(folder: Path, part: str) -> int:
     return xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
 
 
-def read_part(core: ov.Core, folder: Path, part: str) -> ov.Model:
-    """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read."""
-    try:
-        return core.read_model(folder / PART_FILES[part])
-    except RuntimeError as error:
-        raise ModelFolderError(
-            f"{folder / PART_FILES[part]} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; "
-            "convert the checkpoint again"
-        ) from error
-
-
-def last_line(error: Exception) -> str:
-    """The line of an OpenVINO error that says what is wrong; the others are places in its sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def check_folder(folder: Path) -> None:
     """Raise ModelFolderError unless `folder` holds all parts; for a checkpoint, it says how to convert it."""
     missing = [name for name in [*PART_FILES.values(), CONFIG_FILE] if not (folder / name).exists()]

@@ -1,7 +1,7 @@
-"""The stateful language part behind transformers' generate: greedy, sampling, beams, penalties and streamers are theirs.
+"""The language part behind transformers' generate: greedy, sampling, beams, penalties and streamers are theirs.
 
-Takes embeddings and gives logits of the last position. Each KV cache lives in an infer request of its own, over shared weights;
-what a changed prompt no longer needs is masked out there instead of being moved. Knows nothing of prompts or pictures.
+Takes embeddings and gives logits of the last position; what earlier tokens left behind is in a KVCache, many of them over shared
+weights. Knows nothing of prompts or pictures.
 """
 
 from __future__ import annotations
@@ -15,140 +15,17 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import opset13 as opset
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from runtime.device import Placement, compile_part
-from runtime.errors import NumericsError
-from runtime.folder import GENERATION_CONFIG_FILE, read_part
-from runtime.stream import Cancelled, Progress
+from runtime.device import Placement
+from runtime.folder import GENERATION_CONFIG_FILE
+from runtime.kv_cache import KVCache, PagedCache, StatefulCache
+from runtime.part import compile_part, read_part
+from runtime.stream import Progress
 
-PREFILL_AT_ONCE = 4096  # tokens; a longer prompt goes in pieces, since memory grows with the square of a piece
-INTERRUPTIBLE = 256  # tokens of a prefill that takes long enough to be worth losing when it is cancelled
 IDLE_CACHES = 2  # KV caches kept for stateless calls
-
-
-def keep_last_position(model: ov.Model) -> ov.Model:
-    """Let the head see the last position only, in memory; the logits of a whole prompt are not wanted and take gigabytes."""
-    head = model.get_results()[0].input_value(0).get_node()
-    last = opset.slice(head.input_value(0), [-1], [np.iinfo(np.int64).max], [1], [1])
-    head.input(0).replace_source_output(last.output(0))
-    model.validate_nodes_and_infer_types()
-    return model
-
-
-class KVCache:
-    """The KV cache of one conversation, or of one batch: an infer request whose state holds one slot a token.
-
-    Slots stay where they were written. A slot that is no longer wanted is masked out, and the tokens after it are given the
-    positions they would have without it. Each slot has a key that says what stands in it, so that a new prompt can be compared.
-    One thread at a time.
-    """
-
-    def __init__(self, request: ov.InferRequest):
-        self._request = request
-        self._interruptible = False
-        self.order = np.zeros(1, np.int32)  # which row of the batch each row continues
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._request.reset_state()
-        self._slots = 0
-        self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
-        self._keys = np.zeros(256, np.int64)
-        self._coming = np.zeros(0, np.int64)  # keys of the prompt that is being fed
-
-    def __len__(self) -> int:
-        """Tokens of the first row."""
-        return int(self._mask[0, : self._slots].sum())
-
-    def shared_with(self, keys: np.ndarray) -> int:
-        """How many tokens at the beginning of a prompt with these keys (T,) are here; at least one is left to compute."""
-        held = self._keys[: self._slots][self._mask[0, : self._slots] == 1][: len(keys) - 1]
-        differ = np.flatnonzero(held != keys[: len(held)])
-        return int(differ[0]) if len(differ) else len(held)
-
-    def keep(self, keys: np.ndarray) -> int:
-        """Keep what a prompt with these keys (T,) begins with, mask out the rest, and expect its other tokens.
-
-        Returns the number of tokens kept: 0 when more slots would be masked out than kept, which is dearer than to start afresh.
-        """
-        kept = self.shared_with(keys)
-        if self._slots > 2 * kept:
-            self.clear()
-            kept = 0
-        standing = np.flatnonzero(self._mask[0, : self._slots])
-        self._mask[0, standing[kept:]] = 0
-        self._coming = keys[kept:]
-        return kept
-
-    def feed(self, embeds: np.ndarray, mask: np.ndarray, keys: np.ndarray | None, progress: Progress | None = None) -> Tensor:
-        """Embeddings (B, T, D) of new tokens under their mask (B, T) -> logits (B, 1, V) of the last position.
-
-        `keys` (T,) say what the tokens are; None takes those that `keep` was told. Raises NumericsError when the logits are not
-        numbers.
-        """
-        total = embeds.shape[1]
-        for start in range(0, total, PREFILL_AT_ONCE):
-            if progress is not None:
-                progress("prefill", start, total)
-            piece = slice(start, start + PREFILL_AT_ONCE)
-            self._feed(embeds[:, piece], mask[:, piece], keys)
-        logits = torch.from_numpy(self._request.get_tensor("logits").data)
-        if not torch.isfinite(logits.amax(-1)).all():  # a NaN anywhere makes the largest one NaN
-            self.clear()
-            raise NumericsError(
-                "the language part gave logits that are not numbers: its activations overflow on this device; "
-                "open the model with precision accuracy (--precision accuracy)"
-            )
-        return logits
-
-    def _feed(self, embeds: np.ndarray, mask: np.ndarray, keys: np.ndarray | None) -> None:
-        rows, count = mask.shape
-        end = self._slots + count
-        if self._slots == 0:
-            self._mask, self.order = np.zeros((rows, self._mask.shape[1]), np.int64), np.arange(rows, dtype=np.int32)
-        if end > self._mask.shape[1]:
-            room = max(end, 2 * self._mask.shape[1])
-            self._mask = np.pad(self._mask, ((0, 0), (0, room - self._mask.shape[1])))
-            self._keys = np.pad(self._keys, (0, room - len(self._keys)))
-        before = self._mask[:, : self._slots].sum(1, keepdims=True)
-        self._mask[:, self._slots : end] = mask
-        positions = before + mask.cumsum(1) - 1
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": np.ascontiguousarray(self._mask[:, :end]),
-            "position_ids": np.maximum(positions, 0),
-            "beam_idx": self.order,
-        }
-        self._interruptible = count >= INTERRUPTIBLE
-        try:
-            self._request.infer(inputs)
-        except BaseException as error:
-            self.clear()  # how far it came is not known
-            if "Infer Request was canceled" in str(error):
-                raise Cancelled from None
-            raise
-        finally:
-            self._interruptible = False
-        self.order = np.arange(rows, dtype=np.int32)
-        if keys is None:
-            keys, self._coming = self._coming[:count], self._coming[count:]
-        if len(keys) == count:  # a batch has none
-            self._keys[self._slots : end] = keys
-        self._slots = end
-
-    def cancel(self) -> None:
-        """End a long prefill at once, from another thread; what the cache held is lost. Short steps are not worth it."""
-        if self._interruptible:
-            self._request.cancel()
-
-    def get_seq_length(self) -> int:
-        """transformers' name for the number of slots."""
-        return self._slots
 
 
 class OVLanguageModel(GenerationMixin):
@@ -160,7 +37,8 @@ class OVLanguageModel(GenerationMixin):
     _supports_cache_class = False
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, config: dict[str, Any], embed: Callable, *, reuse: bool):
-        self._compiled = compile_part(core, keep_last_position(read_part(core, folder, "language")), placement)
+        self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
+        self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, "language")), placement)
         self._embed = embed
         self._idle: list[KVCache] = []  # least recently used first
         self._lock = threading.Lock()
@@ -171,7 +49,7 @@ class OVLanguageModel(GenerationMixin):
 
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""
-        return KVCache(self._compiled.create_infer_request())
+        return self._cache_kind(self._compiled)
 
     @contextmanager
     def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:
@@ -209,11 +87,11 @@ class OVLanguageModel(GenerationMixin):
         if inputs_embeds is None:
             assert input_ids is not None
             ids = input_ids.numpy()
-            logits = cache.feed(self._embed(input_ids).numpy(), np.ones_like(ids), ids[0])
+            logits = cache.feed(self._embed(input_ids).numpy(), np.ones_like(ids), ids[0] if len(ids) == 1 else None)
         else:
             assert attention_mask is not None
             logits = cache.feed(inputs_embeds.numpy(), attention_mask.numpy(), None, progress)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -230,9 +108,52 @@ class OVLanguageModel(GenerationMixin):
             return {"cache": cache, "input_ids": input_ids[:, -1:]}
         return {"cache": cache, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "progress": progress}
 
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """transformers' loop; without its millisecond a token in the commonest case, the likeliest tokens of one row."""
+        config = generation_config
+        if len(input_ids) > 1 or config.do_sample or config.return_dict_in_generate or len(logits_processor):
+            return super()._sample(  # type: ignore[misc]
+                input_ids,  # type: ignore[arg-type]
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **inputs,
+            )
+        cache, one = inputs["cache"], np.ones((1, 1), np.int64)
+        logits = cache.feed(inputs["inputs_embeds"].numpy(), inputs["attention_mask"].numpy(), None, inputs.get("progress"))
+        while True:
+            token = torch.tensor([[logits.argmax()]])
+            input_ids = torch.cat([input_ids, token], dim=1)
+            if streamer is not None:
+                streamer.put(token[0])
+            if stopping_criteria(input_ids, None).all():
+                break
+            logits = cache.feed(self._embed(token).numpy(), one, token[0].numpy())
+        if streamer is not None:
+            streamer.end()
+        return input_ids
+
+    def _update_model_kwargs_for_generation(  # type: ignore[override]
+        self, outputs: CausalLMOutputWithPast, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> dict[str, Any]:
+        """Only that there is a past: the cache keeps the mask."""
+        model_kwargs["past_key_values"] = outputs.past_key_values
+        return model_kwargs
+
     def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
         """The cache is handed over from outside."""
 
     def _reorder_cache(self, past_key_values: KVCache, beam_idx: Tensor) -> KVCache:
-        past_key_values.order = beam_idx.numpy().astype(np.int32)
+        past_key_values.reorder(beam_idx.tolist())
         return past_key_values

@@ -23,7 +23,8 @@ from runtime.device import place_parts
 from runtime.embeddings import FEATURE_CACHE_BYTES, FeatureCache, StatelessPart
 from runtime.errors import ModelFolderError
 from runtime.folder import CONFIG_FILE, check_folder
-from runtime.language import KVCache, OVLanguageModel
+from runtime.kv_cache import KVCache
+from runtime.language import OVLanguageModel
 from runtime.prompt import get_template
 from runtime.stream import Progress
 
@@ -34,10 +35,10 @@ OF_UPSTREAM = {"torch_dtype", "dtype", "low_cpu_mem_usage", "use_flash_attn", "t
 class OVInternVLChatModel(ChatModel):
     """The three parts of a model folder, compiled for their devices.
 
-    `device` is OpenVINO's name, `vision_device` another one for the vision part. `precision` accuracy trades speed for the
+    `device` is OpenVINO's name, `vision_device` another one for the vision part. `precision` accuracy trades speed for the digits
     of the PyTorch path. `cache_dir` keeps compiled models (on a GPU by default in the folder). `ov_config` holds OpenVINO
-    properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and `reuse_kv` off makes
-    stateless calls compute their whole prompt.
+    properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and
+    `reuse_kv` off makes stateless calls compute their whole prompt.
     Raises ModelFolderError for a folder that is not whole or not converted, DeviceError for a device that is not there.
     """
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-import runtime.language
+import runtime.kv_cache
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
 from runtime.embeddings import FeatureCache, encode_pictures, keys_of
@@ -40,9 +40,10 @@ def reference(tiny):
     return InternVLChatModel.from_checkpoint(Checkpoint(tiny("tiny-qwen2")))
 
 
-@pytest.fixture(scope="module")
-def model(folder):
-    return OVInternVLChatModel(folder, ov_config=EXACT)
+@pytest.fixture(scope="module", params=["CPU", "HETERO:CPU"], ids=["pages", "state"])
+def model(request, folder):
+    """On a plain CPU the KV cache is pages of our own, elsewhere it is OpenVINO's state."""
+    return OVInternVLChatModel(folder, request.param, ov_config=EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +92,37 @@ def test_an_edited_history_gives_the_text_of_a_new_one(reference, model, edit):
         assert ours.statistics.reused_tokens > 0.5 * ours.statistics.prompt_tokens
 
 
-def test_edits_that_leave_more_slots_dead_than_alive_start_afresh(model, reference):
+def test_edits_that_leave_more_slots_dead_than_alive_start_afresh(folder, reference):
+    model = OVInternVLChatModel(folder, "HETERO:CPU", ov_config=EXACT)
     ours, theirs = model.start_conversation(system="S"), reference.start_conversation(system="S")
     for conversation in (ours, theirs):
         conversation.ask("What?", images=[picture(1, 200, 150)], **OPTIONS)
         conversation.reset()
     assert ours.ask("Hello?", **OPTIONS) == theirs.ask("Hello?", **OPTIONS)
     assert ours.statistics.reused_tokens == 0
-    assert len(ours._cache) == ours._cache.get_seq_length()  # no dead slots
+    assert len(ours._cache) == ours._cache._slots  # no dead ones
+
+
+def test_pages_are_used_again(folder):
+    """A conversation that is started over again and again takes no more pages than its longest turn."""
+    conversation = OVInternVLChatModel(folder, ov_config=EXACT).start_conversation()
+    for seed in range(5):
+        conversation.reset()
+        conversation.ask("What?", images=picture(seed, 200, 150), max_new_tokens=40)
+        pages = conversation._cache._pages
+    assert conversation._cache._pages == pages
+    tables, uses = conversation._cache._tables, conversation._cache._uses
+    assert sum(uses) == len(tables[0])
+    assert sorted(conversation._cache._free + tables[0]) == list(range(pages))
+
+
+@pytest.mark.parametrize("device", ["CPU", "HETERO:CPU"], ids=["pages", "state"])
+def test_beams_over_many_pages_are_the_references(folder, reference, device):
+    """Long enough that beams share full pages, part, and copy the one they write into."""
+    model = OVInternVLChatModel(folder, device, ov_config=EXACT)
+    options = {"max_new_tokens": 60, "min_new_tokens": 60, "num_beams": 4}
+    answers = [each.start_conversation().ask("What?", images=picture(3), **options) for each in (model, reference)]
+    assert answers[0] == answers[1]
 
 
 def test_interleaved_conversations_do_not_disturb_each_other(reference, model):
@@ -129,17 +153,18 @@ def test_conversations_run_at_the_same_time(reference, model):
     assert found == wanted
 
 
+@pytest.mark.parametrize("device", ["CPU", "HETERO:CPU"], ids=["pages", "state"])
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no-reuse"])
-def test_stateless_calls_reuse_the_common_prefix_and_answer_the_same(folder, reference, tokenizer, reuse):
-    model = OVInternVLChatModel(folder, ov_config=EXACT, reuse_kv=reuse)
+def test_stateless_calls_reuse_the_common_prefix_and_answer_the_same(folder, reference, tokenizer, reuse, device):
+    model = OVInternVLChatModel(folder, device, ov_config=EXACT, reuse_kv=reuse)
     fed = []
-    feed = runtime.language.KVCache.feed
+    feed = runtime.kv_cache.KVCache.feed
     options = {"max_new_tokens": 8, "do_sample": False}
     pixels = torch.randn(5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     history = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            runtime.language.KVCache, "feed", lambda self, embeds, *rest: fed.append(embeds.shape[1]) or feed(self, embeds, *rest)
+            runtime.kv_cache.KVCache, "feed", lambda self, embeds, *rest: fed.append(embeds.shape[1]) or feed(self, embeds, *rest)
         )
         for question, given in (("What is <image>?", [3]), ("And <image>?", [3, 2]), ("Why?", [3, 2])):
             arguments = (tokenizer, pixels[: sum(given)], question, options)
@@ -197,9 +222,9 @@ def test_keys_tell_pictures_apart_and_rows_of_one():
     assert list(keys_of(ids, 5, [first, first], 2)[1:3]) == list(keys[1:3])
 
 
-def test_a_long_prompt_is_prefilled_in_pieces(folder, reference, monkeypatch):
-    monkeypatch.setattr(runtime.language, "PREFILL_AT_ONCE", 7)
-    model = OVInternVLChatModel(folder, ov_config=EXACT)
+def test_a_long_prompt_is_prefilled_in_pieces(model, reference, monkeypatch):
+    monkeypatch.setattr(runtime.kv_cache, "PREFILL_AT_ONCE", 7)
+    model.feature_cache.clear()
     stages = []
     conversation = model.start_conversation()
     answer = conversation.ask("What?", images=picture(1), progress=lambda *stage: stages.append(stage), **OPTIONS)

@@ -1,0 +1,326 @@
+"""KV caches of the language part, two kinds behind one set of calls: pages of our own, and OpenVINO's state.
+
+On a CPU the attention of the saved part is turned into paged attention when it is opened: measured on the 1B shape, a prompt of
+3,380 tokens takes two thirds of the time and half of the memory, and a cache that holds more than a new prompt wants is simply
+shortened. Other devices keep the part's own state. Knows embeddings, logits and the key of each token; nothing of sampling, prompts
+or pictures.
+Pages: Kwon et al. 2023, arXiv:2309.06180; inputs as openvinotoolkit/openvino src/core/src/op/paged_attention.cpp names them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+
+from runtime.errors import NumericsError
+from runtime.part import infer
+from runtime.stream import Cancelled, Progress
+
+PREFILL_AT_ONCE = 1024  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
+FIRST_PAGES = 32
+LAST_POSITION = "last_position"  # our input of the paged part: which tokens the head sees
+
+
+class KVCache(ABC):
+    """What the tokens of one conversation, or of the rows of one batch, have left behind.
+
+    Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time.
+    """
+
+    def __init__(self, request: ov.InferRequest):
+        self._request = request
+        self._keys = np.zeros(0, np.int64)
+        self._coming = np.zeros(0, np.int64)  # keys of the prompt that is being fed
+
+    def __len__(self) -> int:
+        """Tokens of a single row."""
+        return len(self._keys)
+
+    def shared_with(self, keys: np.ndarray) -> int:
+        """How many tokens at the beginning of a prompt with these keys (T,) are here; at least one is left to compute."""
+        held = self._keys[: len(keys) - 1]
+        differ = np.flatnonzero(held != keys[: len(held)])
+        return int(differ[0]) if len(differ) else len(held)
+
+    def keep(self, keys: np.ndarray) -> int:
+        """Keep what a prompt with these keys (T,) begins with, forget the rest, and expect its other tokens.
+
+        Returns the number of tokens kept.
+        """
+        kept = self._cut(self.shared_with(keys))
+        self._keys, self._coming = self._keys[:kept], keys[kept:]
+        return kept
+
+    def feed(self, embeds: np.ndarray, mask: np.ndarray, keys: np.ndarray | None, progress: Progress | None = None) -> np.ndarray:
+        """Embeddings (B, T, D) of new tokens under their mask (B, T) -> logits (B, 1, V) of the last position.
+
+        `keys` (T,) say what the tokens of a single row are; None takes those that `keep` was told. Raises NumericsError when the
+        logits are not numbers.
+        """
+        try:
+            logits = self._feed(embeds, mask, progress)
+        except RuntimeError as error:
+            if "Infer Request was canceled" in str(error):
+                raise Cancelled from None
+            raise
+        if not np.isfinite(logits[..., :64]).all():  # what is no number before the head makes no logit one
+            self._cut(0)
+            self._keys = self._keys[:0]
+            raise NumericsError(
+                "the language part gave logits that are not numbers: its activations overflow on this device; "
+                "open the model with precision accuracy (--precision accuracy)"
+            )
+        if keys is not None:
+            self._remember(keys)
+        return logits
+
+    def cancel(self) -> None:
+        """End what is being fed, from another thread."""
+        self._request.cancel()
+
+    def get_seq_length(self) -> int:
+        """transformers' name for how many tokens are here."""
+        return len(self)
+
+    @abstractmethod
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on as row `rows[i]` did: beams."""
+
+    @abstractmethod
+    def _cut(self, length: int) -> int:
+        """Forget all but the first tokens of a single row, or all; returns how many were kept."""
+
+    @abstractmethod
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
+        """As `feed`, and calls `_remember_prompt` after each piece of a prompt."""
+
+    def _remember(self, keys: np.ndarray) -> None:
+        self._keys = np.concatenate([self._keys, keys])
+
+    def _remember_prompt(self, count: int) -> None:
+        """The next `count` tokens of the prompt that `keep` was told are here now."""
+        self._remember(self._coming[:count])
+        self._coming = self._coming[count:]
+
+
+def head_of(model: ov.Model) -> ov.Node:
+    """The matrix multiplication that gives the logits."""
+    return model.get_results()[0].input_value(0).get_node()
+
+
+class StatefulCache(KVCache):
+    """The state of the saved part: slots stay where they were written.
+
+    What is no longer wanted is masked out, and the tokens after it are given the positions they would have without it.
+    """
+
+    @staticmethod
+    def adapt(model: ov.Model) -> ov.Model:
+        """Let the head see the last position only; the logits of a whole prompt are not wanted and take gigabytes."""
+        head = head_of(model)
+        last = opset.slice(head.input_value(0), [-1], [np.iinfo(np.int64).max], [1], [1])
+        head.input(0).replace_source_output(last.output(0))
+        model.validate_nodes_and_infer_types()
+        return model
+
+    def __init__(self, compiled: ov.CompiledModel):
+        super().__init__(compiled.create_infer_request())
+        self._clear()
+
+    def _clear(self) -> None:
+        self._request.reset_state()
+        self._slots = 0
+        self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
+        self._order = np.zeros(1, np.int32)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        self._order = np.asarray(rows, np.int32)
+
+    def _cut(self, length: int) -> int:
+        if self._slots > 2 * length:  # more dead slots than living ones are dearer than to start afresh
+            self._clear()
+            return 0
+        standing = np.flatnonzero(self._mask[0, : self._slots])
+        self._mask[0, standing[length:]] = 0
+        return length
+
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
+        total = embeds.shape[1]
+        for start in range(0, total, PREFILL_AT_ONCE):
+            if progress is not None:
+                progress("prefill", start, total)
+            piece = mask[:, start : start + PREFILL_AT_ONCE]
+            self._step(embeds[:, start : start + PREFILL_AT_ONCE], piece)
+            if total > 1 and len(mask) == 1:
+                self._remember_prompt(piece.shape[1])
+        return self._request.get_tensor("logits").data
+
+    def _step(self, embeds: np.ndarray, mask: np.ndarray) -> None:
+        rows, count = mask.shape
+        end = self._slots + count
+        if self._slots == 0:
+            self._mask, self._order = np.zeros((rows, self._mask.shape[1]), np.int64), np.arange(rows, dtype=np.int32)
+        if end > self._mask.shape[1]:
+            self._mask = np.pad(self._mask, ((0, 0), (0, max(end, 2 * self._mask.shape[1]) - self._mask.shape[1])))
+        before = self._mask[:, : self._slots].sum(1, keepdims=True)
+        self._mask[:, self._slots : end] = mask
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ascontiguousarray(self._mask[:, :end]),
+            "position_ids": np.maximum(before + mask.cumsum(1) - 1, 0),
+            "beam_idx": self._order,
+        }
+        try:
+            infer(self._request, inputs)
+        except BaseException:
+            self._clear()  # how far the state came is not known
+            self._keys = self._keys[:0]
+            raise
+        self._order = np.arange(rows, dtype=np.int32)
+        self._slots = end
+
+
+class PagedCache(KVCache):
+    """Pages of keys and values in our own memory, and a table of pages a row; rows share pages that are full."""
+
+    @staticmethod
+    def adapt(model: ov.Model) -> ov.Model:
+        """Turn attention into paged attention, and let the head see the positions of one more input only."""
+        from openvino._offline_transformations import paged_attention_transformation
+
+        paged_attention_transformation(model)
+        head = head_of(model)
+        rows = opset.parameter([-1], np.int32, name=LAST_POSITION)
+        rows.output(0).get_tensor().set_names({LAST_POSITION})
+        last = opset.gather(head.input_value(0), rows, opset.constant(0))
+        head.input(0).replace_source_output(last.output(0))
+        model.add_parameters([rows])
+        model.validate_nodes_and_infer_types()
+        return model
+
+    def __init__(self, compiled: ov.CompiledModel):
+        super().__init__(compiled.create_infer_request())
+        ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
+        self._shapes = {
+            name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()
+        }
+        self._page = next(shape[1] for name, (_, shape) in self._shapes.items() if name.startswith("value_cache"))  # tokens a page
+        self._pages = 0
+        self._tables: list[list[int]] = [[]]
+        self._lengths = [0]
+        self._free: list[int] = []
+        self._uses: list[int] = []  # rows that a page belongs to
+        self._layout: dict[str, np.ndarray] = {}
+        self._told: tuple[list[int], list[list[int]]] = ([], [])  # counts and tables that the request has been given
+        self._grow(FIRST_PAGES)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        tables = [[*self._tables[row]] for row in rows]
+        lengths = [self._lengths[row] for row in rows]
+        for table in tables:
+            for page in table:
+                self._uses[page] += 1
+        for table in self._tables:
+            self._release(table)
+        for table, length in zip(tables, lengths, strict=True):
+            if length % self._page and self._uses[table[-1]] > 1:  # the next token is written into a page of its own
+                copy = self._take()
+                self._copy_page(table[-1], copy)
+                self._release(table[-1:])
+                table[-1] = copy
+        self._tables, self._lengths = tables, lengths
+
+    def _cut(self, length: int) -> int:
+        pages = -(-length // self._page)
+        for table in self._tables[1:]:
+            self._release(table)
+        self._release(self._tables[0][pages:])
+        self._tables, self._lengths = [self._tables[0][:pages]], [length]
+        return length
+
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
+        rows, count = mask.shape
+        if self._lengths == [0] and rows > 1:
+            self._tables, self._lengths = [[] for _ in range(rows)], [0] * rows
+        if count == 1:
+            return self._step(range(rows), embeds[:, 0], [1] * rows)
+        logits, total, done = [], int(mask.sum()), 0
+        for row in range(rows):  # padding is left out
+            tokens = embeds[row][mask[row] == 1]
+            for start in range(0, len(tokens), PREFILL_AT_ONCE):
+                if progress is not None:
+                    progress("prefill", done, total)
+                piece = tokens[start : start + PREFILL_AT_ONCE]
+                found = self._step([row], piece, [len(piece)])
+                done += len(piece)
+                if rows == 1:
+                    self._remember_prompt(len(piece))
+            logits.append(found.copy())
+        return np.concatenate(logits)
+
+    def _step(self, rows: Sequence[int], embeds: np.ndarray, counts: list[int]) -> np.ndarray:
+        """Tokens (T, D) of these rows, `counts` each -> logits (R, 1, V) of each row's last."""
+        past = [self._lengths[row] for row in rows]
+        lengths = [length + count for length, count in zip(past, counts, strict=True)]
+        tables = [self._tables[row] for row in rows]
+        for table, length in zip(tables, lengths, strict=True):
+            while len(table) * self._page < length:
+                table.append(self._take())
+        inputs = {
+            "inputs_embeds": embeds,
+            "position_ids": np.concatenate([np.arange(*span) for span in zip(past, lengths, strict=True)]),
+            "past_lens": np.array(past, np.int32),
+            "max_context_len": np.array(max(lengths), np.int32),
+        }
+        if self._told != (counts, tables):  # most tokens change neither
+            ends = np.cumsum([0, *counts])
+            self._layout = {  # the request reads these arrays until it is given others
+                "subsequence_begins": ends.astype(np.int32),
+                LAST_POSITION: (ends[1:] - 1).astype(np.int32),
+                "block_indices": np.concatenate(tables).astype(np.int32),
+                "block_indices_begins": np.cumsum([0, *map(len, tables)]).astype(np.int32),
+            }
+            inputs |= self._layout
+            self._told = (counts, [[*table] for table in tables])
+        infer(self._request, inputs)
+        for row, length in zip(rows, lengths, strict=True):
+            self._lengths[row] = length
+        return self._request.get_tensor("logits").data
+
+    def _take(self) -> int:
+        if not self._free:
+            self._grow(2 * self._pages)
+        page = self._free.pop()
+        self._uses[page] = 1
+        return page
+
+    def _release(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                self._free.append(page)
+
+    def _grow(self, pages: int) -> None:
+        for name, (kind, shape) in self._shapes.items():
+            tensor = ov.Tensor(kind, ov.Shape([pages, *shape]))
+            if self._pages:
+                self._request.get_tensor(name).copy_to(_pages_of(tensor, 0, self._pages))
+            self._request.set_tensor(name, tensor)
+        self._free = [*range(pages - 1, self._pages - 1, -1), *self._free]
+        self._uses += [0] * (pages - self._pages)
+        self._pages = pages
+
+    def _copy_page(self, source: int, target: int) -> None:
+        for name in self._shapes:
+            tensor = self._request.get_tensor(name)
+            _pages_of(tensor, source, source + 1).copy_to(_pages_of(tensor, target, target + 1))
+
+
+def _pages_of(tensor: ov.Tensor, start: int, end: int) -> ov.Tensor:
+    """A view of some pages of a cache tensor (pages, ...)."""
+    shape = [*tensor.shape]
+    return ov.Tensor(tensor, ov.Coordinate([start, *[0] * (len(shape) - 1)]), ov.Coordinate([end, *shape[1:]]))

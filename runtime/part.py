@@ -1,0 +1,56 @@
+"""One part of a model folder: read, compiled where it was placed, run.
+
+What goes wrong in OpenVINO on the way is told in one line; knows nothing of what a part computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from runtime.device import Placement
+from runtime.errors import DeviceError, ModelFolderError
+from runtime.folder import PART_FILES
+
+
+def read_part(core: ov.Core, folder: Path, part: str) -> ov.Model:
+    """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read."""
+    try:
+        return core.read_model(folder / PART_FILES[part])
+    except RuntimeError as error:
+        raise ModelFolderError(
+            f"{folder / PART_FILES[part]} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; "
+            "convert the checkpoint again"
+        ) from error
+
+
+def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.CompiledModel:
+    """Compile a part where it was placed. Raises DeviceError when its device refuses it or one of its properties."""
+    try:
+        return core.compile_model(model, placement.device, placement.properties)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{placement.device} cannot run the {placement.part} part ({last_line(error)}): "
+            "choose another device or other properties"
+        ) from error
+
+
+def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
+    """Run a compiled part on these inputs by name; outputs stay in the request until its next run.
+
+    OpenVINO's own dispatch of inputs and its copy of outputs take half a millisecond, which counts once a token. An input that
+    is left out is the one of the run before, whose array must still be there.
+    """
+    tensors = {name: ov.Tensor(np.asarray(array, order="C"), shared_memory=True) for name, array in inputs.items()}
+    for name, tensor in tensors.items():
+        request.set_tensor(name, tensor)
+    request.infer(share_outputs=True)
+
+
+def last_line(error: Exception) -> str:
+    """The line of an OpenVINO error that says what is wrong; the others are places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
