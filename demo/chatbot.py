@@ -67,7 +67,10 @@ def make_demo(model: ChatModel) -> gr.ChatInterface:
         max_new_tokens: float,
         request: gr.Request,
     ) -> Iterator[str]:
-        conversation = tabs.setdefault(request.session_hash or "", model.start_conversation())
+        tab = request.session_hash or ""
+        if tab not in tabs:
+            tabs[tab] = model.start_conversation()
+        conversation = tabs[tab]
         given: dict[str, Any] = {"max_tiles": int(max_tiles), "allow_urls": False}
         try:
             shown = [(model.prepare(text, **sorted_files(files), **given), said) for text, files, said in turns_of(history)]

@@ -68,6 +68,9 @@ class ChatModel(ABC):
     ) -> Any:
         """Embeddings (B, T, D) under a mask (B, T), after what `cache` holds -> new ids; options are those of transformers."""
 
+    def rest_vision(self) -> None:  # noqa: B027  a backend may have nothing to do
+        """All tiles of a prompt are encoded: intermediate memory may go back."""
+
     def new_cache(self) -> Any:
         """A KV cache for one conversation, or None where each call computes its whole prompt."""
         return None
@@ -250,6 +253,20 @@ class ChatModel(ABC):
         prompt = render(self.conv_template, system, history, question)
         return expand_marks(prompt, [picture.count for picture in pictures], self.config.tokens_per_tile, *tokens)
 
+    def ids_of(self, system: str, history: Sequence[Turn], question: str, pictures: Sequence[PictureTiles]) -> Tensor:
+        """Token ids (1, T) of the whole prompt. Raises PromptError when marks and pictures do not fit.
+
+        A picture's context tokens are repeated after tokenising, which takes tens of milliseconds for thousands of them.
+        """
+        short = expand_marks(render(self.conv_template, system, history, question), [1] * len(pictures), 1)
+        ids = self.tokenizer(short, return_tensors="pt")["input_ids"][0]
+        here = torch.eq(ids, self.img_context_token_id)
+        if int(here.sum()) != len(pictures):
+            raise PromptError(f"the text has {CONTEXT_TOKEN} in it, which stands for pictures: write {IMAGE_MARK} instead")
+        repeats = torch.ones_like(ids)
+        repeats[here] = torch.tensor([picture.count * self.config.tokens_per_tile for picture in pictures], dtype=ids.dtype)
+        return ids.repeat_interleave(repeats)[None]
+
     def _generate(
         self,
         ids: Tensor,
@@ -282,6 +299,8 @@ class ChatModel(ABC):
 
     def _encode(self, pictures: Sequence[PictureTiles], progress: Progress | None) -> tuple[list[Tensor], int]:
         features, encoded = encode_pictures(pictures, self.encode_tiles, self.tiles_at_once, self.feature_cache, progress)
+        if encoded:
+            self.rest_vision()
         if not all(torch.isfinite(each).all() for each in features):
             self.feature_cache.clear()
             raise NumericsError(

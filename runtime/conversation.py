@@ -86,8 +86,7 @@ class Conversation:
         options |= {"max_new_tokens": max_new_tokens}
         history = [(past.question, past.answer) for past in self.turns]
         pictures = [picture for past in [*self.turns, turn] for picture in past.pictures]
-        prompt = model.prompt_of(self._system, history, turn.question, pictures)
-        ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = model.ids_of(self._system, history, turn.question, pictures)
         model.check(ids, pictures, options)
         generate = partial(model.answer, ids, pictures, cache=self._cache, statistics=statistics, **options)
         return self._pieces(turn, generate, statistics, progress)

@@ -27,15 +27,21 @@ FEATURE_CACHE_BYTES = 256 << 20  # 22 pictures of 13 tiles for a 1B model
 class StatelessPart:
     """One part without memory of its own, one input and one output, that several threads may call."""
 
-    def __init__(self, folder: Path, part: str, core: ov.Core, placement: Placement):
-        self._request = compile_part(core, read_part(core, folder, part), placement).create_infer_request()
-        self._input = self._request.get_compiled_model().input().get_any_name()
+    def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int):
+        self._compiled = compile_part(core, read_part(core, folder, placement.part, width), placement)
+        self._request = self._compiled.create_infer_request()
+        self._input = self._compiled.input().get_any_name()
         self._lock = threading.Lock()
 
     def __call__(self, values: Tensor) -> Tensor:
         with self._lock:
             infer(self._request, {self._input: values.numpy()})
             return torch.from_numpy(self._request.get_output_tensor().data.copy())
+
+    def rest(self) -> None:
+        """Give back the memory of intermediate results until the next call."""
+        with self._lock:
+            self._compiled.release_memory()
 
 
 class FeatureCache:

@@ -78,13 +78,13 @@ class KVCache(ABC):
             self._remember(keys)
         return logits
 
-    def cancel(self) -> None:
-        """End what is being fed, from another thread."""
-        self._request.cancel()
-
     def get_seq_length(self) -> int:
         """transformers' name for how many tokens are here."""
         return len(self)
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """End what is being fed, from another thread, as soon as nothing is lost by it."""
 
     @abstractmethod
     def reorder(self, rows: Sequence[int]) -> None:
@@ -136,6 +136,9 @@ class StatefulCache(KVCache):
         self._slots = 0
         self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
         self._order = np.zeros(1, np.int32)
+
+    def cancel(self) -> None:
+        """Nothing: a state that is left in the middle is lost, and the next piece or token is soon there."""
 
     def reorder(self, rows: Sequence[int]) -> None:
         self._order = np.asarray(rows, np.int32)
@@ -217,6 +220,9 @@ class PagedCache(KVCache):
         self._layout: dict[str, np.ndarray] = {}
         self._told: tuple[list[int], list[list[int]]] = ([], [])  # counts and tables that the request has been given
         self._grow(FIRST_PAGES)
+
+    def cancel(self) -> None:
+        self._request.cancel()  # pages count only once they are written
 
     def reorder(self, rows: Sequence[int]) -> None:
         tables = [[*self._tables[row]] for row in rows]

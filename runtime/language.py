@@ -38,7 +38,8 @@ class OVLanguageModel(GenerationMixin):
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, config: dict[str, Any], embed: Callable, *, reuse: bool):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
-        self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, "language")), placement)
+        model = read_part(core, folder, "language", config["hidden_size"])
+        self._compiled = compile_part(core, self._cache_kind.adapt(model), placement)
         self._embed = embed
         self._idle: list[KVCache] = []  # least recently used first
         self._lock = threading.Lock()

@@ -28,7 +28,7 @@ from runtime.language import OVLanguageModel
 from runtime.prompt import get_template
 from runtime.stream import Progress
 
-PATCHES_AT_ONCE = 1024  # one tile of 448 pixels; more take memory and no less time
+PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: 5 % faster than one by one, and no slower than all at once
 OF_UPSTREAM = {"torch_dtype", "dtype", "low_cpu_mem_usage", "use_flash_attn", "trust_remote_code", "attn_implementation"}
 
 
@@ -77,8 +77,9 @@ class OVInternVLChatModel(ChatModel):
             ov_config=ov_config,
             part_config=part_config,
         )
-        self._text = StatelessPart(folder, "text_embeddings", core, placed["text_embeddings"])
-        self._vision = StatelessPart(folder, "vision", core, placed["vision"])
+        width = self.config.language["hidden_size"]
+        self._text = StatelessPart(folder, core, placed["text_embeddings"], width)
+        self._vision = StatelessPart(folder, core, placed["vision"], width)
         self.language_model = OVLanguageModel(
             folder, core, placed["language"], self.config.language, self.embed_tokens, reuse=reuse_kv
         )
@@ -107,6 +108,9 @@ class OVInternVLChatModel(ChatModel):
 
     def encode_tiles(self, pixel_values: Tensor) -> Tensor:
         return self._vision(pixel_values.float())
+
+    def rest_vision(self) -> None:
+        self._vision.rest()
 
     def new_cache(self) -> KVCache:
         return self.language_model.new_cache()

@@ -16,15 +16,26 @@ from runtime.errors import DeviceError, ModelFolderError
 from runtime.folder import PART_FILES
 
 
-def read_part(core: ov.Core, folder: Path, part: str) -> ov.Model:
-    """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read."""
+def read_part(core: ov.Core, folder: Path, part: str, width: int) -> ov.Model:
+    """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read.
+
+    Also when its embeddings do not have the `width` D of the language model: then its file is another model's.
+    """
     try:
-        return core.read_model(folder / PART_FILES[part])
+        model = core.read_model(folder / PART_FILES[part])
     except RuntimeError as error:
         raise ModelFolderError(
             f"{folder / PART_FILES[part]} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; "
             "convert the checkpoint again"
         ) from error
+    port = model.input("inputs_embeds") if part == "language" else model.output()
+    found = port.partial_shape[-1]
+    if found.is_static and found.get_length() != width:
+        raise ModelFolderError(
+            f"{folder / PART_FILES[part]} has embeddings of width {found}, config.json says {width}: the folder mixes two models; "
+            "convert the checkpoint again"
+        )
+    return model
 
 
 def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.CompiledModel:

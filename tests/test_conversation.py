@@ -340,6 +340,21 @@ def test_batches_take_several_pictures_a_question_and_none(model, reference, tok
     assert model.batch_chat(tokenizer, None, ["Hello?", "Who?"], options)[0] == alone[1]
 
 
+def test_ids_are_those_of_the_prompt_written_out(golden):
+    """Context tokens are repeated after tokenising: the same ids as tokenising thousands of them, whatever the tokenizer."""
+    model = InternVLChatModel.from_checkpoint(Checkpoint(golden.folder))
+    pictures = [PictureTiles.of_picture(picture(seed, 56 * seed, 56), Tiling.of(model.config)) for seed in (1, 2, 3)]
+    for history, question in (
+        ([], "<image>\nWhat? <image>And <image>"),
+        ([("<image> <image>\n你好", "Ja."), ("a", "b")], "  <image>  why?  \n"),
+    ):
+        prompt = model.prompt_of("S", history, question, pictures)
+        wanted = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        assert torch.equal(model.ids_of("S", history, question, pictures), wanted)
+    with pytest.raises(PromptError, match="has <IMG_CONTEXT> in it"):
+        model.ids_of("S", [], "<IMG_CONTEXT>", [])
+
+
 def test_mistakes_are_told_before_any_work(model, tokenizer):
     conversation = model.start_conversation()
     for call, kind, message in (

@@ -4,6 +4,7 @@ Which device and which properties a part gets. There is no GPU where this is tes
 is checked, not what a GPU computes.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
 from runtime.device import check_device, place_parts
 from runtime.errors import DeviceError, ModelFolderError, OptionError
+from runtime.folder import PARTS
 from runtime.model import OVInternVLChatModel
+from runtime.part import read_part
 
 FOLDER = Path("somewhere")
 
@@ -143,8 +146,6 @@ def test_a_property_that_a_device_does_not_know_is_told(tiny, converted):
 
 
 def test_a_broken_part_is_told(tiny, converted, tmp_path):
-    import shutil
-
     folder = tmp_path / "broken"
     shutil.copytree(converted(tiny("tiny-qwen2"), weight_format="fp32"), folder)
     xml = folder / "openvino_language_model.xml"
@@ -153,3 +154,11 @@ def test_a_broken_part_is_told(tiny, converted, tmp_path):
         xml.write_text(content)
         with pytest.raises(ModelFolderError, match=r"openvino_language_model\.xml cannot be read .*convert the checkpoint again"):
             OVInternVLChatModel(folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_another_model_is_told(tiny, converted, part):
+    folder = converted(tiny("tiny-qwen2"), weight_format="fp32")
+    with pytest.raises(ModelFolderError, match=r"has embeddings of width 64, config\.json says 96: the folder mixes two models"):
+        read_part(ov.Core(), folder, part, 96)
+    assert read_part(ov.Core(), folder, part, 64)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.__main__ import parser
+import convert.__main__
+import demo.__main__
+import runtime.__main__
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(ROOT.glob("*.md"))
@@ -33,11 +35,14 @@ def commands(starting: str) -> list[str]:
     return sorted({line for line in lines if line.startswith(starting)})
 
 
-@pytest.mark.parametrize("command", commands("python -m convert"))
-def test_convert_commands_parse(command):
-    arguments = shlex.split(command)[3:]
+COMMANDS = {"convert": convert.__main__.parser, "runtime": runtime.__main__.parser, "demo": demo.__main__.parser}
+
+
+@pytest.mark.parametrize("command", [command for name in COMMANDS for command in commands(f"python -m {name} ")])
+def test_commands_parse(command):
+    name, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
-        parser().parse_args(arguments)
+        COMMANDS[name]().parse_args(arguments)
 
 
 @pytest.mark.parametrize("command", commands("make "))
@@ -46,16 +51,18 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_help_in_the_readme_is_the_real_help():
+@pytest.mark.parametrize("arguments", [["convert"], ["runtime", "chat"]], ids=lambda arguments: arguments[0])
+def test_help_in_the_readme_is_the_real_help(arguments):
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "convert", "--help"]
+    command = [sys.executable, "-m", *arguments, "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert any(block.strip() == done.stdout.strip() for block in code_blocks(README)), done.stdout
 
 
-def test_help_answers_at_once():
+@pytest.mark.parametrize("package", ["convert", "runtime", "demo"])
+def test_help_answers_at_once(package):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "convert", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-X", "importtime", "-m", package, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert not re.search(r"\| +(torch|openvino|transformers)$", done.stderr, flags=re.MULTILINE)
 
