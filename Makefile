@@ -22,17 +22,17 @@ check: setup  ## format, lint, types
 test: setup check notebook  ## everything that CI runs
 	$(BIN)/python -m pytest
 
-quickstart: setup  ## the main job offline, in seconds, on a tiny checkpoint with random weights
-	$(BIN)/python -m tests.checkpoints tiny-qwen2 build/tiny-qwen2
-	$(BIN)/python -m convert build/tiny-qwen2 build/tiny-qwen2-int4 --group-size 64 --force
-	$(BIN)/python -m runtime info build/tiny-qwen2-int4
+quickstart: setup  ## the main job offline: convert the built-in model to int4 and ask it about a picture
+	$(BIN)/python -m convert demo/shapes/checkpoint build/shapes-int4 --force
+	$(BIN)/python -m runtime chat build/shapes-int4 "Which shape is purple?" --image demo/examples/shapes.png
 
-notebook: setup  ## run the tutorial from top to bottom, offline, on a tiny checkpoint with random weights
-	$(BIN)/python -m tests.checkpoints tiny-qwen2 build/tiny-qwen2
-	INTERNVL_SOURCE=$(CURDIR)/build/tiny-qwen2 INTERNVL_GROUP_SIZE=64 $(BIN)/jupyter execute notebooks/internvl_openvino.ipynb --output=$(CURDIR)/build/internvl_openvino.ipynb
+notebook: setup  ## run the tutorial from top to bottom, offline, on the built-in model
+	$(BIN)/jupyter execute notebooks/internvl_openvino.ipynb --output=$(CURDIR)/build/internvl_openvino.ipynb
 
-bench: setup  ## conversion time and memory at full size (minutes, 4 GB of disk)
-	$(BIN)/python -m tests.bench
+bench: setup  ## conversion and answers at full size (half an hour, 4 GB of disk)
+	$(BIN)/python -m tests.bench --keep build/bench-int4
+	$(BIN)/python -m demo.shapes draw build/bench.png --kind small_text
+	$(BIN)/python -m tests.bench_answers build/bench-int4 --image build/bench.png
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder with the model's real tokenizer (default: a tiny one)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--beside", metavar="COMMAND", help="another converter to run between ours")
+    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave our model folder there")
     options = parser.parse_args()
     checkpoint, output = CACHE / options.model, CACHE / "output"
     if not (checkpoint / "config.json").exists():
@@ -62,6 +63,8 @@ def main() -> None:
             runs[name].append(measure(command, output))
             print(f"{name:<8} {runs[name][-1]['seconds']:6.1f} s  {runs[name][-1]['peak_gb']:.2f} GB", flush=True)
     shutil.rmtree(output, ignore_errors=True)
+    if options.keep:
+        measure([str(options.keep) if part == str(output) else part for part in ours], options.keep)
     medians = {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
     for name, median in medians.items():
         print(f"{name:<8} median {median['seconds']:.1f} s, peak {median['peak_gb']:.2f} GB")

@@ -267,7 +267,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
 def test_training_lowers_the_loss_on_what_it_saw(tmp_path):
     run = Run(tmp_path, replace(TINY, samples=8 * 100, rate=1e-2))
     batches = Steps(run.options, run.encoder, run.tokenizer.pad_token_id)[0]
-    losses = [run.learn(batches)["loss"] for _ in range(30)]
+    losses = [run.learn(batches)["loss"] for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -339,11 +339,15 @@ def test_the_shipped_checkpoint_is_small_and_whole(shipped):
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_the_shipped_checkpoint_answers(shipped):
-    """56 questions of the test split; the floor is far below what the model card says, and far above chance."""
-    result = exam.evaluate(*shipped, exam.EvaluateOptions(limit=56))
-    assert result["accuracy"] >= 0.6
+def test_the_shipped_checkpoint_answers_and_looks_at_the_picture(shipped):
+    """28 questions of the test split; the floor is far below what the model card says, and far above what noise reaches."""
+    assert exam.evaluate(*shipped, exam.EvaluateOptions(limit=28))["accuracy"] >= 0.35
+    assert exam.evaluate(*shipped, exam.EvaluateOptions(limit=14, noise=True))["accuracy"] <= 0.2
 
 
-def test_the_shipped_checkpoint_looks_at_the_picture(shipped):
-    assert exam.evaluate(*shipped, exam.EvaluateOptions(limit=28, noise=True))["accuracy"] <= 0.4
+def test_the_shipped_checkpoint_names_shapes(shipped):
+    model, tokenizer = shipped
+    tiling = Tiling.of(model.config)
+    for index in range(0, 5 * len(TASKS), len(TASKS)):
+        question = make_question(1, "test", index)
+        assert exam.ask(model, tokenizer, question, *exam.tiles_of(question, tiling)) == question.turns[-1].answer
