@@ -27,6 +27,7 @@ quickstart: setup  ## the main job offline: convert the built-in model to int4 a
 	$(BIN)/python -m runtime chat build/shapes-int4 "Which shape is purple?" --image demo/examples/shapes.png
 
 notebook: setup  ## run the tutorial from top to bottom, offline, on the built-in model
+	mkdir -p build
 	$(BIN)/jupyter execute notebooks/internvl_openvino.ipynb --output=$(CURDIR)/build/internvl_openvino.ipynb
 
 bench: setup  ## conversion and answers at full size (half an hour, 4 GB of disk)

@@ -109,7 +109,7 @@ class _Asked(StoppingCriteria):
         self._cancelled = cancelled
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._cancelled.is_set())
+        return torch.full((len(input_ids),), self._cancelled.is_set(), device=input_ids.device)
 
 
 def stream_text(

@@ -16,11 +16,12 @@ import runtime.kv_cache
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
 from runtime.embeddings import FeatureCache, encode_pictures, keys_of
-from runtime.errors import NumericsError, OptionError, PromptError
+from runtime.errors import NumericsError, OptionError, PictureError, PromptError
 from runtime.image import PictureTiles, Tiling
 from runtime.model import OVInternVLChatModel
 from runtime.prompt import render
 from runtime.stream import Statistics, stream_text
+from tests.conftest import shared
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 OPTIONS = {"max_new_tokens": 12}
@@ -69,6 +70,15 @@ def test_a_conversation_says_what_the_reference_says(reference, model):
     assert theirs.statistics.reused_tokens == 0
     assert [turn.question for turn in ours.turns] == [turn.question for turn in theirs.turns]
     assert ours.turns[1].question == "Image-1: <image>\nImage-2: <image>\nAnd this?"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_reference_talks_on_cuda_as_on_the_processor(tiny, reference):
+    cuda = InternVLChatModel.from_checkpoint(Checkpoint(tiny("tiny-qwen2")), device="cuda")
+    ours, theirs = cuda.start_conversation(), reference.start_conversation()
+    for question, images in TALK:
+        assert ours.ask(question, images=images, **OPTIONS) == theirs.ask(question, images=images, **OPTIONS)
 
 
 @pytest.mark.parametrize("edit", ["last", "middle", "picture", "all"])
@@ -192,6 +202,20 @@ def test_a_picture_goes_through_the_vision_part_once(model):
     assert again.statistics.encoded_tiles == 0
     again.ask("With other tiles?", images=[picture(5)], max_tiles=1, max_new_tokens=2)
     assert again.statistics.encoded_tiles == again.statistics.tiles == 1
+
+
+def test_odd_pictures_are_answered_or_refused_and_the_conversation_goes_on(model):
+    """All 49 in one conversation: each is a turn, or one line."""
+    conversation = model.start_conversation()
+    refused = 0
+    for number, path in enumerate(sorted(shared("data/odd-pictures").iterdir())):
+        try:
+            conversation.ask("What?", images=[path], max_tiles=1, max_new_tokens=1)
+        except PictureError:
+            refused += 1
+        assert len(conversation.turns) <= number + 1 - refused
+    assert refused == 10
+    assert conversation.ask("And?", **OPTIONS)
 
 
 def test_the_feature_cache_drops_the_oldest_first_and_holds_its_bound():
