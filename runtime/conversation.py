@@ -44,6 +44,7 @@ class Conversation:
         self.turns: list[Exchange] = []
         self.statistics: Statistics | None = None  # of the last answer
         self._model, self._system, self._cache = model, system, model.new_cache()
+        self._tokenizer = model.tokenizer  # read from its file now, not when somebody waits for an answer
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
 
@@ -104,7 +105,7 @@ class Conversation:
     def _pieces(
         self, turn: Exchange, generate: Callable[..., None], statistics: Statistics, progress: Progress | None
     ) -> Iterator[str]:
-        tokenizer, stop = self._model.tokenizer, self._model.conv_template.stop_token
+        tokenizer, stop = self._tokenizer, self._model.conv_template.stop_token
         if not self._busy.acquire(blocking=False):
             raise PromptError("this conversation is answering already: wait for it, cancel it, or start another one")
         try:
