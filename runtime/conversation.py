@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers import StoppingCriteriaList
 
 from runtime.errors import PromptError
 from runtime.image import PictureTiles
@@ -89,7 +90,14 @@ class Conversation:
         pictures = [picture for past in [*self.turns, turn] for picture in past.pictures]
         ids = model.ids_of(self._system, history, turn.question, pictures)
         model.check(ids, pictures, options)
-        generate = partial(model.answer, ids, pictures, cache=self._cache, statistics=statistics, **options)
+        criteria = options.pop("stopping_criteria", None) or []
+
+        def generate(stopping_criteria: list[Any], **hooks: Any) -> None:
+            hooks["stopping_criteria"] = StoppingCriteriaList([*stopping_criteria, *criteria])
+            model.answer(ids, pictures, cache=self._cache, statistics=statistics, **hooks, **options)
+            if not statistics.finish_reason:
+                statistics.finish_reason = "length" if statistics.new_tokens >= max_new_tokens else "stop"
+
         return self._pieces(turn, generate, statistics, progress)
 
     def cancel(self) -> None:
@@ -126,7 +134,5 @@ class Conversation:
     def _keep(self, turn: Exchange, statistics: Statistics) -> None:
         if self._cancelled.is_set():
             statistics.finish_reason = "cancelled"
-        elif not statistics.finish_reason:
-            statistics.finish_reason = "length"
         if turn.answer:
             self.turns.append(turn)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 WAKE_SECONDS = 0.2  # Windows lets Ctrl-C through only between waits
 Progress = Callable[[str, int, int], None]  # stage, done, total; stages are frames, tiles and prefill
@@ -138,7 +138,7 @@ def stream_text(
 
     def work() -> None:
         try:
-            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([_Asked(cancelled)]), progress=check)
+            generate(streamer=streamer, stopping_criteria=[_Asked(cancelled)], progress=check)
         except Cancelled:
             pass
         except BaseException as error:  # carried to the thread that reads

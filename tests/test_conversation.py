@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, StoppingCriteria
 
 import runtime.kv_cache
 from convert.checkpoint import Checkpoint
@@ -337,6 +337,20 @@ def test_sampling_beams_and_processors_are_those_of_transformers(model, referenc
             torch.manual_seed(7)
             answers.append(each.start_conversation().ask("What?", images=picture(2), max_new_tokens=10, **options))
         assert answers[0] == answers[1], options
+
+
+def test_a_callers_own_stopping_criterion_is_heard_and_told_as_a_stop(model, reference):
+    class AfterThree(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 3)
+
+    answers = []
+    for each in (model, reference):
+        conversation = each.start_conversation()
+        answers.append(conversation.ask("What?", max_new_tokens=10, stopping_criteria=[AfterThree()]))
+        assert conversation.statistics.new_tokens == 3
+        assert conversation.statistics.finish_reason == "stop"
+    assert answers[0] == answers[1]
 
 
 def test_generate_returns_dictionaries_with_scores(model, reference, tokenizer):
