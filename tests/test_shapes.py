@@ -4,7 +4,10 @@ The small model of demo/shapes: its scenes say the truth and keep their splits a
 counts right, and the shipped checkpoint answers.
 """
 
+import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,12 +30,8 @@ from demo.shapes.train import IGNORED, PRESETS, Encoder, Run, Sizes, Steps, Trai
 from runtime.config import InternVLConfig
 
 SHIPPED = Path(__file__).parents[1] / "demo" / "shapes" / "checkpoint"
+TINY_SIZES = Sizes(32, 64, 1, 2, 32, 64, 1, 2, 1)
 TINY = TrainOptions(preset="tiny", samples=80, batch=8, micro=4, warmup=16, easy=10)
-
-
-@pytest.fixture(autouse=True)
-def tiny_preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", Sizes(32, 64, 1, 2, 32, 64, 1, 2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -241,34 +240,48 @@ def test_marks_stand_on_the_patches_of_their_tile(encoder):
 # ---- training
 
 
-def tensors_of(run):
-    return {name: tensor.clone() for name, tensor in run.student.state_dict().items()}
+def train_small(folder: Path):
+    """One whole run, one that is interrupted and taken up again, and one that sees the same scenes over and over."""
+    PRESETS["tiny"] = TINY_SIZES
+    whole = train(folder / "whole", None, TINY, looks_every=100)
+    first = train(folder / "parts", None, TINY, minutes=0, looks_every=100)
+    second = train(folder / "parts", folder / "checkpoint", TINY, looks_every=100)
+    again = Run(folder / "again", replace(TINY, samples=8 * 100, rate=1e-2))
+    batches = Steps(again.options, again.encoder, again.tokenizer.pad_token_id)[0]
+    losses = [again.learn(batches)["loss"] for _ in range(12)]
+    print(json.dumps({"steps": [whole.step, first.step, second.step], "losses": losses}))
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
-    whole = train(tmp_path / "whole", None, TINY, looks_every=100)
-    assert whole.step == 10
-    first = train(tmp_path / "parts", None, TINY, minutes=0, looks_every=100)
-    assert first.step == 1
-    second = train(tmp_path / "parts", tmp_path / "checkpoint", TINY, looks_every=100)
-    assert second.step == 10
-    expected = tensors_of(whole)
-    for name, tensor in tensors_of(second).items():
-        assert torch.equal(tensor, expected[name]), name
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Training in a process of its own, as users have it: it sets torch's threads and forks workers."""
+    folder = tmp_path_factory.mktemp("training")
+    code = "import sys; from pathlib import Path; from tests.test_shapes import train_small; train_small(Path(sys.argv[1]))"
+    command = [sys.executable, "-X", "faulthandler", "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
 
-    checkpoint = Checkpoint(tmp_path / "checkpoint")
+
+def test_an_interrupted_run_ends_with_the_same_weights(trained):
+    folder, told = trained
+    assert told["steps"] == [10, 1, 10]
+    whole, parts = (torch.load(folder / name / "state.pt") for name in ("whole", "parts"))
+    assert whole["student"].keys() == parts["student"].keys()
+    for name, tensor in whole["student"].items():
+        assert torch.equal(parts["student"][name], tensor), name
+
+    checkpoint = Checkpoint(folder / "checkpoint")
     checkpoint.check(expected_shapes(checkpoint.config, tied=False))
     assert set(checkpoint.dtypes.values()) == {"BF16"}
     model = InternVLChatModel.from_checkpoint(checkpoint)
-    stored = second.average["vision.vision_model.embeddings.patch_embedding.weight"].bfloat16().float()
+    stored = parts["average"]["vision.vision_model.embeddings.patch_embedding.weight"].bfloat16().float()
     assert torch.equal(model.vision.vision_model.embeddings.patch_embedding.weight, stored)
 
 
-def test_training_lowers_the_loss_on_what_it_saw(tmp_path):
-    run = Run(tmp_path, replace(TINY, samples=8 * 100, rate=1e-2))
-    batches = Steps(run.options, run.encoder, run.tokenizer.pad_token_id)[0]
-    losses = [run.learn(batches)["loss"] for _ in range(12)]
-    assert losses[-1] < 0.8 * losses[0]
+def test_training_lowers_the_loss_on_what_it_saw(trained):
+    _, told = trained
+    assert told["losses"][-1] < 0.8 * told["losses"][0]
 
 
 def test_the_rate_rises_stays_and_falls():
