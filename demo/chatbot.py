@@ -74,7 +74,8 @@ def make_demo(model: ChatModel) -> gr.ChatInterface:
         given: dict[str, Any] = {"max_tiles": int(max_tiles), "allow_urls": False}
         try:
             shown = [(model.prepare(text, **sorted_files(files), **given), said) for text, files, said in turns_of(history)]
-            conversation.turns = [Exchange(turn.question, said, turn.pictures) for turn, said in shown]
+            own = [turn.tokens for turn in conversation.turns] + [[]] * len(shown)
+            conversation.turns = [Exchange(turn.question, said, turn.pictures, own[n]) for n, (turn, said) in enumerate(shown)]
             options = {"max_new_tokens": int(max_new_tokens), "do_sample": False}
             pieces = conversation.stream(message["text"], **sorted_files(message["files"]), **given, **options)
             text = ""

@@ -9,6 +9,7 @@ several pictures a question, and none.
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -253,19 +254,32 @@ class ChatModel(ABC):
         prompt = render(self.conv_template, system, history, question)
         return expand_marks(prompt, [picture.count for picture in pictures], self.config.tokens_per_tile, *tokens)
 
-    def ids_of(self, system: str, history: Sequence[Turn], question: str, pictures: Sequence[PictureTiles]) -> Tensor:
+    def ids_of(self, system: str, past: Sequence[Exchange], question: str, pictures: Sequence[PictureTiles]) -> Tensor:
         """Token ids (1, T) of the whole prompt. Raises PromptError when marks and pictures do not fit.
 
-        A picture's context tokens are repeated after tokenising, which takes tens of milliseconds for thousands of them.
+        The text is that of `prompt_of`. A context token stands for each picture while it is tokenised, because thousands of them
+        take tens of milliseconds, and for each answer whose own tokens are known: they come back as they were generated, which
+        need not be as the tokenizer writes them.
         """
-        short = expand_marks(render(self.conv_template, system, history, question), [1] * len(pictures), 1)
-        ids = self.tokenizer(short, return_tensors="pt")["input_ids"][0]
-        here = torch.eq(ids, self.img_context_token_id)
-        if int(here.sum()) != len(pictures):
+        answers = [torch.tensor(turn.tokens) if self._still_says(turn) else None for turn in past]
+        history = [(turn.question, turn.answer if own is None else CONTEXT_TOKEN) for turn, own in zip(past, answers, strict=True)]
+        text = render(self.conv_template, system, history, question)
+        ids = self.tokenizer(expand_marks(text, [1] * len(pictures), 1), return_tensors="pt")["input_ids"][0]
+        counts = iter([picture.count * self.config.tokens_per_tile for picture in pictures])
+        known = iter([own for own in answers if own is not None])
+        marks = re.findall(f"{re.escape(IMAGE_MARK)}|{re.escape(CONTEXT_TOKEN)}", text)
+        first, *rest = ids.tensor_split(torch.eq(ids, self.img_context_token_id).nonzero().flatten())
+        if not len(rest) == len(marks) == len(pictures) + sum(own is not None for own in answers):
             raise PromptError(f"the text has {CONTEXT_TOKEN} in it, which stands for pictures: write {IMAGE_MARK} instead")
-        repeats = torch.ones_like(ids)
-        repeats[here] = torch.tensor([picture.count * self.config.tokens_per_tile for picture in pictures], dtype=ids.dtype)
-        return ids.repeat_interleave(repeats)[None]
+        pieces = [first]
+        for mark, piece in zip(marks, rest, strict=True):
+            pieces.append(torch.full((next(counts),), self.img_context_token_id) if mark == IMAGE_MARK else next(known))
+            pieces.append(piece[1:])
+        return torch.cat(pieces)[None]
+
+    def _still_says(self, turn: Exchange) -> bool:
+        """Whether a turn's tokens are its answer: not when it was edited, cut off in a character, or had white space around it."""
+        return bool(turn.tokens) and self.tokenizer.decode(turn.tokens) == turn.answer
 
     def _generate(
         self,

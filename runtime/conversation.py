@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,15 @@ DEFAULT_NEW_TOKENS = 512
 
 @dataclass
 class Exchange:
-    """One turn: the question with its picture marks, the answer, and the pictures of the marks in order."""
+    """One turn: the question with its picture marks, the answer, and the pictures of the marks in order.
+
+    `tokens` are those that the model wrote as the answer; where the answer is edited they count no more.
+    """
 
     question: str
     answer: str
     pictures: list[PictureTiles]
+    tokens: list[int] = field(default_factory=list)
 
 
 class Conversation:
@@ -86,9 +90,8 @@ class Conversation:
         )
         statistics.tiles = sum(picture.count for picture in turn.pictures)
         options |= {"max_new_tokens": max_new_tokens}
-        history = [(past.question, past.answer) for past in self.turns]
         pictures = [picture for past in [*self.turns, turn] for picture in past.pictures]
-        ids = model.ids_of(self._system, history, turn.question, pictures)
+        ids = model.ids_of(self._system, self.turns, turn.question, pictures)
         model.check(ids, pictures, options)
         criteria = options.pop("stopping_criteria", None) or []
 
@@ -119,7 +122,8 @@ class Conversation:
         try:
             self._cancelled.clear()
             self.statistics = statistics
-            with closing(stream_text(generate, tokenizer, stop, statistics, self._cancelled, self.cancel, progress)) as pieces:
+            told = stream_text(generate, tokenizer, stop, statistics, self._cancelled, self.cancel, progress, turn.tokens)
+            with closing(told) as pieces:
                 for piece in pieces:
                     turn.answer += piece
                     yield piece

@@ -61,25 +61,26 @@ class Statistics:
 class _TextOf:
     """A streamer of transformers' kind: token ids in, text without its outer white space out, cut where the answer stops."""
 
-    def __init__(self, tokenizer: Any, stop_token: str, emit: Callable[[str], None], statistics: Statistics):
+    def __init__(self, tokenizer: Any, stop_token: str, emit: Callable[[str], None], statistics: Statistics, tokens: list[int]):
         self._tokenizer, self._stop_token, self._emit, self._statistics = tokenizer, stop_token, emit, statistics
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop_ids = set(tokenizer.encode(stop_token, add_special_tokens=False)[:1])
-        self._ids: list[int] = []
+        self._tokens = tokens
         self._text = self._waiting = ""  # white space waits for what follows it
 
     def put(self, ids: torch.Tensor) -> None:
         for token in ids.flatten().tolist():
             now = time.perf_counter() - self._statistics.started
-            if not self._ids:
+            before = self._statistics.new_tokens
+            if not before:
                 self._statistics.first_token_seconds = now
             else:
-                self._statistics.token_seconds = (now - self._statistics.first_token_seconds) / len(self._ids)
-            self._ids.append(token)
-            self._statistics.new_tokens = len(self._ids)
+                self._statistics.token_seconds = (now - self._statistics.first_token_seconds) / before
+            self._statistics.new_tokens = before + 1
             if token in self._stop_ids:
                 self._statistics.finish_reason = "stop"
             else:
+                self._tokens.append(token)
                 self._say(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
 
     def _say(self, text: str) -> None:
@@ -92,7 +93,7 @@ class _TextOf:
 
     def end(self) -> None:
         """Say what an unfinished character still owes."""
-        whole = whole_answer(self._tokenizer, self._ids, self._stop_token)
+        whole = whole_answer(self._tokenizer, self._tokens, self._stop_token)
         if whole.startswith(self._text) and len(whole) > len(self._text):
             self._emit(whole[len(self._text) :])
 
@@ -120,14 +121,15 @@ def stream_text(
     cancelled: threading.Event,
     cancel: Callable[[], None],
     progress: Progress | None,
+    tokens: list[int],
 ) -> Generator[str, None, None]:
     """Run `generate(streamer=, stopping_criteria=, progress=)` in a thread and yield the text as it comes.
 
     Ends when the answer does or soon after `cancelled` is set; calls `cancel` when it is closed early. Errors of `generate` are
-    raised here. `statistics` is filled by the way.
+    raised here. `statistics` and `tokens`, the new token ids without the one that stops, are filled by the way.
     """
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    streamer = _TextOf(tokenizer, stop_token, pieces.put, statistics)
+    streamer = _TextOf(tokenizer, stop_token, pieces.put, statistics, tokens)
     failed: list[BaseException] = []
 
     def check(stage: str, done: int, total: int) -> None:

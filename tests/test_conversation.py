@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, StoppingCriteria
 import runtime.kv_cache
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
+from runtime.conversation import Exchange
 from runtime.embeddings import FeatureCache, encode_pictures, keys_of
 from runtime.errors import NumericsError, OptionError, PictureError, PromptError
 from runtime.image import PictureTiles, Tiling
@@ -388,9 +389,52 @@ def test_ids_are_those_of_the_prompt_written_out(golden):
     ):
         prompt = model.prompt_of("S", history, question, pictures)
         wanted = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        assert torch.equal(model.ids_of("S", history, question, pictures), wanted)
+        past = [Exchange(asked, answer, []) for asked, answer in history]
+        assert torch.equal(model.ids_of("S", past, question, pictures), wanted)
+        for turn in past:  # tokens as the tokenizer would write them change nothing
+            turn.tokens = answer_ids(model, turn.answer)
+        assert torch.equal(model.ids_of("S", past, question, pictures), wanted)
     with pytest.raises(PromptError, match="has <IMG_CONTEXT> in it"):
         model.ids_of("S", [], "<IMG_CONTEXT>", [])
+    with pytest.raises(PromptError, match="has <IMG_CONTEXT> in it"):
+        model.ids_of("S", [Exchange("What?", "a", [], answer_ids(model, "a"))], "<IMG_CONTEXT>", [])
+
+
+def answer_ids(model, answer):
+    """The tokens of an answer where it stands in a prompt."""
+    t = model.conv_template
+    before, whole = (model.tokenizer(text)["input_ids"] for text in (t.assistant, t.assistant + answer + t.sep))
+    after = model.tokenizer(t.sep, add_special_tokens=False)["input_ids"]
+    return whole[len(before) : len(whole) - len(after)]
+
+
+def test_an_answer_keeps_the_tokens_it_was_written_with(golden):
+    """A model may write what its tokenizer would not: the next turn goes on from that, until the answer is edited."""
+    model = InternVLChatModel.from_checkpoint(Checkpoint(golden.folder))
+    usual = answer_ids(model, "other")
+    spelled = [token for letter in "other" for token in model.tokenizer.encode(letter, add_special_tokens=False)]
+    assert len(usual) < len(spelled) == 5
+    before = len(model.ids_of("S", [], "What?", [])[0])
+
+    def inner(turn):
+        ids = model.ids_of("S", [turn], "Why?", [])[0].tolist()
+        return ids[before : ids.index(model._stop_id(model.tokenizer), before)]
+
+    turn = Exchange("What?", "other", [], spelled)
+    assert inner(turn) == spelled
+    turn.answer = "others"
+    assert inner(turn) == answer_ids(model, "others")
+    turn.answer, turn.tokens = "other", []
+    assert inner(turn) == usual
+
+
+def test_a_second_turn_computes_only_what_was_asked(model, tokenizer):
+    conversation = model.start_conversation()
+    conversation.ask("What?", images=[picture(31)], **OPTIONS)
+    first, said = conversation.statistics, conversation.turns[0]
+    assert tokenizer.decode(said.tokens) == said.answer  # else this seed shows nothing
+    conversation.ask("Why?", **OPTIONS)
+    assert conversation.statistics.reused_tokens == first.prompt_tokens + len(said.tokens) - 1  # the last one was never fed
 
 
 def test_mistakes_are_told_before_any_work(model, tokenizer):
@@ -443,7 +487,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer):
             streamer.put(token[None])
         streamer.end()
 
-    pieces = list(stream_text(generate, tokenizer, "<|im_end|>", statistics, threading.Event(), lambda: None, None))
+    pieces = list(stream_text(generate, tokenizer, "<|im_end|>", statistics, threading.Event(), lambda: None, None, []))
     assert "".join(pieces) == text.strip()
     assert not any("\ufffd" in piece for piece in pieces)
     assert statistics.new_tokens == len(ids)
