@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from runtime.device import Placement
 from runtime.image import PictureTiles
-from runtime.part import compile_part, infer, read_part
+from runtime.part import compile_part, equal_spans, infer, leave_file, read_part
 from runtime.stream import Progress
 
 FEATURE_CACHE_BYTES = 256 << 20  # 22 pictures of 13 tiles for a 1B model
@@ -32,10 +33,14 @@ class StatelessPart:
         self._request = self._compiled.create_infer_request()
         self._input = self._compiled.input().get_any_name()
         self._lock = threading.Lock()
+        self._leave_file: Callable[[], None] | None = partial(leave_file, folder, placement.part)
 
     def __call__(self, values: Tensor) -> Tensor:
         with self._lock:
             infer(self._request, {self._input: values.numpy()})
+            if self._leave_file is not None:  # the weights are packed now
+                self._leave_file()
+                self._leave_file = None
             return torch.from_numpy(self._request.get_output_tensor().data.copy())
 
     def rest(self) -> None:
@@ -77,12 +82,6 @@ class FeatureCache:
             self.bytes = 0
 
 
-def batched(tiles: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
-    """Tiles (3, S, S) one by one -> batches (n, 3, S, S) of at most `size`."""
-    while batch := list(islice(tiles, size)):
-        yield torch.from_numpy(np.stack(batch))
-
-
 def encode_pictures(
     pictures: Sequence[PictureTiles],
     encode: Callable[[Tensor], Tensor],
@@ -95,12 +94,11 @@ def encode_pictures(
     missing = {picture.key: picture for picture in pictures if found[picture.key] is None}
     total = sum(picture.count for picture in missing.values())
     rows: list[Tensor] = []
-    done = 0
-    for batch in batched((tile for picture in missing.values() for tile in picture.normalised()), tiles_at_once):
+    tiles = (tile for picture in missing.values() for tile in picture.normalised())
+    for start, end in equal_spans(total, tiles_at_once):
         if progress is not None:
-            progress("tiles", done, total)
-        rows.append(encode(batch))
-        done += len(batch)
+            progress("tiles", start, total)
+        rows.append(encode(torch.from_numpy(np.stack(list(islice(tiles, end - start))))))
     if rows:
         split = torch.cat(rows).split([picture.count for picture in missing.values()])
         for key, features in zip(missing, split, strict=True):

@@ -17,10 +17,10 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from runtime.errors import NumericsError
-from runtime.part import infer
+from runtime.part import equal_spans, infer
 from runtime.stream import Cancelled, Progress
 
-PREFILL_AT_ONCE = 1024  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
+PREFILL_AT_ONCE = 2048  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
 FIRST_PAGES = 32
 LAST_POSITION = "last_position"  # our input of the paged part: which tokens the head sees
 
@@ -153,13 +153,12 @@ class StatefulCache(KVCache):
 
     def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
         total = embeds.shape[1]
-        for start in range(0, total, PREFILL_AT_ONCE):
+        for start, end in equal_spans(total, PREFILL_AT_ONCE):
             if progress is not None:
                 progress("prefill", start, total)
-            piece = mask[:, start : start + PREFILL_AT_ONCE]
-            self._step(embeds[:, start : start + PREFILL_AT_ONCE], piece)
+            self._step(embeds[:, start:end], mask[:, start:end])
             if total > 1 and len(mask) == 1:
-                self._remember_prompt(piece.shape[1])
+                self._remember_prompt(end - start)
         return self._request.get_tensor("logits").data
 
     def _step(self, embeds: np.ndarray, mask: np.ndarray) -> None:
@@ -257,14 +256,13 @@ class PagedCache(KVCache):
         logits, total, done = [], int(mask.sum()), 0
         for row in range(rows):  # padding is left out
             tokens = embeds[row][mask[row] == 1]
-            for start in range(0, len(tokens), PREFILL_AT_ONCE):
+            for start, end in equal_spans(len(tokens), PREFILL_AT_ONCE):
                 if progress is not None:
-                    progress("prefill", done, total)
-                piece = tokens[start : start + PREFILL_AT_ONCE]
-                found = self._step([row], piece, [len(piece)])
-                done += len(piece)
+                    progress("prefill", done + start, total)
+                found = self._step([row], tokens[start:end], [end - start])
                 if rows == 1:
-                    self._remember_prompt(len(piece))
+                    self._remember_prompt(end - start)
+            done += len(tokens)
             logits.append(found.copy())
         return np.concatenate(logits)
 

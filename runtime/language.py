@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from runtime.device import Placement
 from runtime.folder import GENERATION_CONFIG_FILE
 from runtime.kv_cache import KVCache, PagedCache, StatefulCache
-from runtime.part import compile_part, read_part
+from runtime.part import compile_part, leave_file, read_part
 from runtime.stream import Progress
 
 IDLE_CACHES = 2  # KV caches kept for stateless calls
@@ -47,6 +47,9 @@ class OVLanguageModel(GenerationMixin):
         self.config = PretrainedConfig(**{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")})
         self.generation_config = GenerationConfig.from_pretrained(folder, GENERATION_CONFIG_FILE)
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        # Weights are packed when a part first runs: better now than while somebody waits, and their file can leave memory.
+        self.new_cache().feed(np.zeros((1, 1, config["hidden_size"]), np.float32), np.ones((1, 1), np.int64), np.zeros(1))
+        leave_file(folder, "language")
 
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""

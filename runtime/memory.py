@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 
 import numpy as np
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 LARGE_BLOCK = 1 << 20
-MADV_PAGEOUT = 21  # Linux 5.4, asm-generic/mman-common.h
+MADV_DONTNEED, MADV_PAGEOUT = 4, 21  # asm-generic/mman-common.h; the second from Linux 5.4 on
 
 
 def return_freed_memory() -> None:
@@ -39,6 +40,21 @@ def page_out(array: np.ndarray) -> None:
     length = (array.ctypes.data + array.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
+
+
+def leave_mapped(file: Path) -> None:
+    """Let the pages of a file that is mapped to be read leave this process; those that are read again come back from the file.
+
+    Linux alone; other systems do so by themselves when memory is short.
+    """
+    if sys.platform != "linux":
+        return
+    name = str(file.resolve())
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights, _, _, _, *path = line.split(maxsplit=5)
+        if path == [name] and "w" not in rights:
+            start, end = (int(address, 16) for address in span.split("-"))
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def peak_bytes() -> int:

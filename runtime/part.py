@@ -14,6 +14,7 @@ import openvino as ov
 from runtime.device import Placement
 from runtime.errors import DeviceError, ModelFolderError
 from runtime.folder import PART_FILES
+from runtime.memory import leave_mapped
 
 
 def read_part(core: ov.Core, folder: Path, part: str, width: int) -> ov.Model:
@@ -59,6 +60,20 @@ def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
     for name, tensor in tensors.items():
         request.set_tensor(name, tensor)
     request.infer(share_outputs=True)
+
+
+def leave_file(folder: Path, part: str) -> None:
+    """Let the weights of a part's file leave memory: a device packs them into memory of its own when it first runs."""
+    leave_mapped((folder / PART_FILES[part]).with_suffix(".bin"))
+
+
+def equal_spans(total: int, most: int) -> list[tuple[int, int]]:
+    """Cut a long run into as few spans [start, end) of at most `most` as there can be, about equally long.
+
+    A short rest is slower for its size, and its shape has to be prepared for as well.
+    """
+    count = -(-total // most)
+    return [(total * n // count, total * (n + 1) // count) for n in range(count)]
 
 
 def last_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from runtime.embeddings import FeatureCache, encode_pictures, keys_of
 from runtime.errors import NumericsError, OptionError, PictureError, PromptError
 from runtime.image import PictureTiles, Tiling
 from runtime.model import OVInternVLChatModel
+from runtime.part import equal_spans
 from runtime.prompt import render
 from runtime.stream import Statistics, stream_text
 from tests.conftest import shared
@@ -234,7 +235,7 @@ def test_the_feature_cache_drops_the_oldest_first_and_holds_its_bound():
     large = PictureTiles.of_picture(picture(7, 224, 224), Tiling(56))
     features, _ = encode_pictures([large, a], encode, 4, cache)
     assert [len(each) for each in features] == [10, 1]
-    assert calls[-3:] == [4, 4, 2]
+    assert calls[-3:] == [3, 3, 4]
 
 
 def test_keys_tell_pictures_apart_and_rows_of_one():
@@ -255,8 +256,20 @@ def test_a_long_prompt_is_prefilled_in_pieces(model, reference, monkeypatch):
     answer = conversation.ask("What?", images=picture(1), progress=lambda *stage: stages.append(stage), **OPTIONS)
     assert answer == reference.start_conversation().ask("What?", images=picture(1), **OPTIONS)
     prompt = conversation.statistics.prompt_tokens
-    assert [stage for stage in stages if stage[0] == "prefill"] == [("prefill", at, prompt) for at in range(0, prompt, 7)]
+    fed = [stage for stage in stages if stage[0] == "prefill"]
+    assert len(fed) == -(-prompt // 7)
+    assert fed == [("prefill", start, prompt) for start, _ in equal_spans(prompt, 7)]
     assert ("tiles", 0, 3) in stages
+
+
+@pytest.mark.parametrize(("total", "most"), [(1, 4), (4, 4), (5, 4), (13, 4), (3380, 2048), (0, 4)])
+def test_a_long_run_is_cut_into_equal_spans(total, most):
+    spans = equal_spans(total, most)
+    assert [n for start, end in spans for n in range(start, end)] == list(range(total))
+    sizes = [end - start for start, end in spans]
+    assert len(sizes) == -(-total // most)
+    assert not sizes or max(sizes) <= most
+    assert not sizes or max(sizes) - min(sizes) <= 1
 
 
 def test_pieces_join_to_the_answer_and_statistics_count(model):

@@ -4,6 +4,9 @@ Upstream's calls over the OpenVINO parts and over the reference: the original's 
 """
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
 from runtime.__main__ import main
 from runtime.errors import DeviceError, ModelFolderError, PromptError
+from runtime.folder import PART_FILES
+from runtime.memory import leave_mapped
 from runtime.model import OVInternVLChatModel
 from runtime.prompt import expand_marks, get_template, render
 from tests.conftest import DATA
@@ -154,6 +159,42 @@ def test_folders_that_cannot_be_opened_are_told(tiny, tmp_path, converted):
         OVInternVLChatModel(tmp_path)
     with pytest.raises(DeviceError, match="there is no device NPU9 here; there are CPU"):
         OVInternVLChatModel(converted(tiny("tiny-qwen2"), weight_format="fp32"), "NPU9")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does it by itself")
+def test_a_mapped_file_leaves_memory_and_comes_back(tmp_path):
+    content = np.random.default_rng(0).integers(0, 255, 1 << 20, np.uint8)
+    file = tmp_path / "weights.bin"
+    content.tofile(file)
+    mapped = np.memmap(file, np.uint8, "r")
+    assert np.array_equal(mapped, content)
+    assert resident(file) == 1 << 20
+    leave_mapped(tmp_path / "other.bin")
+    assert resident(file) == 1 << 20
+    leave_mapped(file)
+    assert resident(file) == 0
+    assert np.array_equal(mapped, content)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does it by itself")
+def test_weights_are_not_held_twice(tiny, converted):
+    """Once a part has run, its weights are packed in memory of the device, and their file is left."""
+    model = OVInternVLChatModel(converted(tiny("tiny-qwen2"), weight_format="int8"))
+    files = {part: (model.folder / PART_FILES[part]).with_suffix(".bin") for part in ("vision", "language")}
+    assert resident(files["language"]) == 0
+    model.extract_feature(tiles(1))
+    assert resident(files["vision"]) == 0
+
+
+def resident(file):
+    """Bytes of a mapped file that are in memory."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            here = line.endswith(str(file))
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
 
 
 def test_command_line_chat_streams_an_answer_and_its_statistics(capsys, tiny, converted, tmp_path):
