@@ -18,7 +18,7 @@ import torch
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel, expected_shapes
 from convert.tokenizer import load_tokenizer
-from demo.shapes.scenes import KINDS, SPLITS, TASKS, dialogue, in_split, make_question, make_scene
+from demo.shapes.scenes import KINDS, LATE, SPLITS, TASKS, dialogue, in_split, make_question, make_scene
 from demo.shapes.texts import COLOURS, SHAPES, TEXTS
 from runtime.image import Tiling
 from runtime.prompt import IMAGE_MARK
@@ -185,11 +185,21 @@ def test_tasks_take_turns_and_follow_ups_have_two_turns():
 def test_a_dialogue_asks_no_question_twice_and_starts_with_any():
     firsts = set()
     for index, scene in enumerate(scenes(60, kind="grid", language="en")):
-        turns = dialogue(scene, random.Random(index), 8)
+        turns = dialogue(scene, random.Random(index), 8, level=1)
         questions = [turn.question for turn in turns if turn.task != "follow_up"]
         assert len(set(questions)) == len(questions)
         firsts.add(turns[0].task)
     assert firsts >= {"describe", "count", "shape", "colour", "position"}
+
+
+def test_late_in_training_answers_can_seldom_be_copied_from_a_description():
+    def share_last(level):
+        talks = [dialogue(scene, random.Random(n), 8, level=level) for n, scene in enumerate(scenes(80, kind="grid"))]
+        places = [[turn.task for turn in talk].index("describe") + 1 - len(talk) for talk in talks if "describe" in str(talk)]
+        return places.count(0) / len(places)
+
+    assert share_last(1) < 0.4
+    assert share_last(LATE) > 0.7
 
 
 # ---- tokenizer and samples
@@ -214,7 +224,7 @@ def test_a_sample_has_the_tokens_that_chat_sends(tokenizer, encoder):
     from runtime.prompt import expand_marks, render
 
     for scene in scenes(10):
-        turns = dialogue(scene, random.Random(0), 4)
+        turns = dialogue(scene, random.Random(0), 4, level=1)
         tiles = [len(cut) for cut in encoder.tiles(scene)[0]]
         ids, labels = encoder.text(scene, turns, tiles)
         asked = [scene.prefix * (n == 0) + turn.question for n, turn in enumerate(turns)]

@@ -53,6 +53,8 @@ STARTS = {
 
 SURE = 1.4  # level from which printed words are seldom real ones, so that reading pays and guessing from the first letter does not
 
+LATE = 2.335  # level from which a description mostly comes last: answers after it can be copied from it without a look
+
 # Kinds of scene that a task of the exam is asked on.
 TASKS = {
     **{"shape": ("grid",), "colour": ("grid",), "count": ("grid",), "position": ("grid",), "nth": ("row",)},
@@ -586,7 +588,7 @@ def make_scene(
     return Scene(kind, language, canvases, prefix, kind not in ("compare", "motion"), groups)
 
 
-def dialogue(scene: Scene, rng: random.Random, most: int) -> list[Turn]:
+def dialogue(scene: Scene, rng: random.Random, most: int, level: float) -> list[Turn]:
     """Up to about `most` turns of a scene in random order, follow-ups after what they refer to; no question twice."""
     groups = list(scene.groups)
     rng.shuffle(groups)
@@ -601,6 +603,8 @@ def dialogue(scene: Scene, rng: random.Random, most: int) -> list[Turn]:
             chosen |= {turn.question: turn for turn in group}
             picked.append(group)
     rng.shuffle(picked)
+    if level >= LATE and rng.random() < 0.8:
+        picked.sort(key=lambda group: group[0].task == "describe")
     return [turn for group in picked for turn in group]
 
 

@@ -259,8 +259,9 @@ class Steps(Dataset):
 
     def sample(self, index: int) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
         o = self.options
-        scene = make_scene(o.seed, "train", index, level=index / o.easy)
-        turns = dialogue(scene, random.Random(f"turns/{o.seed}/{index}"), o.turns)
+        level = index / o.easy
+        scene = make_scene(o.seed, "train", index, level=level)
+        turns = dialogue(scene, random.Random(f"turns/{o.seed}/{index}"), o.turns, level)
         tiles, looks = self.encoder.tiles(scene)
         ids, labels = self.encoder.text(scene, turns, [len(cut) for cut in tiles])
         return ids, labels, np.concatenate(tiles), np.concatenate(looks)
