@@ -1,8 +1,9 @@
-"""python -m demo FOLDER: the chatbot in a browser, on this machine only unless asked otherwise."""
+"""python -m demo [FOLDER]: the chatbot in a browser, on this machine only unless asked otherwise."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,31 +11,64 @@ from pathlib import Path
 
 from runtime.errors import InternVLError
 
+BUILT_IN = Path(__file__).parent / "shapes" / "checkpoint"
+WEIGHT_FORMAT = "int4"
+
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m demo", description="Chat with a model folder in a browser.")
-    p.add_argument("folder", metavar="FOLDER", type=Path, help="model folder, as python -m convert writes it")
+    p = argparse.ArgumentParser(
+        prog="python -m demo", description="Chat with a model in a browser: without FOLDER, with the small one that comes along."
+    )
+    p.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="model folder, as python -m convert writes it")
+    p.add_argument(
+        "--checkpoint", metavar="SOURCE", help="convert this first: a hub id, like OpenGVLab/InternVL2-1B, or a folder (to FOLDER)"
+    )
     p.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     p.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    p.add_argument("--share", action="store_true", help="also through a public link of Gradio's, for a week")
     return p
+
+
+def folder_of(folder: Path | None, checkpoint: str | None) -> Path:
+    """The model folder to open, converted first where that was asked for or nothing was; what is there is kept."""
+    if checkpoint is None and folder is not None:
+        return folder
+    if folder is None:
+        folder = Path(f"{Path(checkpoint).name}-{WEIGHT_FORMAT}") if checkpoint else built_in_folder()
+    if folder.exists():
+        return folder
+    from convert.__main__ import main as convert
+
+    code = convert([checkpoint or str(BUILT_IN), str(folder), "--weight-format", WEIGHT_FORMAT])
+    if code:
+        raise SystemExit(code)
+    return folder
+
+
+def built_in_folder() -> Path:
+    """Where the built-in model is kept once it is converted: in the user's cache, by its weights."""
+    weights = hashlib.sha1((BUILT_IN / "model.safetensors").read_bytes(), usedforsecurity=False).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "internvl-openvino" / f"shapes-{weights[:8]}-{WEIGHT_FORMAT}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it at its import
     try:
-        from demo.chatbot import make_demo
+        folder = folder_of(options.folder, options.checkpoint)
+        from demo.chatbot import MAX_FILE_SIZE, make_demo
         from runtime.model import OVInternVLChatModel
 
-        model = OVInternVLChatModel(options.folder, options.device)
+        model = OVInternVLChatModel(folder, options.device)
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; run  pip install -e '.[demo]'", file=sys.stderr)
+        print(f"error: {error.name} is not installed; run  pip install -e '.[convert,demo]'", file=sys.stderr)
         return 2
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    make_demo(model).launch(server_name=options.host, server_port=options.port, share=False)
+    make_demo(model).launch(server_name=options.host, server_port=options.port, share=options.share, max_file_size=MAX_FILE_SIZE)
     return 0
 
 

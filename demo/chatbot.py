@@ -6,21 +6,33 @@ those that the page shows, so that undo, retry and edit work.
 
 from __future__ import annotations
 
+import contextvars
 import mimetypes
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from demo.tiles import caption, draw_tiles
 from runtime.chat import ChatModel
 from runtime.conversation import Conversation, Exchange
-from runtime.errors import InternVLError
+from runtime.errors import InternVLError, PromptError
+from runtime.model import OVInternVLChatModel
+from runtime.stream import Statistics
 
+TITLE = "InternVL on OpenVINO"
 DEFAULT_NEW_TOKENS = 512
 MOST_TILES = 12
-TITLE = "InternVL on OpenVINO"
+MOST_FILES = 16  # a question
+MAX_FILE_SIZE = "50mb"
+EXAMPLES = Path(__file__).parent / "examples"
+QUESTIONS = [("Which shape is purple?", "shapes.png")]  # with their pictures
+PLACEHOLDER = "Ask; add, drop or paste pictures, or a video"
+STAGES = {"frames": "Reading frames", "tiles": "Looking at tiles", "prefill": "Reading the prompt"}
+History = list[dict[str, Any]]  # Gradio's messages
 
 
 def parts_of(content: Any) -> tuple[str, list[str]]:
@@ -31,77 +43,199 @@ def parts_of(content: Any) -> tuple[str, list[str]]:
     return "\n".join(text for text in texts if text), files
 
 
-def turns_of(history: list[dict[str, Any]]) -> list[tuple[str, list[str], str]]:
-    """Gradio's messages -> (question, files, answer) a turn; what was asked and never answered is left out."""
+def turns_of(history: History) -> tuple[list[tuple[str, list[str], str]], list[str]]:
+    """Gradio's messages -> (question, files, answer) a turn, and the files that wait for their question.
+
+    What was asked and never answered is left out. Messages with a title are the page's own: statistics and errors.
+    """
     turns = []
     asked: tuple[str, list[str]] = ("", [])
     for message in history:
         text, files = parts_of(message["content"])
         if message["role"] == "user":
-            # a picture and its text may come as two messages
             asked = ("\n".join(filter(None, [asked[0], text])), [*asked[1], *files])
         else:
-            if asked[0] and text:
+            if asked[0] and text and not (message.get("metadata") or {}).get("title"):
                 turns.append((*asked, text))
             asked = ("", [])
-    return turns
+    return turns, asked[1]
 
 
 def sorted_files(files: list[str]) -> dict[str, Any]:
-    """Uploaded files as the arguments of Conversation.stream. Raises gr.Error for more than one video."""
+    """Uploaded files as the arguments of Conversation.stream. Raises PromptError for more than one video or too many files."""
     videos = [file for file in files if (mimetypes.guess_type(file)[0] or "").startswith("video/")]
     if len(videos) > 1:
-        raise gr.Error("One video a question, please.", print_exception=False)
+        raise PromptError(f"{len(videos)} videos: give one a question")
+    if len(files) > MOST_FILES:
+        raise PromptError(f"{len(files)} files: give at most {MOST_FILES} a question")
     return {"images": [Path(file) for file in files if file not in videos], "video": videos[0] if videos else None}
 
 
-def make_demo(model: ChatModel) -> gr.ChatInterface:
-    """The page as Gradio blocks, to launch."""
-    tabs: dict[str, Conversation] = {}
-    most = min(MOST_TILES, model.config.max_tiles if model.config.dynamic_image_size else 1)
+def told(statistics: Statistics) -> str:
+    """The line under an answer."""
+    tiles = [f"{statistics.tiles} tile" + "s" * (statistics.tiles > 1)] if statistics.tiles else []
+    reused = [f"{statistics.reused_tokens} reused"] if statistics.reused_tokens else []
+    speed = [f"{statistics.tokens_per_second:.1f} tokens/s"] if statistics.tokens_per_second else []
+    stopped = {"cancelled": ["stopped"], "length": ["cut at the token limit"]}.get(statistics.finish_reason, [])
+    first = f"first token after {statistics.first_token_seconds:.2f} s"
+    return " · ".join([*tiles, f"{statistics.prompt_tokens} prompt tokens", *reused, first, *speed, *stopped])
+
+
+@dataclass
+class Tab:
+    """What one browser tab has asked: its conversation, and the question and files of each of its turns."""
+
+    conversation: Conversation
+    system: str
+    asked: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def show(self, shown: list[tuple[str, list[str], str]], model: ChatModel, most_tiles: int) -> None:
+        """Make the conversation's turns those that the page shows; turns that it has already are not opened again."""
+        known = self.conversation.turns
+        turns: list[Exchange] = []
+        for n, (text, files, said) in enumerate(shown):
+            if n < len(known) and self.asked[n : n + 1] == [(text, files)]:
+                turn = known[n]
+            else:
+                turn = model.prepare(text, **sorted_files(files), max_tiles=most_tiles, allow_urls=False)
+            turns.append(turn if turn.answer == said else replace(turn, answer=said))
+        self.conversation.turns = turns
+        self.asked = [(text, files) for text, files, _ in shown]
+
+
+class Chatbot:
+    """The opened model, and the conversation of every tab."""
+
+    def __init__(self, model: ChatModel):
+        self.model = model
+        self._tabs: dict[str, Tab] = {}
+
+    def tab(self, name: str, system: str) -> Tab:
+        """The tab of this name; its conversation starts anew with another system message or on another device."""
+        if name not in self._tabs or self._tabs[name].system != system:
+            self._tabs[name] = Tab(self.model.start_conversation(system), system)
+        return self._tabs[name]
 
     def answer(
-        message: dict[str, Any],
-        history: list[dict[str, Any]],
+        self,
+        message: dict[str, Any] | str,
+        history: History,
         max_tiles: float,
         max_new_tokens: float,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
+        system: str,
         request: gr.Request,
-    ) -> Iterator[str]:
-        tab = request.session_hash or ""
-        if tab not in tabs:
-            tabs[tab] = model.start_conversation()
-        conversation = tabs[tab]
-        given: dict[str, Any] = {"max_tiles": int(max_tiles), "allow_urls": False}
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio finds it by this
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the answer so far and the tiles it was given for; in the end also what it took."""
+        options: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "do_sample": temperature > 0}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_p": top_p}
+        if repetition_penalty != 1:
+            options |= {"repetition_penalty": repetition_penalty}
+        here = contextvars.copy_context()  # tells Gradio whose progress it is; the runtime reports from a thread of its own
+
+        def report(stage: str, done: int, total: int) -> None:
+            here.run(progress, (done, total), desc=STAGES[stage])
+
+        shown, files = turns_of(history)
+        given = {"text": message, "files": []} if isinstance(message, str) else message  # a string when a turn is edited
+        files += [file["path"] if isinstance(file, dict) else file for file in given["files"]]  # dicts when it is retried
+        question, text = given["text"] or "Describe it.", ""
         try:
-            shown = [(model.prepare(text, **sorted_files(files), **given), said) for text, files, said in turns_of(history)]
-            own = [turn.tokens for turn in conversation.turns] + [[]] * len(shown)
-            conversation.turns = [Exchange(turn.question, said, turn.pictures, own[n]) for n, (turn, said) in enumerate(shown)]
-            options = {"max_new_tokens": int(max_new_tokens), "do_sample": False}
-            pieces = conversation.stream(message["text"], **sorted_files(message["files"]), **given, **options)
-            text = ""
-            with closing(pieces):  # also when the stop button or a closed page ends this generator
+            tab = self.tab(request.session_hash or "", system)
+            tab.show(shown, self.model, int(max_tiles))
+            conversation = tab.conversation
+            pieces = conversation.stream(
+                question, **sorted_files(files), max_tiles=int(max_tiles), allow_urls=False, progress=report, **options
+            )
+            with closing(pieces):  # type: ignore[type-var]  # also when the stop button or a closed page ends this generator
                 for piece in pieces:
                     text += piece
-                    yield text
+                    yield text, gr.skip()
+        except InternVLError as error:
+            yield gr.ChatMessage(str(error), metadata={"title": "Not answered"}), gr.skip()
+            return
+        tab.asked.append((question, files))
+        last, statistics = conversation.turns[-1], conversation.statistics
+        assert statistics is not None
+        seen = [(draw_tiles(picture), caption(picture)) for picture in last.pictures]
+        yield [gr.ChatMessage(text), gr.ChatMessage("", metadata={"title": told(statistics), "status": "done"})], seen or gr.skip()
+
+    def open_on(self, device: str) -> None:
+        """Open the folder again on another device; conversations go on from what the page shows."""
+        try:
+            self.model = OVInternVLChatModel(self.model.folder, device)  # type: ignore[attr-defined]
         except InternVLError as error:
             raise gr.Error(str(error), print_exception=False) from None
+        self._tabs.clear()
 
-    def leave(request: gr.Request) -> None:
-        tabs.pop(request.session_hash or "", None)
+    def leave(self, request: gr.Request) -> None:
+        """A tab was closed."""
+        self._tabs.pop(request.session_hash or "", None)
 
-    page = gr.ChatInterface(
-        answer,
-        multimodal=True,
-        title=TITLE,
-        textbox=gr.MultimodalTextbox(
-            file_count="multiple", file_types=["image", "video"], placeholder="Ask, with or without pictures or a video"
-        ),
-        additional_inputs=[
-            gr.Slider(1, MOST_TILES, value=most, step=1, label="Tiles a picture at most"),
-            gr.Slider(1, 4096, value=DEFAULT_NEW_TOKENS, step=1, label="New tokens at most"),
-        ],
-        analytics_enabled=False,
-    )
-    with page:
-        page.unload(leave)
+
+class ChatInterface(gr.ChatInterface):
+    """Gradio's, with a question apart from its pictures: its page cannot edit a message that has both (gradio 6.31)."""
+
+    def _message_as_message_dict(self, message: Any, role: Any) -> list[Any]:
+        found = super()._message_as_message_dict(message, role)
+        return [
+            {**each, "content": [part]} if role == "user" and isinstance(each["content"], list) else each
+            for each in found
+            for part in (each["content"] if role == "user" and isinstance(each["content"], list) else [None])
+        ]
+
+
+def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
+    """The page, to launch. `tokenizer` is taken because the tutorial hands one over; the model's own is used."""
+    bot = Chatbot(model)
+    most = min(MOST_TILES, model.config.max_tiles if model.config.dynamic_image_size else 1)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True) as page:
+        with gr.Row():
+            left = gr.Column(scale=3, min_width=320)
+            right = gr.Column(scale=1, min_width=280)
+        with right:  # made first, because the chat needs its settings
+            seen = gr.Gallery(label="What the model saw last", columns=1, object_fit="contain", height=320, interactive=False)
+            tiles = gr.Slider(1, MOST_TILES, value=most, step=1, label="Tiles a picture")
+            tokens = gr.Slider(1, 4096, value=DEFAULT_NEW_TOKENS, step=1, label="New tokens")
+            with gr.Accordion("Sampling, system message, device", open=False):
+                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest each time")
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
+                penalty = gr.Slider(1, 2, value=1, step=0.01, label="Repetition penalty")
+                system = gr.Textbox(model.system_message, label="System message", lines=2)
+                if isinstance(model, OVInternVLChatModel):
+                    names = [*model.ov_devices, "AUTO"]
+                    device = gr.Dropdown(names, value=model.ov_device, label="Device", allow_custom_value=True)
+                    device.input(bot.open_on, device, None)
+            with gr.Accordion("Webcam", open=False):
+                webcam = gr.Image(sources=["webcam"], type="filepath", show_label=False)
+        with left:
+            textbox = gr.MultimodalTextbox(
+                file_count="multiple",
+                file_types=["image", "video"],
+                placeholder=PLACEHOLDER,
+                show_label=False,
+                autofocus=True,
+                stop_btn=True,
+            )
+            ChatInterface(
+                bot.answer,
+                multimodal=True,
+                title=TITLE,
+                chatbot=gr.Chatbot(height="70vh", show_label=False, buttons=["copy"], group_consecutive_messages=False),
+                textbox=textbox,
+                editable=True,
+                examples=[[{"text": text, "files": [str(EXAMPLES / name) for name in names]}] for text, *names in QUESTIONS],
+                additional_inputs=[tiles, tokens, temperature, top_p, penalty, system],
+                additional_outputs=[seen],
+                analytics_enabled=False,
+                concurrency_limit=1,  # one answer at a time has all cores; the others wait in line
+                show_progress="full",
+                api_name="answer",
+            )
+        webcam.input(lambda box, file: box if file is None else {**box, "files": [*box["files"], file]}, [textbox, webcam], textbox)
+        page.unload(bot.leave)
     return page

@@ -97,10 +97,11 @@ def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PictureTiles:
-    """The tiles of one picture, and a key of their content."""
+    """The tiles of one picture, a key of their content, and the columns and rows they were cut in, where that is known."""
 
     key: bytes
     pixels: np.ndarray = field(repr=False, compare=False)  # (N, S, S, 3) uint8, or (N, 3, S, S) float32 when normalised already
+    grid: tuple[int, int] | None = None
 
     @property
     def count(self) -> int:
@@ -110,12 +111,12 @@ class PictureTiles:
     @classmethod
     def of_picture(cls, picture: Image.Image, tiling: Tiling) -> PictureTiles:
         """The tiles of an RGB picture."""
-        return cls.of_tiles(cut_pixels(picture, tiling))
+        return cls.of_tiles(cut_pixels(picture, tiling), choose_grid(*picture.size, tiling))
 
     @classmethod
-    def of_tiles(cls, tiles: np.ndarray) -> PictureTiles:
+    def of_tiles(cls, tiles: np.ndarray, grid: tuple[int, int] | None = None) -> PictureTiles:
         """Tiles that were cut already."""
-        return cls(sha1(np.ascontiguousarray(tiles).data, usedforsecurity=False).digest(), tiles)
+        return cls(sha1(np.ascontiguousarray(tiles).data, usedforsecurity=False).digest(), tiles, grid)
 
     def normalised(self) -> Iterator[np.ndarray]:
         """The tiles (3, S, S) float32 one by one."""

@@ -66,6 +66,7 @@ class OVInternVLChatModel(ChatModel):
         self.feature_cache = FeatureCache(feature_cache_bytes)
         self.tiles_at_once = max(1, PATCHES_AT_ONCE // self.config.grid_side**2)
         core = ov.Core()
+        self.ov_device, self.ov_devices = device, [*core.available_devices]  # where it runs, and where it could
         placed = place_parts(
             core,
             folder,
