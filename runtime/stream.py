@@ -53,7 +53,7 @@ class Statistics:
         reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
         speed = f", {1000 * self.token_seconds:.1f} ms a token, {1 / self.token_seconds:.1f} tokens/s" if self.token_seconds else ""
         return (
-            f"{self.tiles} tiles, {self.prompt_tokens} prompt tokens{reused}, first token after {self.first_token_seconds:.2f} s, "
+            f"{self.tiles} tile{'' if self.tiles == 1 else 's'}, {self.prompt_tokens} prompt tokens{reused}, first token after {self.first_token_seconds:.2f} s, "
             f"{self.new_tokens} new tokens{speed}"
         )
 

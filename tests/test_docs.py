@@ -3,6 +3,7 @@
 What the documents say is so: commands parse, help is the real help, files and links exist.
 """
 
+import json
 import os
 import re
 import shlex
@@ -71,6 +72,13 @@ def test_help_answers_at_once(package):
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_notebooks_are_kept_without_outputs():
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        assert 20 <= len(cells) <= 30
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
 def test_file_map_is_the_tree():

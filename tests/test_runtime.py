@@ -207,7 +207,7 @@ def test_command_line_chat_streams_an_answer_and_its_statistics(capsys, tiny, co
     assert captured.out.strip()
     assert "3 tiles, " in captured.err
     assert main([*arguments, "--max-tiles", "1"]) == 0
-    assert "1 tiles, " in capsys.readouterr().err
+    assert "1 tile, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
