@@ -50,10 +50,11 @@ class Statistics:
         return values
 
     def __str__(self) -> str:
+        tiles = "1 tile" if self.tiles == 1 else f"{self.tiles} tiles"
         reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
         speed = f", {1000 * self.token_seconds:.1f} ms a token, {1 / self.token_seconds:.1f} tokens/s" if self.token_seconds else ""
         return (
-            f"{self.tiles} tile{'' if self.tiles == 1 else 's'}, {self.prompt_tokens} prompt tokens{reused}, first token after {self.first_token_seconds:.2f} s, "
+            f"{tiles}, {self.prompt_tokens} prompt tokens{reused}, first token after {self.first_token_seconds:.2f} s, "
             f"{self.new_tokens} new tokens{speed}"
         )
 
