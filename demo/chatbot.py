@@ -158,11 +158,14 @@ class Chatbot:
         except InternVLError as error:
             yield gr.ChatMessage(str(error), metadata={"title": "Not answered"}), gr.skip()
             return
+        if not text:  # the model ended at once
+            yield gr.ChatMessage("The model gave no answer.", metadata={"title": "Not answered"}), gr.skip()
+            return
+        assert conversation.statistics is not None
+        line = gr.ChatMessage("", metadata={"title": told(conversation.statistics), "status": "done"})
         tab.asked.append((question, files))
-        last, statistics = conversation.turns[-1], conversation.statistics
-        assert statistics is not None
-        seen = [(draw_tiles(picture), caption(picture)) for picture in last.pictures]
-        yield [gr.ChatMessage(text), gr.ChatMessage("", metadata={"title": told(statistics), "status": "done"})], seen or gr.skip()
+        seen = [(draw_tiles(picture), caption(picture)) for picture in conversation.turns[-1].pictures]
+        yield [gr.ChatMessage(text), line], seen or gr.skip()
 
     def open_on(self, device: str) -> None:
         """Open the folder again on another device; conversations go on from what the page shows."""
@@ -182,11 +185,9 @@ class ChatInterface(gr.ChatInterface):
 
     def _message_as_message_dict(self, message: Any, role: Any) -> list[Any]:
         found = super()._message_as_message_dict(message, role)
-        return [
-            {**each, "content": [part]} if role == "user" and isinstance(each["content"], list) else each
-            for each in found
-            for part in (each["content"] if role == "user" and isinstance(each["content"], list) else [None])
-        ]
+        if role != "user" or not isinstance(found[0]["content"], list):
+            return found
+        return [{**found[0], "content": [part]} for part in found[0]["content"]]
 
 
 def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:

@@ -64,6 +64,8 @@ def window(browser, bot):
 
 
 def ask(page, question: str, *files: Path) -> None:
+    page.locator(".submit-button").wait_for()  # the answer before has ended
+    page.wait_for_timeout(300)
     if files:
         page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
         page.get_by_role("button", name="Remove").first.wait_for()
