@@ -84,9 +84,9 @@ def test_an_example_a_second_turn_and_what_the_model_saw(window):
     answers(page, 1)
     assert page.get_by_text("circle", exact=True).is_visible()
     assert page.get_by_text("1 tile", exact=True).is_visible()
-    ask(page, "What colour is the star?")
+    ask(page, "Where is it?")
     answers(page, 2)
-    assert page.get_by_text("orange", exact=True).is_visible()
+    assert page.get_by_text("top", exact=True).is_visible()
     assert "reused" in page.inner_text("body")
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SHOTS / "wide.png")
@@ -117,7 +117,7 @@ def test_stop_ends_the_decoding(window, bot, monkeypatch):
     monkeypatch.setattr(bot.model.language_model, "_embed", lambda ids: time.sleep(0.2) or embed(ids))  # a large model's pace
     page = window()
     ask(page, "Describe the picture.", ROOT / "demo" / "examples" / "shapes.png")
-    page.get_by_text("a large").last.wait_for()
+    page.get_by_text("purple circle").last.wait_for()
     page.screenshot(path=SHOTS / "streaming.png")
     page.locator(".stop-button").click()
     deadline = time.monotonic() + 10
