@@ -84,12 +84,12 @@ def test_an_example_a_second_turn_and_what_the_model_saw(window):
     answers(page, 1)
     assert page.get_by_text("circle", exact=True).is_visible()
     assert page.get_by_text("1 tile", exact=True).is_visible()
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / "wide.png")
     ask(page, "Where is it?")
     answers(page, 2)
     assert page.get_by_text("top", exact=True).is_visible()
     assert "reused" in page.inner_text("body")
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / "wide.png")
 
 
 def test_a_narrow_window_shows_the_chat_first(window):
