@@ -101,7 +101,7 @@ class PictureTiles:
 
     key: bytes
     pixels: np.ndarray = field(repr=False, compare=False)  # (N, S, S, 3) uint8, or (N, 3, S, S) float32 when normalised already
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
     def count(self) -> int:
