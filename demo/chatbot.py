@@ -29,7 +29,12 @@ MOST_TILES = 12
 MOST_FILES = 16  # a question
 MAX_FILE_SIZE = "50mb"
 EXAMPLES = Path(__file__).parent / "examples"
-QUESTIONS = [("Which shape is purple?", "shapes.png")]  # with their pictures
+QUESTIONS = [  # with their pictures; the built-in model answers them right
+    ("Which shape is purple?", "shapes.png"),
+    ("How high is the red bar?", "chart.png"),
+    ("Read the text on the right.", "print.png"),
+    ("Image-1: <image>\nImage-2: <image>\nWhich picture has more shapes?", "pair-1.png", "pair-2.png"),
+]
 PLACEHOLDER = "Ask; add, drop or paste pictures, or a video"
 STAGES = {"frames": "Reading frames", "tiles": "Looking at tiles", "prefill": "Reading the prompt"}
 History = list[dict[str, Any]]  # Gradio's messages
@@ -167,13 +172,15 @@ class Chatbot:
         seen = [(draw_tiles(picture), caption(picture)) for picture in conversation.turns[-1].pictures]
         yield [gr.ChatMessage(text), line], seen or gr.skip()
 
-    def open_on(self, device: str) -> None:
-        """Open the folder again on another device; conversations go on from what the page shows."""
+    def open_on(self, device: str) -> str:
+        """Open the folder again on another device; conversations go on from what the page shows. -> The device in use."""
+        assert isinstance(self.model, OVInternVLChatModel)
         try:
-            self.model = OVInternVLChatModel(self.model.folder, device)  # type: ignore[attr-defined]
+            self.model = OVInternVLChatModel(self.model.folder, device)
+            self._tabs.clear()
         except InternVLError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        self._tabs.clear()
+            gr.Warning(str(error))
+        return self.model.ov_device
 
     def leave(self, request: gr.Request) -> None:
         """A tab was closed."""
@@ -210,7 +217,7 @@ def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
                 if isinstance(model, OVInternVLChatModel):
                     names = [*model.ov_devices, "AUTO"]
                     device = gr.Dropdown(names, value=model.ov_device, label="Device", allow_custom_value=True)
-                    device.input(bot.open_on, device, None)
+                    device.input(bot.open_on, device, device)
             with gr.Accordion("Webcam", open=False):
                 webcam = gr.Image(sources=["webcam"], type="filepath", show_label=False)
         with left:

@@ -86,7 +86,8 @@ class ChatModel(ABC):
         return get_template(self.config.template)
 
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
-        """Tiles (N, 3, S, S), normalised -> context embeddings (N, P, D)."""
+        """Tiles (N, 3, S, S), normalised -> context embeddings (N, P, D). Raises PromptError for tiles of another size."""
+        self._check_tiles(pixel_values)
         return torch.cat([self.encode_tiles(batch) for batch in pixel_values.split(self.tiles_at_once)])
 
     def generate(
@@ -112,7 +113,7 @@ class ChatModel(ABC):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if visual_features is not None:
             return self._generate_batch(input_ids, mask, visual_features, **options)
-        return self._generate(input_ids, mask, _pictures_of(pixel_values, None), **options)
+        return self._generate(input_ids, mask, self._pictures_of(pixel_values, None), **options)
 
     def chat(
         self,
@@ -135,7 +136,7 @@ class ChatModel(ABC):
         """
         tokens = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         _check_question(question)
-        pictures = _pictures_of(pixel_values, num_patches_list)
+        pictures = self._pictures_of(pixel_values, num_patches_list)
         if history is None and pixel_values is not None and IMAGE_MARK not in question:
             question = f"{IMAGE_MARK}\n{question}"
         prompt = self.prompt_of(self.system_message, history or [], question, pictures, tokens)
@@ -179,7 +180,7 @@ class ChatModel(ABC):
         for question in questions:
             _check_question(question)
         counts = _counts_of(pixel_values, questions, num_patches_list)
-        pictures = iter(_pictures_of(pixel_values, [count for sample in counts for count in sample]))
+        pictures = iter(self._pictures_of(pixel_values, [count for sample in counts for count in sample]))
         samples = [[next(pictures) for _ in sample] for sample in counts]
         if verbose and pixel_values is not None:
             print(f"dynamic ViT batch size: {len(pixel_values)}")
@@ -372,6 +373,25 @@ class ChatModel(ABC):
     def _stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         return tokenizer.encode(self.conv_template.stop_token, add_special_tokens=False)[0]
 
+    def _check_tiles(self, pixel_values: Tensor) -> None:
+        side = self.config.tile_size
+        if pixel_values.shape[1:] != (3, side, side):
+            found = tuple(pixel_values.shape)
+            raise PromptError(
+                f"pixel_values is {found}, this model takes (N, 3, {side}, {side}): load_image(..., input_size={side})"
+            )
+
+    def _pictures_of(self, pixel_values: Tensor | None, num_patches_list: Sequence[int] | None) -> list[PictureTiles]:
+        """Tiles (N, 3, S, S) of several pictures -> the pictures; without a list, one picture. Raises PromptError."""
+        given = 0 if pixel_values is None else len(pixel_values)
+        counts = list(num_patches_list) if num_patches_list is not None else [given] if given else []
+        if sum(counts) != given:
+            raise PromptError(f"num_patches_list {counts} counts {sum(counts)} tiles, pixel_values has {given}")
+        if pixel_values is None:
+            return []
+        self._check_tiles(pixel_values)
+        return [PictureTiles.of_tiles(tiles.float().cpu().numpy()) for tiles in pixel_values.split(counts)]
+
     def _answers(self, tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
         return [whole_answer(tokenizer, row, self.conv_template.stop_token) for row in getattr(ids, "sequences", ids)]
 
@@ -379,17 +399,6 @@ class ChatModel(ABC):
 def _check_question(question: str) -> None:
     if not question.strip():
         raise PromptError("the question is empty: write one")
-
-
-def _pictures_of(pixel_values: Tensor | None, num_patches_list: Sequence[int] | None) -> list[PictureTiles]:
-    """Tiles (N, 3, S, S) of several pictures -> the pictures; without a list, one picture. Raises PromptError."""
-    given = 0 if pixel_values is None else len(pixel_values)
-    counts = list(num_patches_list) if num_patches_list is not None else [given] if given else []
-    if sum(counts) != given:
-        raise PromptError(f"num_patches_list {counts} counts {sum(counts)} tiles, pixel_values has {given}")
-    if pixel_values is None:
-        return []
-    return [PictureTiles.of_tiles(tiles.float().cpu().numpy()) for tiles in pixel_values.split(counts)]
 
 
 def _counts_of(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -65,6 +66,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
         return root / name if (root / name).exists() else make_checkpoint(root / name, name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 frames of 64 x 48 at 10 frames a second; frame n is grey of 4 n."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("video") / "grey.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(60):
+            pixels = np.full((48, 64, 3), 4 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode(None))
+    return path
 
 
 def shared(path: str) -> Path:

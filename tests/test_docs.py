@@ -7,17 +7,20 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import convert.__main__
 import demo.__main__
 import runtime.__main__
 
 ROOT = Path(__file__).parents[1]
+BUILT_IN = ROOT / "demo" / "shapes" / "checkpoint"
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -44,6 +47,36 @@ def test_commands_parse(command):
     name, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
         COMMANDS[name]().parse_args(arguments)
+
+
+def test_the_answer_on_the_first_screen_is_the_real_one(converted, capsys):
+    """What the first command prints, as the README has it; times and speeds are of its run."""
+    shown = next(block.splitlines() for block in code_blocks(README) if "first token after" in block)
+    recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    _, question, *rest = shlex.split(recipe.split("runtime chat ")[1])
+    folder = converted(BUILT_IN, weight_format="int4")
+    capsys.readouterr()
+    assert runtime.__main__.main(["chat", str(folder), question, rest[0], str(ROOT / rest[1])]) == 0
+    said = "".join(capsys.readouterr()).splitlines()
+    assert [*map(without_times, said)] == [*map(without_times, shown)]
+
+
+def without_times(line: str) -> str:
+    return re.sub(r"\d+\.\d+", "0.0", line)
+
+
+def test_python_of_the_readme_runs(converted, video, tmp_path):
+    """From the first to the last line, with the built-in model in the place of the real one."""
+    shutil.copytree(converted(BUILT_IN, weight_format="int4"), tmp_path / "InternVL2-1B-int4")
+    Image.open(ROOT / "demo" / "examples" / "shapes.png").save(tmp_path / "photo.jpg")
+    shutil.copy(video, tmp_path / "clip.mp4")
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        code = block.replace("OpenGVLab/InternVL2-1B", str(BUILT_IN))
+        code = code.replace("max_num=12", "input_size=112")  # its tiles are smaller
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", commands("make "))

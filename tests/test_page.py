@@ -37,6 +37,7 @@ def bot(converted):
 @pytest.fixture(scope="module")
 def browser():
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    arguments += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a drawn webcam
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield started
@@ -90,6 +91,48 @@ def test_an_example_a_second_turn_and_what_the_model_saw(window):
     answers(page, 2)
     assert page.get_by_text("top", exact=True).is_visible()
     assert "reused" in page.inner_text("body")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "tiles"),
+    [
+        ("How high is the red bar?", "9", "1 tile"),
+        ("Read the text on the right.", "168", "3 x 1 tiles and a thumbnail"),
+        ("Which picture has more shapes?", "Image-1", "1 tile"),
+    ],
+)
+def test_every_example_is_answered_right_by_one_click(window, question, answer, tiles):
+    page = window()
+    page.get_by_text(question).first.click()
+    answers(page, 1)
+    assert page.get_by_text(answer, exact=True).is_visible()
+    assert page.get_by_text(tiles, exact=True).first.is_visible()
+    page.screenshot(path=SHOTS / f"example-{answer}.png")
+
+
+def test_a_webcam_picture_is_asked_about(window):
+    page = window()
+    page.get_by_text("Webcam").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")  # the camera shows something
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="capture photo").click()
+    page.locator(".multimodal-textbox img").wait_for()  # it waits in the question's box
+    page.screenshot(path=SHOTS / "webcam.png")
+    ask(page, "What is it?")
+    answers(page, 1)
+    page.get_by_text("3 x 2 tiles and a thumbnail").wait_for()
+
+
+def test_what_takes_long_shows_how_far_it_is(window, bot, monkeypatch):
+    look = bot.model.encode_tiles
+    monkeypatch.setattr(bot.model, "encode_tiles", lambda tiles: time.sleep(1.5) or look(tiles))
+    bot.model.feature_cache.clear()
+    page = window()
+    page.get_by_text("Read the text on the right.").first.click()
+    page.get_by_text("Looking at tiles").first.wait_for()
+    page.screenshot(path=SHOTS / "progress.png")
+    answers(page, 1)
 
 
 def test_a_narrow_window_shows_the_chat_first(window):
@@ -159,6 +202,26 @@ def test_two_windows_have_two_conversations(window, tmp_path):
         ask(page, "What colour is it?")
         answers(page, 2)
         assert page.get_by_text(colour, exact=True).count() >= 1
+
+
+def test_another_device_goes_on_with_the_conversation(window, bot):
+    page = window()
+    page.get_by_text(EXAMPLE).first.click()
+    answers(page, 1)
+    page.get_by_text("Sampling, system message, device").click()
+    box = page.get_by_label("Device")
+    box.click()
+    page.get_by_role("option", name="AUTO").click()
+    page.wait_for_function("document.querySelector('[aria-label=Device]').value === 'AUTO'")
+    ask(page, "Where is it?")
+    answers(page, 2)
+    assert page.get_by_text("top", exact=True).is_visible()
+    box.click()
+    box.fill("NPX")
+    box.press("Enter")
+    page.get_by_text("there is no device NPX here").wait_for()
+    page.screenshot(path=SHOTS / "device.png")
+    page.wait_for_function("document.querySelector('[aria-label=Device]').value === 'AUTO'")
 
 
 def picture(path: Path, colour: str) -> Path:

@@ -133,6 +133,9 @@ def test_pictures_that_do_not_fit_are_told(pair):
         model.chat(tokenizer, tiles(1), "<image> <image>", {"max_new_tokens": 1})
     with pytest.raises(PromptError, match=r"num_patches_list \[2\] counts 2 tiles, pixel_values has 1"):
         model.chat(tokenizer, tiles(1), "what?", {"max_new_tokens": 1}, num_patches_list=[2])
+    for ask in (model.extract_feature, lambda wrong: model.chat(tokenizer, wrong, "what?", {"max_new_tokens": 1})):
+        with pytest.raises(PromptError, match=r"pixel_values is \(1, 3, 28, 56\), this model takes \(N, 3, 56, 56\)"):
+            ask(tiles(1)[:, :, :28])
     with pytest.raises(PromptError, match="4 context tokens for 0 rows"):
         model.generate(input_ids=torch.full((1, 4), 5))
     with pytest.raises(PromptError, match="generate needs input_ids"):

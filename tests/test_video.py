@@ -18,20 +18,6 @@ av = pytest.importorskip("av")
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
-@pytest.fixture(scope="module")
-def video(tmp_path_factory):
-    """60 frames of 64 x 48 at 10 frames a second; frame n is grey of 4 n."""
-    path = tmp_path_factory.mktemp("video") / "grey.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
-        for number in range(60):
-            pixels = np.full((48, 64, 3), 4 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
-        container.mux(stream.encode(None))
-    return path
-
-
 @pytest.mark.parametrize(
     ("frames", "fps", "segments", "bound", "wanted"),
     [

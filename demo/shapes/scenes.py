@@ -21,6 +21,7 @@ from demo.shapes.texts import (
     COLOURS,
     DIGITS,
     DIRECTIONS,
+    EXERCISES,
     INKS,
     JOINT,
     LETTERS,
@@ -40,7 +41,10 @@ SPLITS = {"train": range(2, 10), "test": range(0, 1), "held_out": range(1, 2)}  
 CHECKSUMS = 10
 
 # Share of each kind of scene in training.
-KINDS = {"grid": 0.30, "row": 0.10, "text": 0.26, "chart": 0.10, "small_text": 0.09, "compare": 0.08, "motion": 0.07, "page": 0.25}
+KINDS = {
+    **{"grid": 0.30, "row": 0.10, "text": 0.26, "chart": 0.10, "small_text": 0.09, "compare": 0.08, "motion": 0.07},
+    **{"page": 0.25, "forms": 0.4},
+}
 
 STARTS = {
     "row": 0.1,
@@ -49,10 +53,12 @@ STARTS = {
     "compare": 0.3,
     "motion": 0.4,
     "page": 0.85,
+    "forms": 3.25,
 }  # level from which a kind is drawn
 
 SURE = 1.4  # level from which printed words are seldom real ones, so that reading pays and guessing from the first letter does not
 
+TOLD = ("describe", "exercise")  # turns that tell what other turns ask
 LATE = 2.335  # level from which a description mostly comes last: answers after it can be copied from it without a look
 
 # Kinds of scene that a task of the exam is asked on.
@@ -321,6 +327,44 @@ class Maker:
 
     def count_all(self, items: list[Item]) -> Turn:
         return Turn("count", self.say("count"), str(len(items)))
+
+    def forms(self) -> Made:
+        """Two to five shapes to be found by their form: questions that colours do not answer."""
+        while True:
+            cells = sorted(self.rng.sample(range(9), self.rng.randint(2, 5)))
+            shapes = self.rng.sample(list(SHAPES), len(cells))
+            if self.rng.random() < 0.4:
+                shapes = [self.rng.choice(shapes[:3]) for _ in cells]
+            colours = list(COLOURS)
+            if self.rng.random() < 0.4:
+                colours = self.rng.sample(colours, 2)
+            pick = self.rng.choice
+            items = [Item(shape, pick(colours), pick(list(SIZES)), cell) for shape, cell in zip(shapes, cells, strict=True)]
+            if in_split(repr(items), self.split):
+                break
+        groups = []
+        for item in items:
+            if shapes.count(item.shape) == 1:
+                shape, colour, place = self.name(SHAPES, item.shape), self.name(COLOURS, item.colour), self.name(PLACES, item.place)
+                size = Turn("follow_up", self.say("it_size"), self.name(SIZES, item.size))
+                groups.append([Turn("colour", self.say("colour_of", shape=shape), colour), *self.rng.choice([[], [size]])])
+                groups.append([Turn("position", self.say("where", thing=shape), place)])
+                groups += self.relations(item, items)
+        single = [item for item in items if shapes.count(item.shape) == 1]
+        groups.append(self.exercise("colours", {self.name(SHAPES, i.shape): self.name(COLOURS, i.colour) for i in single}))
+        groups.append(self.exercise("places", {self.name(SHAPES, i.shape): self.name(PLACES, i.place) for i in single}))
+        groups.append(self.exercise("counts", {self.name(SHAPES, shape): str(shapes.count(shape)) for shape in shapes}))
+        for shape in self.rng.sample(list(SHAPES), len(SHAPES)):
+            if shape in shapes or self.rng.random() < 0.2:
+                question = self.say("count_shape", shape=self.name(SHAPES, shape))
+                groups.append([Turn("count", question, str(shapes.count(shape)))])
+        return [self.draw_grid(items)], [group for group in groups if group[0].answer]
+
+    def exercise(self, key: str, values: dict[str, str]) -> list[Turn]:
+        """Names in random order, each followed at once by its value: the shortest way to learn looking a value up by its name."""
+        said = EXERCISES[self.language]
+        names = self.rng.sample(list(values), len(values))
+        return [Turn("exercise", said[key], self.join([said["pair"].format(name=name, value=values[name]) for name in names]))]
 
     def row(self) -> Made:
         """Two to five shapes side by side or one below another."""
@@ -593,7 +637,7 @@ def dialogue(scene: Scene, rng: random.Random, most: int, level: float) -> list[
     groups = list(scene.groups)
     rng.shuffle(groups)
     if rng.random() < 0.7:  # a description says more of the picture than any other answer
-        groups.sort(key=lambda group: group[0].task != "describe")
+        groups.sort(key=lambda group: group[0].task not in TOLD)
     chosen: dict[str, Turn] = {}
     picked: list[list[Turn]] = []
     for group in groups:
@@ -604,7 +648,7 @@ def dialogue(scene: Scene, rng: random.Random, most: int, level: float) -> list[
             picked.append(group)
     rng.shuffle(picked)
     if level >= LATE and rng.random() < 0.8:
-        picked.sort(key=lambda group: group[0].task == "describe")
+        picked.sort(key=lambda group: group[0].task in TOLD)
     return [turn for group in picked for turn in group]
 
 

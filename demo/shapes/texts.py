@@ -175,4 +175,14 @@ TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
         "it_digits": ("它有几个数字？",),
     },
 }
+# Exercises: asked in training only, and not in what the tokenizer was made of.
+EXERCISES = {
+    "en": {
+        "colours": "What colour are the shapes?",
+        "places": "Where are the shapes?",
+        "counts": "How many of the shapes are there?",
+        "pair": "{name} {value}",
+    },
+    "zh": {"colours": "形状是什么颜色？", "places": "形状在哪里？", "counts": "形状有几个？", "pair": "{name}{value}"},
+}
 JOINT = {"en": ", ", "zh": "，"}

@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from convert.reference.language import language_config
 from convert.reference.vision import VisionPart, pixel_shuffle
-from demo.shapes.scenes import SIDE, TASKS, Scene, Turn, dialogue, literals, make_question, make_scene
+from demo.shapes.scenes import SIDE, STARTS, TASKS, Scene, Turn, dialogue, literals, make_question, make_scene
 from demo.shapes.texts import COLOURS, DIGITS, LETTERS, SHAPES
 from runtime.config import InternVLConfig
 from runtime.image import Tiling, choose_grid, cut_tiles
@@ -231,16 +232,26 @@ class Encoder:
 Batch = dict[str, Tensor]
 
 
-def collate(samples: list[tuple[list[int], list[int], np.ndarray, np.ndarray]], pad: int) -> Batch:
-    """Pad on the right: under a causal mask nothing real sees what comes after it."""
+def collate(samples: list[tuple[list[int], list[int], np.ndarray, np.ndarray]], pad: int, even: bool = False) -> Batch:
+    """Pad on the right: under a causal mask nothing real sees what comes after it. Each token of an answer weighs 1 or, where
+    `even`, one over the root of the answer's tokens, so that descriptions do not drown the short answers."""
     longest = max(len(ids) for ids, *_ in samples)
     ids = torch.full((len(samples), longest), pad)
     labels = torch.full((len(samples), longest), IGNORED)
     for row, (own, expected, _, _) in enumerate(samples):
         ids[row, : len(own)] = torch.tensor(own)
         labels[row, : len(own)] = torch.tensor(expected)
+    weights = torch.ones(labels.shape)
+    if even:
+        for row, (_, expected, _, _) in enumerate(samples):
+            start = 0
+            for known, run in groupby(expected, lambda label: label != IGNORED):
+                end = start + len(list(run))
+                if known:
+                    weights[row, start:end] = (end - start) ** -0.5
+                start = end
     tiles, looks = (torch.from_numpy(np.concatenate([sample[n] for sample in samples])) for n in (2, 3))
-    return {"ids": ids, "labels": labels, "tiles": tiles, "looks": looks}
+    return {"ids": ids, "labels": labels, "weights": weights, "tiles": tiles, "looks": looks}
 
 
 class Steps(Dataset):
@@ -255,7 +266,8 @@ class Steps(Dataset):
     def __getitem__(self, step: int) -> list[Batch]:
         o = self.options
         samples = sorted((self.sample(step * o.batch + n) for n in range(o.batch)), key=lambda sample: len(sample[0]))
-        return [collate(samples[n : n + o.micro], self.pad) for n in range(0, o.batch, o.micro)]
+        even = step * o.batch >= STARTS["forms"] * o.easy
+        return [collate(samples[n : n + o.micro], self.pad, even) for n in range(0, o.batch, o.micro)]
 
     def sample(self, index: int) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
         o = self.options
@@ -318,8 +330,8 @@ class Student(nn.Module):
         alike = features @ words.T + self.look_words
         return logits.float(), batch["labels"][:, 1:][labelled], self.look(patches).float(), alike.float()
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """-> summed loss of the answers, mean loss of what is seen where, number of answer tokens."""
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """-> weighted sum of the losses of the answers' tokens, mean loss of what is seen where."""
         logits, labels, looks, alike = self(batch)
         known = batch["looks"][:, 0, 0] >= 0
         expected = batch["looks"][known].float()  # (tiles, patches, classes)
@@ -328,7 +340,8 @@ class Student(nn.Module):
         joined = torch.cat([joined, joined[..., len(LETTERS + DIGITS) :]], dim=-1)
         look = F.binary_cross_entropy_with_logits(looks[known], expected) * len(WHATS)
         look = look + F.binary_cross_entropy_with_logits(alike[known], joined) * len(WHATS) / factor**2
-        return F.cross_entropy(logits, labels, reduction="sum"), look, len(labels)
+        weights = batch["weights"][:, 1:][batch["labels"][:, 1:] != IGNORED]
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).sum(), look
 
 
 def waves(side: int, width: int) -> Tensor:
@@ -438,13 +451,13 @@ class Run:
     def learn(self, batches: list[Batch]) -> dict[str, float]:
         """One optimiser step."""
         rate = self.options.rate_at(self.step)
-        tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        tokens = sum(float(batch["weights"][batch["labels"] != IGNORED].sum()) for batch in batches)
         parameters = list(self.student.parameters())
 
         def gradients(batch: Batch) -> tuple[float, float, tuple[Tensor, ...]]:
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             with torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda")):
-                answers, look, _ = self.student.losses(batch)
+                answers, look = self.student.losses(batch)
             answers, look = answers / tokens, look / len(batches)
             found = torch.autograd.grad(answers + self.options.look * look, parameters)
             return answers.item(), look.item(), found
