@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from convert.native import is_native, published_config, published_names
 from runtime.config import InternVLConfig, read_config
 from runtime.errors import CheckpointError
-from runtime.folder import CONFIG_FILE
+from runtime.folder import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py, never pickles
@@ -77,12 +78,18 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self.raw_config: dict[str, Any] = read_config(folder / CONFIG_FILE)
+        native = is_native(self.raw_config)
+        if native:
+            file = folder / PREPROCESSOR_CONFIG_FILE
+            self.raw_config = published_config(self.raw_config, read_config(file) if file.exists() else {})
         self.config = InternVLConfig.from_dict(self.raw_config)
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
+        self._stored: dict[str, list[str]] = {}  # published name -> tensors of the files that it is made of, row by row
         for path in self._weight_files():
             self._read_header(path)
+        self._name_tensors(native)
 
     def _weight_files(self) -> list[Path]:
         index = self.folder / INDEX_FILE
@@ -121,6 +128,19 @@ class Checkpoint:
                 f"{path} is not a whole safetensors file ({error}; {path.stat().st_size:,} bytes): fetch it again"
             ) from None
 
+    def _name_tensors(self, native: bool) -> None:
+        """Give the tensors of the files their published names."""
+        stored_shapes, stored_types = self.shapes, self.dtypes
+        self._stored = published_names(list(stored_shapes)) if native else {name: [name] for name in stored_shapes}
+        self.shapes, self.dtypes = {}, {}
+        for name, parts in self._stored.items():
+            missing = [part for part in parts if part not in stored_shapes]
+            if missing:
+                raise CheckpointError(f"{self.folder} has {parts[0]} and not {_some(missing)}: fetch the checkpoint again")
+            first = stored_shapes[parts[0]]
+            self.shapes[name] = first if len(parts) == 1 else (sum(stored_shapes[part][0] for part in parts), *first[1:])
+            self.dtypes[name] = stored_types[parts[0]]
+
     def check(self, expected: Shapes) -> None:
         """Require exactly the tensors `expected`, each with its shape; raises CheckpointError with counts and first names."""
         missing = [name for name in expected if name not in self.shapes]
@@ -147,8 +167,13 @@ class Checkpoint:
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped."""
         wanted = set(names)
-        opened = {path: safe_open(path, "pt") for path in {self._file_of[name] for name in wanted}}
-        return {name: opened[self._file_of[name]].get_tensor(name) for name in self.shapes if name in wanted}
+        stored = {name: self._stored[name] for name in self.shapes if name in wanted}
+        opened = {path: safe_open(path, "pt") for path in {self._file_of[part] for parts in stored.values() for part in parts}}
+
+        def mapped(part: str) -> torch.Tensor:
+            return opened[self._file_of[part]].get_tensor(part)
+
+        return {name: mapped(parts[0]) if len(parts) == 1 else torch.cat([*map(mapped, parts)]) for name, parts in stored.items()}
 
 
 def _some(names: list[str]) -> str:

@@ -128,6 +128,59 @@ LLAMA_YI = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
+INTERNLM2_20B = INTERNLM2_1_8B | {
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 48,
+    "rope_scaling": {"type": "dynamic", "factor": 3.0},
+}
+INTERNLM2_7B = INTERNLM2_1_8B | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLAMA3_70B = LLAMA_YI | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "vocab_size": 128265,
+    "max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+}
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+}
+QWEN3_30B_A3B = QWEN3_06B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56}
 TINY_LANGUAGE = {
     "hidden_size": 64,
@@ -172,21 +225,71 @@ def _config(vision: dict, language: dict, template: str, **top: Any) -> dict:
     } | top
 
 
+def _qwen(base: dict, width: int, layers: int, heads: int, key_heads: int, inner: int, **others: Any) -> dict:
+    """Qwen2 or Qwen3 of another size."""
+    return base | {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "intermediate_size": inner,
+        **others,
+    }
+
+
+def _of_2_5(vision: dict, language: dict) -> dict:
+    return _config(vision, language, "internvl2_5")
+
+
+QWEN2_5 = QWEN2_05B | {"vocab_size": 151674}
+DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}  # InternVL3
+
 CONFIGS: dict[str, dict] = {
-    # published names: facts of the published config.json files
+    # published names: facts of the published config.json files, or of the language model they are built on
+    "InternVL-Chat-V1-2": _config(
+        VIT_6B, LLAMA_YI, "Hermes-2", ps_version="v1", dynamic_image_size=False, use_thumbnail=False, max_dynamic_patch=1
+    ),
+    "InternVL-Chat-V1-5": _config(VIT_6B, INTERNLM2_20B, "internlm2-chat"),
+    "Mini-InternVL-Chat-2B-V1-5": _config(VIT_300M, INTERNLM2_1_8B, "internlm2-chat"),
+    "Mini-InternVL-Chat-4B-V1-5": _config(VIT_300M, PHI3_MINI, "phi3-chat"),
     "InternVL2-1B": _config(VIT_300M, QWEN2_05B, "Hermes-2"),
     "InternVL2-2B": _config(VIT_300M, INTERNLM2_1_8B, "internlm2-chat"),
     "InternVL2-4B": _config(VIT_300M, PHI3_MINI, "phi3-chat"),
-    "InternVL2-8B": _config(
-        VIT_300M,
-        INTERNLM2_1_8B | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-        "internlm2-chat",
-    ),
+    "InternVL2-8B": _config(VIT_300M, INTERNLM2_7B, "internlm2-chat"),
+    "InternVL2-26B": _config(VIT_6B, INTERNLM2_20B, "internlm2-chat"),
+    "InternVL2-40B": _config(VIT_6B, LLAMA_YI, "Hermes-2"),
+    "InternVL2-Llama3-76B": _config(VIT_6B, LLAMA3_70B, "internlm2-chat"),
+    "InternVL2_5-1B": _of_2_5(VIT_300M, QWEN2_5),
+    "InternVL2_5-2B": _of_2_5(VIT_300M, INTERNLM2_1_8B),
+    "InternVL2_5-4B": _of_2_5(VIT_300M, _qwen(QWEN2_5, 2048, 36, 16, 2, 11008)),
+    "InternVL2_5-8B": _of_2_5(VIT_300M, INTERNLM2_7B),
+    "InternVL2_5-26B": _of_2_5(VIT_6B, INTERNLM2_20B),
+    "InternVL2_5-38B": _of_2_5(VIT_6B, _qwen(QWEN2_5, 5120, 64, 40, 8, 27648)),
+    "InternVL2_5-78B": _of_2_5(VIT_6B, _qwen(QWEN2_5, 8192, 80, 64, 8, 29568)),
+    "InternVL3-1B": _of_2_5(VIT_300M, QWEN2_5 | DYNAMIC),
+    "InternVL3-2B": _of_2_5(VIT_300M, _qwen(QWEN2_5, 1536, 28, 12, 2, 8960, **DYNAMIC)),
+    "InternVL3-8B": _of_2_5(VIT_300M, _qwen(QWEN2_5, 3584, 28, 28, 4, 18944, **DYNAMIC)),
+    "InternVL3-14B": _of_2_5(VIT_300M, _qwen(QWEN2_5, 5120, 48, 40, 8, 13824, **DYNAMIC)),
+    "InternVL3-38B": _of_2_5(VIT_6B, _qwen(QWEN2_5, 5120, 64, 40, 8, 27648, **DYNAMIC)),
+    "InternVL3-78B": _of_2_5(VIT_6B, _qwen(QWEN2_5, 8192, 80, 64, 8, 29568, **DYNAMIC)),
+    "InternVL3_5-1B": _of_2_5(VIT_300M, QWEN3_06B),
+    "InternVL3_5-2B": _of_2_5(VIT_300M, _qwen(QWEN3_06B, 2048, 28, 16, 8, 6144)),
+    "InternVL3_5-4B": _of_2_5(VIT_300M, _qwen(QWEN3_06B, 2560, 36, 32, 8, 9728)),
+    "InternVL3_5-8B": _of_2_5(VIT_300M, _qwen(QWEN3_06B, 4096, 36, 32, 8, 12288)),
+    "InternVL3_5-14B": _of_2_5(VIT_300M, _qwen(QWEN3_06B, 5120, 40, 40, 8, 17408)),
+    "InternVL3_5-38B": _of_2_5(VIT_6B, _qwen(QWEN3_06B, 5120, 64, 64, 8, 25600)),
+    "InternVL3_5-30B-A3B": _of_2_5(VIT_300M, QWEN3_30B_A3B),
+    "InternVL3_5-241B-A28B": _of_2_5(VIT_6B, _qwen(QWEN3_30B_A3B, 4096, 94, 64, 4, 12288, moe_intermediate_size=1536)),
     # one tiny checkpoint a kind
     "tiny-qwen2": _config(VIT_300M | TINY_VISION, QWEN2_05B | TINY_LANGUAGE, "Hermes-2"),
     "tiny-internlm2": _config(VIT_300M | TINY_VISION, INTERNLM2_1_8B | TINY_LANGUAGE, "internlm2-chat"),
     "tiny-phi3": _config(VIT_300M | TINY_VISION, PHI3_MINI | TINY_PHI3, "phi3-chat"),
     "tiny-llama": _config(VIT_6B | TINY_VISION, LLAMA_YI | TINY_LANGUAGE, "Hermes-2"),
+    "tiny-qwen3": _of_2_5(VIT_300M | TINY_VISION, QWEN3_06B | TINY_LANGUAGE | {"head_dim": 32}),
+    "tiny-qwen3-moe": _of_2_5(
+        VIT_300M | TINY_VISION,
+        QWEN3_30B_A3B | TINY_LANGUAGE | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
+    ),
     "tiny-chat-v1-2": _config(
         VIT_6B | TINY_VISION,
         LLAMA_YI | TINY_LANGUAGE,
@@ -257,31 +360,44 @@ def _projector_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _transformers_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Qwen2, Llama and Phi-3: the names of transformers' classes."""
+    """Qwen2, Qwen3, Llama and Phi-3: the names of transformers' classes; of Qwen3-MoE each expert apart."""
     width, mlp, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
-    head = width // c["num_attention_heads"]
-    keys = c["num_key_value_heads"] * head
-    packed = c["model_type"] == "phi3"
+    head = c.get("head_dim", width // c["num_attention_heads"])
+    queries, keys = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
     yield "language_model.model.embed_tokens.weight", (vocab, width)
     for n in range(c["num_hidden_layers"]):
         layer = f"language_model.model.layers.{n}."
-        if packed:
-            yield layer + "self_attn.qkv_proj.weight", (width + 2 * keys, width)
-            yield layer + "mlp.gate_up_proj.weight", (2 * mlp, width)
+        if c["model_type"] == "phi3":
+            yield layer + "self_attn.qkv_proj.weight", (queries + 2 * keys, width)
         else:
-            for name, rows in (("q_proj", width), ("k_proj", keys), ("v_proj", keys)):
+            for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
                 yield layer + f"self_attn.{name}.weight", (rows, width)
                 if c["model_type"] == "qwen2":
                     yield layer + f"self_attn.{name}.bias", (rows,)
-            yield layer + "mlp.gate_proj.weight", (mlp, width)
-            yield layer + "mlp.up_proj.weight", (mlp, width)
-        yield layer + "self_attn.o_proj.weight", (width, width)
-        yield layer + "mlp.down_proj.weight", (width, mlp)
+        if c["model_type"].startswith("qwen3"):
+            yield layer + "self_attn.q_norm.weight", (head,)
+            yield layer + "self_attn.k_norm.weight", (head,)
+        yield layer + "self_attn.o_proj.weight", (width, queries)
+        if c["model_type"] == "qwen3_moe":
+            yield layer + "mlp.gate.weight", (c["num_experts"], width)
+            for expert in range(c["num_experts"]):
+                yield from _mlp_shapes(f"{layer}mlp.experts.{expert}.", width, c["moe_intermediate_size"])
+        elif c["model_type"] == "phi3":
+            yield layer + "mlp.gate_up_proj.weight", (2 * mlp, width)
+            yield layer + "mlp.down_proj.weight", (width, mlp)
+        else:
+            yield from _mlp_shapes(layer + "mlp.", width, mlp)
         yield layer + "input_layernorm.weight", (width,)
         yield layer + "post_attention_layernorm.weight", (width,)
     yield "language_model.model.norm.weight", (width,)
     if not c.get("tie_word_embeddings"):
         yield "language_model.lm_head.weight", (vocab, width)
+
+
+def _mlp_shapes(prefix: str, width: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield prefix + "gate_proj.weight", (inner, width)
+    yield prefix + "up_proj.weight", (inner, width)
+    yield prefix + "down_proj.weight", (width, inner)
 
 
 def _internlm2_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:

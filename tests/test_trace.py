@@ -10,7 +10,16 @@ import pytest
 
 from runtime.folder import PART_FILES
 
-KINDS = ["tiny-qwen2", "tiny-internlm2", "tiny-phi3", "tiny-llama", "tiny-chat-v1-2", "tiny-resized"]
+KINDS = [
+    "tiny-qwen2",
+    "tiny-internlm2",
+    "tiny-phi3",
+    "tiny-llama",
+    "tiny-qwen3",
+    "tiny-qwen3-moe",
+    "tiny-chat-v1-2",
+    "tiny-resized",
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -54,7 +63,8 @@ def test_language(folder):
 
 def test_states_are_keys_and_values_that_start_empty(folder):
     model = read(folder, "language")
-    heads = json.loads((folder / "config.json").read_text())["llm_config"]["num_key_value_heads"]
+    language = json.loads((folder / "config.json").read_text())["llm_config"]
+    heads, size = language["num_key_value_heads"], language.get("head_dim", 16)
     states = {
         node.get_variable_id(): str(node.get_output_partial_shape(0))
         for node in model.get_ops()
@@ -62,7 +72,7 @@ def test_states_are_keys_and_values_that_start_empty(folder):
     }
     names = [f"past_key_values.{n}.{kind}present.{n}.{kind}" for n in range(2) for kind in ("key", "value")]
     assert sorted(states) == sorted(names)
-    assert set(states.values()) == {f"[?,{heads},?,16]"}
+    assert set(states.values()) == {f"[?,{heads},?,{size}]"}
 
 
 def test_attention_is_what_paged_attention_recognises(folder):

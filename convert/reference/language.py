@@ -9,6 +9,7 @@ src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ CONFIG_KEYS = [
     *["head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "partial_rotary_factor"],
     *["max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"],
     *["bos_token_id", "eos_token_id", "pad_token_id"],
+    *["moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"],
 ]
 
 REQUIRED_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -42,6 +44,9 @@ INTERNLM2_NAMES = [  # (published, Llama's)
     (".ffn_norm.", ".post_attention_layernorm."),
     ("output.", "lm_head."),
 ]
+EXPERTS = (
+    ".mlp.experts."  # published one by one, joined by transformers: gate_up_proj (E, 2I, D) gate rows first, down_proj (E, D, I)
+)
 PACKED, SPLIT = ".attention.wqkv.", (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
@@ -59,6 +64,8 @@ class LanguageModel:
 
 LANGUAGE_MODELS = {
     "Qwen2ForCausalLM": LanguageModel("qwen2", "Qwen2ForCausalLM"),
+    "Qwen3ForCausalLM": LanguageModel("qwen3", "Qwen3ForCausalLM"),
+    "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM"),
     "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
     "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
     "InternLM2ForCausalLM": LanguageModel(
@@ -92,6 +99,12 @@ def language_config(config: InternVLConfig, *, plain_rope: bool = False) -> Pret
     """
     kind = language_kind(config)
     chosen = {key: config.language[key] for key in CONFIG_KEYS if config.language.get(key) is not None} | kind.settings
+    rope = chosen.pop("rope_parameters", None)  # how transformers 5 writes the two keys
+    if rope:
+        chosen["rope_theta"] = rope.get("rope_theta", chosen.get("rope_theta"))
+        chosen["rope_scaling"] = (
+            {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type") != "default" else None
+        )
     scaling = chosen.get("rope_scaling")
     if scaling and scaling.get("type", scaling.get("rope_type")) == "su":  # Phi-3's first name for it
         chosen["rope_scaling"] = {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}
@@ -130,6 +143,11 @@ def published_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
         if kind.packed_attention and SPLIT[0] in name:
             rows = sum(build_rows(config))
             shapes[PREFIX + name.replace(SPLIT[0], PACKED)] = (rows, *shape[1:])
+        elif EXPERTS in name:
+            matrices = ["gate_proj", "up_proj"] if name.endswith("gate_up_proj") else ["down_proj"]
+            for expert, matrix in product(range(shape[0]), matrices):
+                own = f"{name.rpartition('.')[0]}.{expert}.{matrix}.weight"
+                shapes[PREFIX + own] = (shape[1] // len(matrices), shape[2])
         elif not (kind.packed_attention and any(part in name for part in SPLIT)):
             shapes[PREFIX + _rename(name, [(ours, theirs) for theirs, ours in kind.names])] = shape
     return shapes
@@ -146,13 +164,30 @@ def to_transformers(config: InternVLConfig, tensors: dict[str, torch.Tensor]) ->
     """Give published tensors the names (and, for packed attention, the split) of transformers' class."""
     kind = language_kind(config)
     state: dict[str, torch.Tensor] = {}
-    for published, tensor in tensors.items():
+    for published, tensor in _join_experts(tensors).items():
         name = published.removeprefix(PREFIX)
         if kind.packed_attention and PACKED in name:
             state |= zip((name.replace(PACKED, part) for part in SPLIT), _split_packed(config, tensor), strict=True)
         else:
             state[_rename(name, kind.names)] = tensor
     return state
+
+
+def _join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices of single experts as transformers' joined ones; whatever else there is stays as it is."""
+    joined = {name: tensor for name, tensor in tensors.items() if EXPERTS not in name}
+    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if EXPERTS in name:
+            layer, _, rest = name.partition(EXPERTS)
+            number, matrix, _ = rest.split(".")
+            experts.setdefault(layer + EXPERTS, {})[int(number), matrix] = tensor
+    for layer, own in experts.items():
+        count = 1 + max(number for number, _ in own)
+        gates_and_ups = [torch.cat([own[e, "gate_proj"], own[e, "up_proj"]]) for e in range(count)]
+        joined[f"{layer}gate_up_proj"] = torch.stack(gates_and_ups)
+        joined[f"{layer}down_proj"] = torch.stack([own[e, "down_proj"] for e in range(count)])
+    return joined
 
 
 def _rename(name: str, pairs: list[tuple[str, str]]) -> str:

@@ -40,7 +40,7 @@ def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float3
     """Load the vision part. `dtype` None keeps the matrices as they are stored, mapped from the file."""
     with torch.device("meta"):
         part = VisionPart(checkpoint.config)
-    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict()), dtype), assign=True)
+    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict()), dtype, part), assign=True)
     part.vision_model.embeddings.fit_position_table()
     return part.requires_grad_(False).eval()
 
@@ -58,7 +58,7 @@ def load_language(
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
     mapped = checkpoint.tensors(name for name in names if tied or not head_only or name != table)
-    state = _cast(to_transformers(checkpoint.config, mapped), dtype)
+    state = _cast(to_transformers(checkpoint.config, mapped), dtype, model)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     elif head_only:
@@ -70,7 +70,8 @@ def load_language(
 def load_text_embeddings(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> Tensor:
     """Load the embedding table, (V, D)."""
     name = text_table_name(checkpoint)
-    return _cast(checkpoint.tensors([name]), dtype)[name]
+    table = checkpoint.tensors([name])[name]
+    return table.to(dtype or table.dtype)
 
 
 def text_table_name(checkpoint: Checkpoint) -> str:
@@ -79,9 +80,11 @@ def text_table_name(checkpoint: Checkpoint) -> str:
     return PREFIX + next((theirs for theirs, ours in kind.names if "embed_tokens" in ours), "model.embed_tokens.") + "weight"
 
 
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Cast to `dtype`; None casts all but matrices to float32 (they are small, and a 16-bit norm would lose digits)."""
-    return {name: tensor.to(dtype or (tensor.dtype if tensor.ndim == 2 else torch.float32)) for name, tensor in tensors.items()}
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, part: nn.Module) -> dict[str, Tensor]:
+    """Cast to `dtype`. None leaves matrices of linear layers and tables as they are stored, and casts the rest to float32: it is
+    small, and a 16-bit norm would lose digits. (Joined experts are not small: they take four bytes a weight.)"""
+    kept = {f"{name}.weight" for name, module in part.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    return {name: tensor.to(dtype or (tensor.dtype if name in kept else torch.float32)) for name, tensor in tensors.items()}
 
 
 class _CastAtUse(nn.Linear):
