@@ -85,12 +85,9 @@ class InternVLConfig:
 
         Raises UnsupportedModelError for another model type, CheckpointError for missing or contradictory keys.
         """
-        found = raw.get("model_type")
-        if found != MODEL_TYPE:
-            raise UnsupportedModelError(
-                f"config.json: model_type is {found!r}, expected {MODEL_TYPE!r}: "
-                "give an InternVL chat checkpoint in its published layout"
-            )
+        other = _another_kind(raw)
+        if other:
+            raise UnsupportedModelError(f"config.json: {other}: give an InternVL chat checkpoint")
         for key in ("vision_config", "llm_config"):
             if not isinstance(raw.get(key), dict):
                 raise CheckpointError(f"config.json has no {key}: it is not a complete InternVL configuration")
@@ -130,6 +127,25 @@ class InternVLConfig:
             raise CheckpointError(
                 f"config.json: select_layer {self.select_layer} is outside a vision transformer of {layers} layers"
             )
+
+
+def _another_kind(raw: dict[str, Any]) -> str | None:
+    """What a checkpoint is that is not a chat model of this family, or None."""
+    kind = raw.get("model_type")
+    code = " ".join(str(name) for name in (raw.get("auto_map") or {}).values())
+    if kind in ("intern_vit_6b", "intern_vit_patch", "internvl_vision"):
+        return "this is InternViT, a vision transformer alone, for embeddings, without a language model"
+    if "qllama_config" in raw:
+        return "this is InternVL-14B (InternVL-C and -G), a contrastive model for retrieval, without chat"
+    if "hico" in code or "video" in f"{kind} {code}".lower():
+        return "this is a video-only model of the InternVideo kind, which joins tokens over time"
+    if "audio_config" in raw:
+        return "this is an audio model of the InternOmni kind"
+    if raw.get("rope_pos_id_version", "default") != "default":
+        return "this is a V2PE model, whose positions grow by less than one a context token"
+    if kind != MODEL_TYPE:
+        return f"model_type is {kind!r}, expected {MODEL_TYPE!r} or 'internvl' of transformers"
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -87,6 +87,26 @@ def retype(tensors):
 
 
 @pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "intern_vit_6b"}, "InternViT, a vision transformer alone"),
+        ({"model_type": "internvl", "qllama_config": {}, "vision_config": {}}, "InternVL-14B .* without chat"),
+        (
+            {"model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling_internvl_chat_hico2.InternVLChatModel"}},
+            "InternVideo",
+        ),
+        ({"model_type": "internvideo2"}, "InternVideo"),
+        ({"model_type": "internvl_chat", "rope_pos_id_version": "v2pe_fix"}, "V2PE"),
+        ({"model_type": "internvl_audio_chat", "audio_config": {}}, "InternOmni"),
+    ],
+)
+def test_other_kinds_are_named(tmp_path, raw, message):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedModelError, match=f"config.json: this is .*{message}.*: give an InternVL chat checkpoint$"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (drop, r"2 missing: language_model.model.layers.0.mlp.up_proj.weight, language_model.model.layers.1"),
