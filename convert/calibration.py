@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from convert.reference.language import language_kind
 from convert.tokenizer import context_id, prompt_of
 from convert.verify import Part
 from runtime.config import InternVLConfig
 from runtime.errors import OptionError
 from runtime.image import Tiling, cut_tiles, open_picture
+from runtime.part import VISUAL_MASK
 from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -45,7 +47,8 @@ def calibration_samples(
         embeds = np.array(text(ids))  # (1, T, D)
         embeds[ids == context_id(tokenizer)] = rows.reshape(-1, rows.shape[-1])
         length = ids.shape[1]
-        yield {
+        routing = {VISUAL_MASK: (ids == context_id(tokenizer)).astype(np.int64)} if language_kind(config).visual_experts else {}
+        yield routing | {
             "inputs_embeds": embeds,
             "attention_mask": np.ones((1, length), np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None],

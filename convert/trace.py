@@ -28,7 +28,9 @@ from optimum.exporters.openvino.utils import _get_input_info, clear_class_regist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.vision import VisionPart
+from runtime.part import VISUAL_MASK
 
 ACTIVATIONS_SCALE_FACTOR = "8.0"  # keeps float16 activations of the GPU plugin from overflowing; optimum-intel's value
 PATCHED_FORWARD = "_openvino_module_extension_patch_orig_forward"  # where keep_16bit_weights leaves a module's own forward
@@ -56,6 +58,7 @@ def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
     """Decoder -> stateful model `inputs_embeds` (B, T, D), `attention_mask` (B, past + T), `position_ids` (B, T), `beam_idx` (B).
 
     Its output is `logits` (B, T, V) float32 at all positions; keys and values live in states of (B, heads, past, head size).
+    A model with visual experts has one more input, `visual_token_mask` (B, T) int64, 1 on context tokens.
     `quantised` weights leave the KV cache's precision to the device; otherwise float16 is asked for, as optimum-intel does.
     """
     from optimum.exporters.openvino.model_configs import get_vlm_text_generation_config
@@ -64,8 +67,11 @@ def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
     export = get_vlm_text_generation_config(model.config.model_type, model.config, "int64", "fp32")
     example = export.rename_ambiguous_inputs(export.generate_dummy_inputs(framework="pt"))
     patcher = export.patch_model_for_export(model)
+    routed = isinstance(model, LlamaWithVisualExperts)
     forward = patcher.patched_forward
-    order = [name for name in inspect.signature(patcher.orig_forward).parameters if name in example]
+    order = [
+        name for name in inspect.signature(patcher.orig_forward).parameters if name in example or (routed and name == VISUAL_MASK)
+    ]
 
     @functools.wraps(forward)  # the decoder orders the example's inputs by this signature
     def with_tuple_outputs(*args: Any, **kwargs: Any) -> tuple:
@@ -74,9 +80,12 @@ def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
 
     patcher.patched_forward = with_tuple_outputs
     with _quiet(), patcher:
-        inputs = _get_input_info(model, export, example)
-        traced = _to_openvino(model, example, [item.shape for item in inputs])
-    _name(traced, [item.name for item in inputs], list(export.outputs))
+        inputs = [(item.name, item.shape) for item in _get_input_info(model, export, example)]
+        if routed:  # the last argument of its forward
+            example[VISUAL_MASK] = torch.ones(example["inputs_embeds"].shape[:2], dtype=torch.int64)
+            inputs.append((VISUAL_MASK, ov.PartialShape([-1, -1])))
+        traced = _to_openvino(model, example, [shape for _, shape in inputs])
+    _name(traced, [name for name, _ in inputs], list(export.outputs))
     patch_stateful(model.config, traced)
     traced.set_rt_info(ACTIVATIONS_SCALE_FACTOR, ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
     if not quantised:

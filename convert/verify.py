@@ -18,10 +18,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from convert.checkpoint import Checkpoint
+from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.model import compute_in_float32, load_language, load_text_embeddings, load_vision
 from convert.tokenizer import context_id, probe_prompt
 from runtime.errors import DriftError
 from runtime.folder import PART_FILES
+from runtime.part import VISUAL_MASK
 
 GREEDY_TOKENS = 8
 SEED = 0
@@ -57,24 +59,27 @@ class LanguagePart(Part):
 
     def __init__(self, folder: Path):
         super().__init__(folder, "language")
+        self._routed = any(VISUAL_MASK in port.get_names() for port in self._request.model_inputs)
 
-    def logits(self, embeds: np.ndarray, attention_mask: np.ndarray, *, reset: bool = True) -> np.ndarray:
+    def logits(
+        self, embeds: np.ndarray, attention_mask: np.ndarray, *, visual: np.ndarray | None = None, reset: bool = True
+    ) -> np.ndarray:
         """Embeddings (B, T, D) under a mask (B, past + T) -> logits (B, T, V), valid until the next call.
 
-        `reset` forgets what came before.
+        `visual` (B, T) is 1 on context tokens, for visual experts. `reset` forgets what came before.
         """
         if reset:
             self._request.reset_state()
         positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
-        self._request.infer(
-            {
-                "inputs_embeds": embeds,
-                "attention_mask": attention_mask,
-                "position_ids": positions,
-                "beam_idx": np.arange(len(embeds), dtype=np.int32),
-            },
-            share_outputs=True,
-        )
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+            "beam_idx": np.arange(len(embeds), dtype=np.int32),
+        }
+        if self._routed:
+            inputs[VISUAL_MASK] = np.zeros(embeds.shape[:2], np.int64) if visual is None else visual
+        self._request.infer(inputs, share_outputs=True)
         return self._request.get_tensor("logits").data
 
 
@@ -157,17 +162,23 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     embeds[:, here] = features[:, : int(here.sum())]
     model = load_language(checkpoint, None)
     compute_in_float32(model)
-    expected = model(inputs_embeds=embeds, use_cache=False).logits  # (1, T, V)
+    visual = here.long()[None]
+    routing = {VISUAL_MASK: visual} if isinstance(model, LlamaWithVisualExperts) else {}
+    expected = model(inputs_embeds=embeds, use_cache=False, **routing).logits  # (1, T, V)
     bar.update()
     # no end token: what follows one is compared like the rest
     model.generation_config = GenerationConfig(max_new_tokens=GREEDY_TOKENS, do_sample=False, pad_token_id=0)
-    options = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "streamer": _Ticks(bar)}
+    options = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "streamer": _Ticks(bar)} | routing
     greedy = model.generate(**options)  # type: ignore[operator]
     steps = model.get_input_embeddings()(greedy).float()  # (1, G, D)
     del model
     language = LanguagePart(folder)
-    rows.append(_compare("language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64))))
-    return Report(rows, _agreement(language, embeds, steps, greedy), greedy.shape[1])
+    rows.append(
+        _compare(
+            "language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64), visual=visual.numpy())
+        )
+    )
+    return Report(rows, _agreement(language, embeds, visual, steps, greedy), greedy.shape[1])
 
 
 class _Ticks(BaseStreamer):
@@ -183,10 +194,10 @@ class _Ticks(BaseStreamer):
         pass
 
 
-def _agreement(language: LanguagePart, embeds: Tensor, steps: Tensor, greedy: Tensor) -> int:
+def _agreement(language: LanguagePart, embeds: Tensor, visual: Tensor, steps: Tensor, greedy: Tensor) -> int:
     """Count the positions where the folder's next token is the reference's, feeding it the reference's tokens one by one."""
     agreed, length = 0, embeds.shape[1]
-    logits = language.logits(embeds.numpy(), np.ones((1, length), np.int64))
+    logits = language.logits(embeds.numpy(), np.ones((1, length), np.int64), visual=visual.numpy())
     for n, token in enumerate(greedy[0].tolist()):
         agreed += int(logits[0, -1].argmax() == token)
         if n + 1 < greedy.shape[1]:

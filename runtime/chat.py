@@ -65,9 +65,18 @@ class ChatModel(ABC):
 
     @abstractmethod
     def generate_from(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, cache: Any = None, progress: Progress | None = None, **options: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        visual_token_mask: Tensor,
+        cache: Any = None,
+        progress: Progress | None = None,
+        **options: Any,
     ) -> Any:
-        """Embeddings (B, T, D) under a mask (B, T), after what `cache` holds -> new ids; options are those of transformers."""
+        """Embeddings (B, T, D) under a mask (B, T), after what `cache` holds -> new ids; options are those of transformers.
+
+        `visual_token_mask` (B, T) int64 is 1 on context tokens: for language models with visual experts.
+        """
 
     def rest_vision(self) -> None:  # noqa: B027  a backend may have nothing to do
         """All tiles of a prompt are encoded: intermediate memory may go back."""
@@ -306,11 +315,16 @@ class ChatModel(ABC):
             statistics.reused_tokens = reused = cache.keep(keys) if cache is not None else 0
             rows, statistics.encoded_tiles = self._rows_after(ids[0], reused, pictures, progress)
             embeds = self.merge(ids[:, reused:], rows)
-            return self.generate_from(embeds, mask[:, reused:], cache=cache, progress=progress, **options)
+            new = ids[:, reused:]
+            return self.generate_from(embeds, mask[:, reused:], self._visual(new), cache=cache, progress=progress, **options)
 
     def _generate_batch(self, ids: Tensor, mask: Tensor, rows: Tensor | None, **options: Any) -> Any:
         """Prompts (B, T) and the rows (R, D) of all their context tokens -> new token ids, with a KV cache of their own."""
-        return self.generate_from(self.merge(ids, rows), mask, cache=self.new_cache(), **options)
+        return self.generate_from(self.merge(ids, rows), mask, self._visual(ids), cache=self.new_cache(), **options)
+
+    def _visual(self, ids: Tensor) -> Tensor:
+        """Which of the tokens (B, T) stand for pictures, as int64."""
+        return torch.eq(ids, self.img_context_token_id).long()
 
     def _encode(self, pictures: Sequence[PictureTiles], progress: Progress | None) -> tuple[list[Tensor], int]:
         features, encoded = encode_pictures(pictures, self.encode_tiles, self.tiles_at_once, self.feature_cache, progress)

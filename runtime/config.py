@@ -93,7 +93,10 @@ class InternVLConfig:
                 raise CheckpointError(f"config.json has no {key}: it is not a complete InternVL configuration")
         if not raw.get("template"):
             raise CheckpointError("config.json has no template: the prompt of this checkpoint is unknown")
-        vision = VisionConfig(**{k: v for k, v in raw["vision_config"].items() if k in VisionConfig.__dataclass_fields__})
+        section = raw["vision_config"]
+        if section.get("model_type") == "intern_vit_patch":  # Mono-InternVL: patches are embedded, whatever layers are named
+            section = section | {"num_hidden_layers": 0}
+        vision = VisionConfig(**{k: v for k, v in section.items() if k in VisionConfig.__dataclass_fields__})
         tile_size = raw.get("force_image_size") or vision.image_size
         ratio = raw.get("downsample_ratio", 0.5)
         side = tile_size // vision.patch_size

@@ -17,7 +17,7 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from runtime.errors import NumericsError
-from runtime.part import equal_spans, infer
+from runtime.part import VISUAL_MASK, equal_spans, infer
 from runtime.stream import Cancelled, Progress
 
 PREFILL_AT_ONCE = 2048  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
@@ -31,8 +31,9 @@ class KVCache(ABC):
     Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time.
     """
 
-    def __init__(self, request: ov.InferRequest):
-        self._request = request
+    def __init__(self, compiled: ov.CompiledModel):
+        self._request = compiled.create_infer_request()
+        self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
         self._keys = np.zeros(0, np.int64)
         self._coming = np.zeros(0, np.int64)  # keys of the prompt that is being fed
 
@@ -55,14 +56,22 @@ class KVCache(ABC):
         self._keys, self._coming = self._keys[:kept], keys[kept:]
         return kept
 
-    def feed(self, embeds: np.ndarray, mask: np.ndarray, keys: np.ndarray | None, progress: Progress | None = None) -> np.ndarray:
+    def feed(
+        self,
+        embeds: np.ndarray,
+        mask: np.ndarray,
+        keys: np.ndarray | None,
+        progress: Progress | None = None,
+        visual: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Embeddings (B, T, D) of new tokens under their mask (B, T) -> logits (B, 1, V) of the last position.
 
-        `keys` (T,) say what the tokens of a single row are; None takes those that `keep` was told. Raises NumericsError when the
-        logits are not numbers.
+        `keys` (T,) say what the tokens of a single row are; None takes those that `keep` was told. `visual` (B, T) is 1 on context
+        tokens, None where there are none; parts without visual experts do not ask. Raises NumericsError when the logits are not
+        numbers.
         """
         try:
-            logits = self._feed(embeds, mask, progress)
+            logits = self._feed(embeds, mask, np.zeros_like(mask) if visual is None else visual, progress)
         except RuntimeError as error:
             if "Infer Request was canceled" in str(error):
                 raise Cancelled from None
@@ -95,7 +104,7 @@ class KVCache(ABC):
         """Forget all but the first tokens of a single row, or all; returns how many were kept."""
 
     @abstractmethod
-    def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         """As `feed`, and calls `_remember_prompt` after each piece of a prompt."""
 
     def _remember(self, keys: np.ndarray) -> None:
@@ -128,7 +137,7 @@ class StatefulCache(KVCache):
         return model
 
     def __init__(self, compiled: ov.CompiledModel):
-        super().__init__(compiled.create_infer_request())
+        super().__init__(compiled)
         self._clear()
 
     def _clear(self) -> None:
@@ -151,17 +160,17 @@ class StatefulCache(KVCache):
         self._mask[0, standing[length:]] = 0
         return length
 
-    def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         total = embeds.shape[1]
         for start, end in equal_spans(total, PREFILL_AT_ONCE):
             if progress is not None:
                 progress("prefill", start, total)
-            self._step(embeds[:, start:end], mask[:, start:end])
+            self._step(embeds[:, start:end], mask[:, start:end], visual[:, start:end])
             if total > 1 and len(mask) == 1:
                 self._remember_prompt(end - start)
         return self._request.get_tensor("logits").data
 
-    def _step(self, embeds: np.ndarray, mask: np.ndarray) -> None:
+    def _step(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray) -> None:
         rows, count = mask.shape
         end = self._slots + count
         if self._slots == 0:
@@ -176,6 +185,8 @@ class StatefulCache(KVCache):
             "position_ids": np.maximum(before + mask.cumsum(1) - 1, 0),
             "beam_idx": self._order,
         }
+        if self._routed:
+            inputs[VISUAL_MASK] = visual
         try:
             infer(self._request, inputs)
         except BaseException:
@@ -205,7 +216,7 @@ class PagedCache(KVCache):
         return model
 
     def __init__(self, compiled: ov.CompiledModel):
-        super().__init__(compiled.create_infer_request())
+        super().__init__(compiled)
         ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
         self._shapes = {
             name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()
@@ -247,26 +258,26 @@ class PagedCache(KVCache):
         self._tables, self._lengths = [self._tables[0][:pages]], [length]
         return length
 
-    def _feed(self, embeds: np.ndarray, mask: np.ndarray, progress: Progress | None) -> np.ndarray:
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         rows, count = mask.shape
         if self._lengths == [0] and rows > 1:
             self._tables, self._lengths = [[] for _ in range(rows)], [0] * rows
         if count == 1:
-            return self._step(range(rows), embeds[:, 0], [1] * rows)
+            return self._step(range(rows), embeds[:, 0], [1] * rows, visual)
         logits, total, done = [], int(mask.sum()), 0
         for row in range(rows):  # padding is left out
-            tokens = embeds[row][mask[row] == 1]
+            tokens, theirs = embeds[row][mask[row] == 1], visual[row][mask[row] == 1]
             for start, end in equal_spans(len(tokens), PREFILL_AT_ONCE):
                 if progress is not None:
                     progress("prefill", done + start, total)
-                found = self._step([row], tokens[start:end], [end - start])
+                found = self._step([row], tokens[start:end], [end - start], theirs[start:end])
                 if rows == 1:
                     self._remember_prompt(end - start)
             done += len(tokens)
             logits.append(found.copy())
         return np.concatenate(logits)
 
-    def _step(self, rows: Sequence[int], embeds: np.ndarray, counts: list[int]) -> np.ndarray:
+    def _step(self, rows: Sequence[int], embeds: np.ndarray, counts: list[int], visual: np.ndarray) -> np.ndarray:
         """Tokens (T, D) of these rows, `counts` each -> logits (R, 1, V) of each row's last."""
         past = [self._lengths[row] for row in rows]
         lengths = [length + count for length, count in zip(past, counts, strict=True)]
@@ -280,6 +291,8 @@ class PagedCache(KVCache):
             "past_lens": np.array(past, np.int32),
             "max_context_len": np.array(max(lengths), np.int32),
         }
+        if self._routed:
+            inputs[VISUAL_MASK] = visual.reshape(-1, 1)
         if self._told != (counts, tables):  # most tokens change neither
             ends = np.cumsum([0, *counts])
             self._layout = {  # the request reads these arrays until it is given others

@@ -84,17 +84,19 @@ class OVLanguageModel(GenerationMixin):
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
         progress: Progress | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Embeddings (B, T, D) of a prompt under its mask (B, T), or ids (B, 1) after it -> logits (B, 1, V)."""
+        """Embeddings (B, T, D) of a prompt under its masks (B, T), or ids (B, 1) after it -> logits (B, 1, V)."""
         if inputs_embeds is None:
             assert input_ids is not None
             ids = input_ids.numpy()
             logits = cache.feed(self._embed(input_ids).numpy(), np.ones_like(ids), ids[0] if len(ids) == 1 else None)
         else:
             assert attention_mask is not None
-            logits = cache.feed(inputs_embeds.numpy(), attention_mask.numpy(), None, progress)
+            assert visual_token_mask is not None
+            logits = cache.feed(inputs_embeds.numpy(), attention_mask.numpy(), None, progress, visual_token_mask.numpy())
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -104,13 +106,20 @@ class OVLanguageModel(GenerationMixin):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
         progress: Progress | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """What is new: the embeddings on the first step, the last ids after it. Positions are the cache's."""
         if past_key_values is not None:
             return {"cache": cache, "input_ids": input_ids[:, -1:]}
-        return {"cache": cache, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "progress": progress}
+        return {
+            "cache": cache,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "visual_token_mask": visual_token_mask,
+            "progress": progress,
+        }
 
     def _sample(
         self,
@@ -135,7 +144,8 @@ class OVLanguageModel(GenerationMixin):
                 **inputs,
             )
         cache, one = inputs["cache"], np.ones((1, 1), np.int64)
-        logits = cache.feed(inputs["inputs_embeds"].numpy(), inputs["attention_mask"].numpy(), None, inputs.get("progress"))
+        prompt = [inputs[name].numpy() for name in ("inputs_embeds", "attention_mask", "visual_token_mask")]
+        logits = cache.feed(*prompt[:2], None, inputs.get("progress"), prompt[2])
         while True:
             token = torch.tensor([[logits.argmax()]])
             input_ids = torch.cat([input_ids, token], dim=1)

@@ -123,6 +123,7 @@ class OVInternVLChatModel(ChatModel):
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor,
+        visual_token_mask: Tensor,
         cache: KVCache | None = None,
         progress: Progress | None = None,
         **options: Any,
@@ -130,6 +131,7 @@ class OVInternVLChatModel(ChatModel):
         return self.language_model.generate(  # type: ignore[misc]
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
+            visual_token_mask=visual_token_mask,
             cache=self.new_cache() if cache is None else cache,
             progress=progress,
             **options,

@@ -16,6 +16,8 @@ from runtime.errors import DeviceError, ModelFolderError
 from runtime.folder import PART_FILES
 from runtime.memory import leave_mapped
 
+VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
+
 
 def read_part(core: ov.Core, folder: Path, part: str, width: int) -> ov.Model:
     """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read.

@@ -242,6 +242,8 @@ def _of_2_5(vision: dict, language: dict) -> dict:
 
 
 QWEN2_5 = QWEN2_05B | {"vocab_size": 151674}
+PATCHES_ONLY = {"architectures": ["InternVisionPatchModel"], "model_type": "intern_vit_patch"}  # Mono-InternVL
+VISUAL_EXPERTS = {"architectures": ["InternLM2VEForCausalLM"]}
 DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}  # InternVL3
 
 CONFIGS: dict[str, dict] = {
@@ -259,6 +261,7 @@ CONFIGS: dict[str, dict] = {
     "InternVL2-26B": _config(VIT_6B, INTERNLM2_20B, "internlm2-chat"),
     "InternVL2-40B": _config(VIT_6B, LLAMA_YI, "Hermes-2"),
     "InternVL2-Llama3-76B": _config(VIT_6B, LLAMA3_70B, "internlm2-chat"),
+    "Mono-InternVL-2B": _config(VIT_300M | PATCHES_ONLY, INTERNLM2_1_8B | VISUAL_EXPERTS, "internlm2-chat"),
     "InternVL2_5-1B": _of_2_5(VIT_300M, QWEN2_5),
     "InternVL2_5-2B": _of_2_5(VIT_300M, INTERNLM2_1_8B),
     "InternVL2_5-4B": _of_2_5(VIT_300M, _qwen(QWEN2_5, 2048, 36, 16, 2, 11008)),
@@ -290,6 +293,7 @@ CONFIGS: dict[str, dict] = {
         VIT_300M | TINY_VISION,
         QWEN3_30B_A3B | TINY_LANGUAGE | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
     ),
+    "tiny-mono": _config(VIT_300M | TINY_VISION | PATCHES_ONLY, INTERNLM2_1_8B | TINY_LANGUAGE | VISUAL_EXPERTS, "internlm2-chat"),
     "tiny-chat-v1-2": _config(
         VIT_6B | TINY_VISION,
         LLAMA_YI | TINY_LANGUAGE,
@@ -326,7 +330,7 @@ def _vision_shapes(v: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "vision_model.embeddings.patch_embedding.weight", (width, 3, patch, patch)
     yield "vision_model.embeddings.patch_embedding.bias", (width,)
     yield "vision_model.embeddings.position_embedding", (1, cells + 1, width)
-    for n in range(v["num_hidden_layers"]):
+    for n in range(0 if v["model_type"] == "intern_vit_patch" else v["num_hidden_layers"]):
         layer = f"vision_model.encoder.layers.{n}."
         yield layer + "attn.qkv.weight", (3 * width, width)
         if v["qkv_bias"]:
@@ -411,6 +415,10 @@ def _internlm2_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield layer + "feed_forward.w1.weight", (mlp, width)
         yield layer + "feed_forward.w3.weight", (mlp, width)
         yield layer + "feed_forward.w2.weight", (width, mlp)
+        if c["architectures"] == VISUAL_EXPERTS["architectures"]:
+            yield layer + "feed_forward_ve.w1.weight", (mlp, width)
+            yield layer + "feed_forward_ve.w3.weight", (mlp, width)
+            yield layer + "feed_forward_ve.w2.weight", (width, mlp)
         yield layer + "attention_norm.weight", (width,)
         yield layer + "ffn_norm.weight", (width,)
     yield "language_model.model.norm.weight", (width,)

@@ -32,8 +32,16 @@ def test_expected_tensors_are_the_published_ones(name):
     assert expected_shapes(InternVLConfig.from_dict(CONFIGS[name]), tied=False) == dict(tensor_shapes(CONFIGS[name]))
 
 
-def test_internvl2_1b_has_the_published_number_of_parameters():
-    assert sum(torch.Size(shape).numel() for _, shape in tensor_shapes(CONFIGS["InternVL2-1B"])) == 938_158_976
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("InternVL2-1B", 938_158_976),  # the size of its file
+        ("InternVL3_5-8B", 17_056_636_928 // 2),  # metadata.total_size of its index, in bfloat16
+        ("Mono-InternVL-2B", 3_111_355_392),
+    ],
+)
+def test_published_numbers_of_parameters(name, parameters):
+    assert sum(torch.Size(shape).numel() for _, shape in tensor_shapes(CONFIGS[name])) == parameters
 
 
 def test_shards_hold_the_same_tensors_as_one_file(tmp_path):

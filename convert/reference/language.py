@@ -1,6 +1,7 @@
 """The language part: a checkpoint's llm_config and tensors -> a transformers decoder.
 
-The table LANGUAGE_MODELS says which kinds are supported and how their tensors are named. Knows nothing of pictures.
+The table LANGUAGE_MODELS says which kinds are supported and how their tensors are named. Knows nothing of pictures,
+but for Mono-InternVL, whose feed-forward layers have weights of their own for the tokens of pictures.
 InternLM2 is Llama after a rename and a split of its packed attention matrix: OpenGVLab/InternVL@2410d1d
 internvl_chat/internvl/model/internlm2/modeling_internlm2.py, and huggingface/transformers@v5.5.4
 src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from einops import rearrange
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from convert.checkpoint import Shapes
 from runtime.config import InternVLConfig
@@ -44,6 +46,11 @@ INTERNLM2_NAMES = [  # (published, Llama's)
     (".ffn_norm.", ".post_attention_layernorm."),
     ("output.", "lm_head."),
 ]
+VISUAL_NAMES = [  # of Mono-InternVL
+    (".feed_forward_ve.w1.", ".mlp.visual.gate_proj."),
+    (".feed_forward_ve.w2.", ".mlp.visual.down_proj."),
+    (".feed_forward_ve.w3.", ".mlp.visual.up_proj."),
+]
 EXPERTS = (
     ".mlp.experts."  # published one by one, joined by transformers: gate_up_proj (E, 2I, D) gate rows first, down_proj (E, D, I)
 )
@@ -60,23 +67,74 @@ class LanguageModel:
     names: list[tuple[str, str]] = field(default_factory=list)
     packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
     head: str = "lm_head.weight"
+    visual_experts: bool = False
 
 
+INTERNLM2: dict[str, Any] = {
+    "settings": {"attention_bias": False, "mlp_bias": False},
+    "names": INTERNLM2_NAMES,
+    "packed_attention": True,
+    "head": "output.weight",
+}
 LANGUAGE_MODELS = {
     "Qwen2ForCausalLM": LanguageModel("qwen2", "Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": LanguageModel("qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM"),
     "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
     "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
-    "InternLM2ForCausalLM": LanguageModel(
-        "llama",
-        "LlamaForCausalLM",
-        settings={"attention_bias": False, "mlp_bias": False},
-        names=INTERNLM2_NAMES,
-        packed_attention=True,
-        head="output.weight",
+    "InternLM2ForCausalLM": LanguageModel("llama", "LlamaForCausalLM", **INTERNLM2),
+    "InternLM2VEForCausalLM": LanguageModel(
+        "llama", "LlamaForCausalLM", **INTERNLM2 | {"names": INTERNLM2_NAMES + VISUAL_NAMES, "visual_experts": True}
     ),
 }
+
+
+class VisualExperts(LlamaMLP):
+    """A feed-forward layer with a second set of weights for context tokens.
+
+    Source: OpenGVLab/Mono-InternVL@5b17ab4 internvl_chat/internvl/model/internlm2/modeling_internlm2_ve.py. There both sets see
+    every token of a prompt and a mask adds them up; here each token goes through its own, which is the same sum.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.visual = LlamaMLP(config)
+        self.mask: torch.Tensor | None = None  # (B, T), 1 on context tokens; None where all tokens are text
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return super().forward(x)
+        tokens, mask = x.reshape(-1, x.shape[-1]), self.mask.reshape(-1)
+        out = torch.zeros_like(tokens)
+        for expert, here in ((super().forward, mask == 0), (self.visual, mask != 0)):
+            own = here.nonzero().reshape(-1)
+            out = out.index_add(0, own, expert(tokens.index_select(0, own)))
+        return out.reshape(x.shape)
+
+
+class LlamaWithVisualExperts(LlamaForCausalLM):
+    """Llama as InternLM2VE is one: a prompt comes with `visual_token_mask` (B, T) int64; new tokens are text."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = VisualExperts(config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_token_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As the parent's."""
+        length = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]  # type: ignore[union-attr]
+        for layer in self.model.layers:  # generate() hands a prompt's mask to every step
+            layer.mlp.mask = None if visual_token_mask is None or visual_token_mask.shape[1] != length else visual_token_mask
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options)
 
 
 def language_kind(config: InternVLConfig) -> LanguageModel:
@@ -125,8 +183,10 @@ def build_language(config: InternVLConfig, *, tied: bool, plain_rope: bool = Fal
     """Build the decoder without weights, on the meta device; `tied` says that the head is the embedding table."""
     hf_config = language_config(config, plain_rope=plain_rope)
     hf_config.tie_word_embeddings = tied
+    kind = language_kind(config)
+    build: Any = LlamaWithVisualExperts if kind.visual_experts else getattr(transformers, kind.class_name)
     with torch.device("meta"):
-        model = getattr(transformers, language_kind(config).class_name)(hf_config)
+        model = build(hf_config)
     # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model.eval()

@@ -13,12 +13,20 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.checkpoint import Checkpoint, Shapes
-from convert.reference.language import PREFIX, build_language, language_kind, published_shapes, to_transformers
+from convert.reference.language import (
+    PREFIX,
+    LlamaWithVisualExperts,
+    build_language,
+    language_kind,
+    published_shapes,
+    to_transformers,
+)
 from convert.reference.vision import VisionPart
 from convert.tokenizer import context_id, load_tokenizer
 from runtime.chat import ChatModel
 from runtime.config import InternVLConfig
 from runtime.embeddings import FeatureCache
+from runtime.part import VISUAL_MASK
 from runtime.stream import Progress
 
 ROWS_AT_ONCE = 8192  # of a matrix that is cast at use; bounds the extra memory of a large head
@@ -138,12 +146,25 @@ class InternVLChatModel(nn.Module, ChatModel):
 
     @torch.no_grad()
     def generate_from(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, cache: None = None, progress: Progress | None = None, **options: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        visual_token_mask: Tensor,
+        cache: None = None,
+        progress: Progress | None = None,
+        **options: Any,
     ) -> Any:
         mask = attention_mask.to(inputs_embeds.device)
+        options |= self._routing(visual_token_mask)
         return self.language.generate(inputs_embeds=inputs_embeds, attention_mask=mask, **options)  # type: ignore[operator]
 
     @torch.no_grad()
-    def logits(self, inputs_embeds: Tensor) -> Tensor:
-        """Embeddings (B, T, D), no padding -> logits (B, T, V)."""
-        return self.language(inputs_embeds=inputs_embeds, use_cache=False).logits
+    def logits(self, inputs_embeds: Tensor, visual_token_mask: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, D), no padding -> logits (B, T, V); the mask (B, T) is for visual experts."""
+        return self.language(inputs_embeds=inputs_embeds, use_cache=False, **self._routing(visual_token_mask)).logits
+
+    def _routing(self, visual_token_mask: Tensor | None) -> dict[str, Tensor]:
+        """The mask, if this language model asks for it."""
+        if visual_token_mask is None or not isinstance(self.language, LlamaWithVisualExperts):
+            return {}
+        return {VISUAL_MASK: visual_token_mask.to(self._where.device)}
