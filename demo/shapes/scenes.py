@@ -58,6 +58,8 @@ STARTS = {
 
 SURE = 1.4  # level from which printed words are seldom real ones, so that reading pays and guessing from the first letter does not
 
+DRILL = 4.4  # level from which scenes of shapes carry exercises
+
 TOLD = ("describe", "exercise")  # turns that tell what other turns ask
 LATE = 2.335  # level from which a description mostly comes last: answers after it can be copied from it without a look
 
@@ -269,7 +271,7 @@ class Maker:
         items = self.grid_items(self.upto(1, 5))
         shape = self.rng.random() if self.level >= 0.5 else 0
         columns, rows = (1, 1) if shape < 0.9 else (2, 1) if shape < 0.94 else (1, 2) if shape < 0.98 else (2, 2)
-        return [self.draw_grid(items, columns, rows)], self.about_items(items)
+        return [self.draw_grid(items, columns, rows)], [group for group in self.about_items(items) if group[0].answer]
 
     def about_items(self, items: list[Item]) -> list[list[Turn]]:
         colours, shapes = [item.colour for item in items], [item.shape for item in items]
@@ -297,6 +299,11 @@ class Maker:
             asked = self.rng.choice(said) if self.rng.random() < 0.8 else self.rng.choice(list(table))
             question = self.say(key, **{field_name: self.name(table, asked)})
             groups.append([Turn("count", question, str(said.count(asked)))])
+        if self.level >= DRILL and self.rng.random() < 0.5:
+            groups.append(self.exercise("colour_counts", {self.name(COLOURS, name): str(colours.count(name)) for name in colours}))
+        elif self.level >= DRILL:
+            unique = [item for item in items if self.is_unique(item, items)]
+            groups.append(self.exercise("places", {self.thing(item): self.name(PLACES, item.place) for item in unique}))
         return groups
 
     def is_unique(self, item: Item, items: list[Item]) -> bool:
@@ -517,7 +524,11 @@ class Maker:
                 if [i.shape for i in items].count(item.shape) == 1:
                     question = self.say("colour_in", shape=shape, n=str(n + 1))
                     groups.append([Turn("compare", question, self.name(COLOURS, item.colour))])
-        return [self.draw_grid(items) for items in pair], groups
+        if self.level >= DRILL:
+            kinds = [{(i.shape, i.colour): self.thing(i) for i in items} for items in pair]
+            apart = {kinds[n][kind]: names[n] for n in (0, 1) for kind in kinds[n] if kind not in kinds[1 - n]}
+            groups.append(self.exercise("pictures", apart))
+        return [self.draw_grid(items) for items in pair], [group for group in groups if group[0].answer]
 
     def motion(self) -> Made:
         """A clip of three or four frames in which one of one or two shapes moves."""
@@ -553,6 +564,8 @@ class Maker:
         ]
         if count == 1:
             groups.append([Turn("motion", self.say("it_moves"), direction)])
+        if self.level >= DRILL:
+            groups.append(self.exercise("moves", {thing: direction} | {self.thing(item): "0" for item in items[1:]}))
         for n, (x, y) in enumerate(path):
             place = list(PLACES)[min(2, int(3 * y / SIDE)) * 3 + min(2, int(3 * x / SIDE))]
             edge = min(abs(value - SIDE * third / 3) for value in (x, y) for third in (1, 2))

@@ -181,8 +181,19 @@ EXERCISES = {
         "colours": "What colour are the shapes?",
         "places": "Where are the shapes?",
         "counts": "How many of the shapes are there?",
+        "colour_counts": "How many of the colour are there?",
+        "pictures": "Which picture has the shapes?",
+        "moves": "Which way do the shapes move?",
         "pair": "{name} {value}",
     },
-    "zh": {"colours": "形状是什么颜色？", "places": "形状在哪里？", "counts": "形状有几个？", "pair": "{name}{value}"},
+    "zh": {
+        "colours": "形状是什么颜色？",
+        "places": "形状在哪里？",
+        "counts": "形状有几个？",
+        "colour_counts": "颜色有几个？",
+        "pictures": "哪张图片有形状？",
+        "moves": "形状往哪边移动？",
+        "pair": "{name}{value}",
+    },
 }
 JOINT = {"en": ", ", "zh": "，"}
