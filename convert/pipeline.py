@@ -132,7 +132,7 @@ def _convert_part(
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype)),
         "language": lambda: trace_language(
-            load_language(checkpoint, dtype, plain_rope=True, head_only=True), quantised=weight_format in ("int8", "int4")
+            load_language(checkpoint, dtype, head_only=True), quantised=weight_format in ("int8", "int4")
         ),
     }[part]()
     model = compress(model, weight_format, options, samples)

@@ -14,6 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ from runtime.prompt import (
 )
 from runtime.stream import Progress, Statistics, whole_answer
 from runtime.video import DEFAULT_SEGMENTS, Bound, read_frames
+
+LONG_KEYS = 1 << 58  # a bit that no other key uses: of tokens in prompts that are longer than the model's plain length
+_prompts = count()
 
 
 class ChatModel(ABC):
@@ -310,13 +314,26 @@ class ChatModel(ABC):
             features, statistics.encoded_tiles = self._encode(pictures, progress)
             rows = torch.cat([each.flatten(0, 1) for each in features]) if features else None
             return self._generate_batch(ids, mask, rows, progress=progress, **options)
-        keys = keys_of(ids[0].numpy(), self.img_context_token_id, pictures, self.config.tokens_per_tile)
+        keys = self._keys(ids[0], pictures)
         with nullcontext(cache) if cache is not None else self.lend_cache(keys) as cache:
             statistics.reused_tokens = reused = cache.keep(keys) if cache is not None else 0
             rows, statistics.encoded_tiles = self._rows_after(ids[0], reused, pictures, progress)
             embeds = self.merge(ids[:, reused:], rows)
             new = ids[:, reused:]
             return self.generate_from(embeds, mask[:, reused:], self._visual(new), cache=cache, progress=progress, **options)
+
+    def _keys(self, ids: Tensor, pictures: Sequence[PictureTiles]) -> np.ndarray:
+        """What each token of a prompt (T,) stands for, so that prompts can be compared with what a KV cache holds.
+
+        Where rotary positions depend on the length of the prompt, the same token leaves other keys and values behind: then it is
+        not the same.
+        """
+        keys = keys_of(ids.numpy(), self.img_context_token_id, pictures, self.config.tokens_per_tile)
+        if self.config.plain_length is None or len(keys) <= self.config.plain_length:
+            return keys
+        if self.config.has_dynamic_rope:  # like nothing before it
+            return LONG_KEYS + (next(_prompts) << 24) + np.arange(len(keys))
+        return keys ^ LONG_KEYS
 
     def _generate_batch(self, ids: Tensor, mask: Tensor, rows: Tensor | None, **options: Any) -> Any:
         """Prompts (B, T) and the rows (R, D) of all their context tokens -> new token ids, with a KV cache of their own."""
@@ -367,7 +384,7 @@ class ChatModel(ABC):
         new, tiles = options.get("max_new_tokens"), sum(picture.count for picture in pictures)
         if new is not None and new < 1:
             raise OptionError(f"max new tokens {new} is not positive")
-        context = self.config.language.get("max_position_embeddings")
+        context = self.config.context_length
         if context and ids.shape[1] >= context:
             raise PromptError(
                 f"the prompt has {ids.shape[1]} tokens, {tiles * self.config.tokens_per_tile} of them for {tiles} tiles; "

@@ -75,6 +75,36 @@ class InternVLConfig:
         return int(1 / self.downsample_ratio)
 
     @property
+    def context_length(self) -> int | None:
+        """The longest sequence in tokens: that of the training, or what dynamic rope stretches it to."""
+        trained = self.language.get("max_position_embeddings")
+        return int(trained * self._rope.get("factor", 1.0)) if trained and self.has_dynamic_rope else trained
+
+    @property
+    def plain_length(self) -> int | None:
+        """The longest sequence whose rotary positions do not depend on its length; None where that is every one.
+
+        Beyond it all of its tokens are turned in another way: Phi-3's by long factors, with dynamic rope by the length itself.
+        """
+        if self.has_dynamic_rope:
+            return self.language.get("max_position_embeddings")
+        if self._rope_kind in ("su", "longrope"):
+            return self.language.get("original_max_position_embeddings") or self._rope.get("original_max_position_embeddings")
+        return None
+
+    @property
+    def has_dynamic_rope(self) -> bool:
+        return self._rope_kind == "dynamic"
+
+    @property
+    def _rope(self) -> dict[str, Any]:
+        return self.language.get("rope_scaling") or self.language.get("rope_parameters") or {}
+
+    @property
+    def _rope_kind(self) -> str | None:
+        return self._rope.get("type", self._rope.get("rope_type"))
+
+    @property
     def language_architecture(self) -> str:
         """Class name that the checkpoint gives for its language model, e.g. `Qwen2ForCausalLM`."""
         return str((self.language.get("architectures") or ["(none)"])[0])

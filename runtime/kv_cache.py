@@ -10,7 +10,7 @@ Pages: Kwon et al. 2023, arXiv:2309.06180; inputs as openvinotoolkit/openvino sr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import openvino as ov
@@ -31,7 +31,8 @@ class KVCache(ABC):
     Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time.
     """
 
-    def __init__(self, compiled: ov.CompiledModel):
+    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None):
+        self._plain_length = plain_length
         self._request = compiled.create_infer_request()
         self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
         self._keys = np.zeros(0, np.int64)
@@ -107,6 +108,11 @@ class KVCache(ABC):
     def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         """As `feed`, and calls `_remember_prompt` after each piece of a prompt."""
 
+    def _pieces(self, past: int, count: int) -> Iterable[tuple[int, int]]:
+        """Spans in which `count` tokens are fed after `past` others: one, where rotary positions depend on the whole length."""
+        long = self._plain_length is not None and past + count > self._plain_length
+        return equal_spans(count, count if long else PREFILL_AT_ONCE)
+
     def _remember(self, keys: np.ndarray) -> None:
         self._keys = np.concatenate([self._keys, keys])
 
@@ -136,8 +142,8 @@ class StatefulCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel):
-        super().__init__(compiled)
+    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None):
+        super().__init__(compiled, plain_length)
         self._clear()
 
     def _clear(self) -> None:
@@ -162,7 +168,7 @@ class StatefulCache(KVCache):
 
     def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         total = embeds.shape[1]
-        for start, end in equal_spans(total, PREFILL_AT_ONCE):
+        for start, end in self._pieces(int(self._mask[0, : self._slots].sum()), total):
             if progress is not None:
                 progress("prefill", start, total)
             self._step(embeds[:, start:end], mask[:, start:end], visual[:, start:end])
@@ -215,8 +221,8 @@ class PagedCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel):
-        super().__init__(compiled)
+    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None):
+        super().__init__(compiled, plain_length)
         ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
         self._shapes = {
             name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()
@@ -267,7 +273,7 @@ class PagedCache(KVCache):
         logits, total, done = [], int(mask.sum()), 0
         for row in range(rows):  # padding is left out
             tokens, theirs = embeds[row][mask[row] == 1], visual[row][mask[row] == 1]
-            for start, end in equal_spans(len(tokens), PREFILL_AT_ONCE):
+            for start, end in self._pieces(self._lengths[row], len(tokens)):
                 if progress is not None:
                     progress("prefill", done + start, total)
                 found = self._step([row], tokens[start:end], [end - start], theirs[start:end])

@@ -36,11 +36,21 @@ class OVLanguageModel(GenerationMixin):
     _is_stateful = False
     _supports_cache_class = False
 
-    def __init__(self, folder: Path, core: ov.Core, placement: Placement, config: dict[str, Any], embed: Callable, *, reuse: bool):
+    def __init__(
+        self,
+        folder: Path,
+        core: ov.Core,
+        placement: Placement,
+        config: dict[str, Any],
+        embed: Callable,
+        *,
+        plain_length: int | None,
+        reuse: bool,
+    ):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
         model = read_part(core, folder, "language", config["hidden_size"])
         self._compiled = compile_part(core, self._cache_kind.adapt(model), placement)
-        self._embed = embed
+        self._embed, self._plain_length = embed, plain_length
         self._idle: list[KVCache] = []  # least recently used first
         self._lock = threading.Lock()
         self._most_idle = IDLE_CACHES if reuse else 0
@@ -53,7 +63,7 @@ class OVLanguageModel(GenerationMixin):
 
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""
-        return self._cache_kind(self._compiled)
+        return self._cache_kind(self._compiled, self._plain_length)
 
     @contextmanager
     def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:

@@ -82,7 +82,13 @@ class OVInternVLChatModel(ChatModel):
         self._text = StatelessPart(folder, core, placed["text_embeddings"], width)
         self._vision = StatelessPart(folder, core, placed["vision"], width)
         self.language_model = OVLanguageModel(
-            folder, core, placed["language"], self.config.language, self.embed_tokens, reuse=reuse_kv
+            folder,
+            core,
+            placed["language"],
+            self.config.language,
+            self.embed_tokens,
+            plain_length=self.config.plain_length,
+            reuse=reuse_kv,
         )
 
     @classmethod

@@ -94,15 +94,9 @@ def test_generation_defaults_and_attention_kind_of_the_file_are_left_out():
     assert "max_length" not in built.to_diff_dict()
 
 
-def test_dynamic_rope_is_kept_in_the_reference_and_left_out_of_the_trace():
-    config = InternVLConfig.from_dict(CONFIGS["InternVL2-2B"])
-    assert language_config(config).rope_parameters["rope_type"] == "dynamic"
-    assert language_config(config, plain_rope=True).rope_parameters["rope_type"] == "default"
-
-
 def test_phi3_keeps_its_long_rope_under_the_current_name():
     config = InternVLConfig.from_dict(CONFIGS["InternVL2-4B"])
-    built = language_config(config, plain_rope=True)
+    built = language_config(config)
     assert built.rope_parameters["rope_type"] == "longrope"
     assert built.rope_parameters["long_factor"] == CONFIGS["InternVL2-4B"]["llm_config"]["rope_scaling"]["long_factor"]
     assert built.sliding_window is None, "a window longer than the context is none"

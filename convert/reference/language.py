@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from einops import rearrange
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -89,6 +90,34 @@ LANGUAGE_MODELS = {
 }
 
 
+class DynamicRope(nn.Module):
+    """Rotary positions whose base grows with the sequence once it is longer than in training: dynamic NTK.
+
+    With s = last position + 1, base' = base (f s / trained - (f - 1))^(d / (d - 2)), for all positions of one call; up to the
+    trained length base' = base. Source: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internlm2/modeling_internlm2.py.
+    There and in transformers a longer sequence leaves its base behind for later shorter ones; here nothing is left behind, and the
+    choice is part of the traced graph.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, rope: Any):
+        super().__init__()
+        parameters = rope.config.rope_parameters
+        self.factor, self.trained = float(parameters["factor"]), rope.config.max_position_embeddings
+        self.register_buffer("inv_freq", rope.original_inv_freq, persistent=False)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (B, T) -> cosines and sines (B, T, head size) in the type of `x`."""
+        pairs = torch.arange(len(self.inv_freq), device=x.device)
+        length = (position_ids.max() + 1).float()
+        growth = (self.factor * length / self.trained - (self.factor - 1)).clamp(min=1.0)  # of the base, to the power (d - 2) / d
+        frequencies = self.inv_freq * torch.exp(-torch.log(growth) * pairs / (len(pairs) - 1))
+        angles = (frequencies[None, :, None].expand(position_ids.shape[0], -1, 1) @ position_ids[:, None].float()).transpose(1, 2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
 class VisualExperts(LlamaMLP):
     """A feed-forward layer with a second set of weights for context tokens.
 
@@ -150,11 +179,8 @@ def language_kind(config: InternVLConfig) -> LanguageModel:
     return LANGUAGE_MODELS[found]
 
 
-def language_config(config: InternVLConfig, *, plain_rope: bool = False) -> PretrainedConfig:
-    """Build transformers' configuration of the language model.
-
-    `plain_rope` leaves out dynamic NTK scaling, which changes nothing up to the trained length and cannot be traced.
-    """
+def language_config(config: InternVLConfig) -> PretrainedConfig:
+    """Build transformers' configuration of the language model."""
     kind = language_kind(config)
     chosen = {key: config.language[key] for key in CONFIG_KEYS if config.language.get(key) is not None} | kind.settings
     rope = chosen.pop("rope_parameters", None)  # how transformers 5 writes the two keys
@@ -166,8 +192,6 @@ def language_config(config: InternVLConfig, *, plain_rope: bool = False) -> Pret
     scaling = chosen.get("rope_scaling")
     if scaling and scaling.get("type", scaling.get("rope_type")) == "su":  # Phi-3's first name for it
         chosen["rope_scaling"] = {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}
-    if scaling and plain_rope and scaling.get("type", scaling.get("rope_type")) == "dynamic":
-        del chosen["rope_scaling"]
     if kind.model_type == "phi3":  # a window no shorter than the context is no window; transformers would still mask for it
         window = config.language.get("sliding_window")
         chosen["sliding_window"] = None if not window or window >= chosen["max_position_embeddings"] else window
@@ -179,16 +203,17 @@ def language_config(config: InternVLConfig, *, plain_rope: bool = False) -> Pret
     return built
 
 
-def build_language(config: InternVLConfig, *, tied: bool, plain_rope: bool = False) -> PreTrainedModel:
+def build_language(config: InternVLConfig, *, tied: bool) -> PreTrainedModel:
     """Build the decoder without weights, on the meta device; `tied` says that the head is the embedding table."""
-    hf_config = language_config(config, plain_rope=plain_rope)
+    hf_config = language_config(config)
     hf_config.tie_word_embeddings = tied
     kind = language_kind(config)
     build: Any = LlamaWithVisualExperts if kind.visual_experts else getattr(transformers, kind.class_name)
     with torch.device("meta"):
         model = build(hf_config)
     # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
-    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    rope: nn.Module = type(model.model.rotary_emb)(hf_config)
+    model.model.rotary_emb = DynamicRope(rope) if rope.rope_type == "dynamic" else rope
     return model.eval()
 
 

@@ -53,16 +53,14 @@ def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float3
     return part.requires_grad_(False).eval()
 
 
-def load_language(
-    checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, plain_rope: bool = False, head_only: bool = False
-) -> PreTrainedModel:
+def load_language(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, head_only: bool = False) -> PreTrainedModel:
     """Load the language part. `dtype` as in `load_vision`.
 
     `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
     takes embeddings, so the table would only take memory.
     """
     tied = is_tied(checkpoint)
-    model = build_language(checkpoint.config, tied=tied, plain_rope=plain_rope)
+    model = build_language(checkpoint.config, tied=tied)
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
     mapped = checkpoint.tensors(name for name in names if tied or not head_only or name != table)
