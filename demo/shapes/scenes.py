@@ -46,6 +46,9 @@ KINDS = {
     **{"page": 0.25, "forms": 0.4},
 }
 
+LATER = 5.3  # level from which these shares are others: rows and charts are learnt, what needs two looks is not
+LATER_KINDS = {"grid": 0.25, "row": 0.05, "chart": 0.04, "compare": 0.35, "motion": 0.3, "page": 0.2, "forms": 0.2}
+
 STARTS = {
     "row": 0.1,
     "chart": 0.2,
@@ -632,7 +635,8 @@ def make_scene(
     """The scene number `index`; kind and language are drawn unless given."""
     rng = random.Random(f"{seed}/{split}/{index}")
     known = [name for name in KINDS if level >= STARTS.get(name, 0)]
-    drawn = rng.choices(known, [KINDS[name] for name in known])[0]
+    shares = KINDS if level < LATER else KINDS | LATER_KINDS
+    drawn = rng.choices(known, [shares[name] for name in known])[0]
     spoken = "zh" if rng.random() < 0.3 else "en"
     kind, language = kind or drawn, language or spoken
     maker = Maker(rng, split, language, level)
