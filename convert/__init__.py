@@ -34,6 +34,9 @@ class ConvertOptions:
     scale_estimation: bool = False  # fit scales to activations; needs a dataset
     dataset: str | None = None  # folder of pictures to calibrate on; PICTURE.txt beside PICTURE.jpg is its question
     num_samples: int = 32  # at most this many pictures of the dataset
+    template: str | None = None  # conversation template; None is the one that config.json names
+    system_message: str | None = None  # None is the one the model was trained with
+    adapter: str | None = None  # folder of a LoRA adapter to merge
     verify: bool = True  # compare the parts with the PyTorch path before the folder appears
     force: bool = False  # replace an existing model folder
     revision: str | None = None  # of a hub repository: branch, tag or commit

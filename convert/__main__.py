@@ -66,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument(
         "--num-samples", type=int, default=default.num_samples, metavar="N", help="pictures used at most (default: %(default)s)"
     )
+    own = p.add_argument_group("fine-tuned models")
+    own.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter of PEFT to merge into the weights")
+    own.add_argument("--template", metavar="NAME", help="conversation template (default: the one that config.json names)")
+    own.add_argument("--system-message", metavar="TEXT", help="system message (default: the one the model was trained with)")
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,

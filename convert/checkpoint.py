@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from convert.native import is_native, published_config, published_names
+from convert.adapter import Adapter
+from convert.native import is_native, published_config, published_names, renamed
 from runtime.config import InternVLConfig, read_config
 from runtime.errors import CheckpointError
 from runtime.folder import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
+from runtime.prompt import old_system_message
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py, never pickles
@@ -72,17 +74,32 @@ class Checkpoint:
     """A checkpoint folder: its configuration and the tensors of its safetensors files.
 
     Opening reads headers only. `tensors()` maps a group of tensors into memory; pages are read when they are used and can be
-    dropped by the system again.
+    dropped by the system again. `name` is what the checkpoint is called, if its folder does not tell; `template` and
+    `system_message` take the place of its own; `adapter` is merged into the tensors it is for.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        template: str | None = None,
+        system_message: str | None = None,
+        adapter: Path | None = None,
+    ):
         self.folder = folder
         self.raw_config: dict[str, Any] = read_config(folder / CONFIG_FILE)
         native = is_native(self.raw_config)
         if native:
             file = folder / PREPROCESSOR_CONFIG_FILE
             self.raw_config = published_config(self.raw_config, read_config(file) if file.exists() else {})
+        if template is not None:
+            self.raw_config = self.raw_config | {"template": template}
+        if system_message is None:  # what the file says of it is ignored, as upstream does
+            system_message = old_system_message(name or folder.name, str(self.raw_config.get("template")))
+        self.raw_config = self.raw_config | {"system_message": system_message}
         self.config = InternVLConfig.from_dict(self.raw_config)
+        self.adapter = Adapter(adapter) if adapter is not None else None
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
@@ -131,6 +148,8 @@ class Checkpoint:
     def _name_tensors(self, native: bool) -> None:
         """Give the tensors of the files their published names."""
         stored_shapes, stored_types = self.shapes, self.dtypes
+        if self.adapter is not None:
+            self.adapter.fit(stored_shapes, renamed if native else str)
         self._stored = published_names(list(stored_shapes)) if native else {name: [name] for name in stored_shapes}
         self.shapes, self.dtypes = {}, {}
         for name, parts in self._stored.items():
@@ -165,13 +184,17 @@ class Checkpoint:
             raise CheckpointError(f"the tensors of {self.folder} do not fit its config.json: {'; '.join(found)}")
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped."""
+        """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped.
+
+        Those that an adapter changes, or that are stored in parts, are copies in memory.
+        """
         wanted = set(names)
         stored = {name: self._stored[name] for name in self.shapes if name in wanted}
         opened = {path: safe_open(path, "pt") for path in {self._file_of[part] for parts in stored.values() for part in parts}}
 
         def mapped(part: str) -> torch.Tensor:
-            return opened[self._file_of[part]].get_tensor(part)
+            tensor = opened[self._file_of[part]].get_tensor(part)
+            return tensor if self.adapter is None else self.adapter.merge(part, tensor)
 
         return {name: mapped(parts[0]) if len(parts) == 1 else torch.cat([*map(mapped, parts)]) for name, parts in stored.items()}
 

@@ -82,13 +82,18 @@ def published_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> dict[
     }
 
 
+def renamed(name: str) -> str:
+    """A tensor of either generation of this layout by its published name; query, key and value stay apart."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def published_names(names: list[str]) -> dict[str, list[str]]:
     """Published name -> the stored tensors it is made of, one or the query, key and value rows in this order."""
     found: dict[str, list[str]] = {}
     for stored in names:
-        name = stored
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
+        name = renamed(stored)
         vision = name.startswith("vision_model.")
         if vision and any(part in name for part in OTHERS):
             continue

@@ -81,7 +81,13 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     # 1) everything that can be wrong is found before any work
     final = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{options.weight_format}")
     check_target(final, force=options.force)
-    checkpoint = Checkpoint(resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir))
+    checkpoint = Checkpoint(
+        resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir),
+        name=Path(source).resolve().name,
+        template=options.template,
+        system_message=options.system_message,
+        adapter=Path(options.adapter) if options.adapter else None,
+    )
     language_kind(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))

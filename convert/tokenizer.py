@@ -20,7 +20,7 @@ from convert.reference.language import language_kind
 from runtime.config import InternVLConfig, read_config
 from runtime.errors import TokenizerError
 from runtime.folder import DETOKENIZER_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, save_model
-from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START, Template, get_template
+from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START, Template, template_of
 
 MAX_NEW_TOKENS = 1024  # the model cards' setting; without one, GenAI and OVMS generate until the context is full
 # transformers' own defaults, spelled out: optimum-intel 2.2 forgets to fill them in for InternVL on transformers 5
@@ -62,7 +62,7 @@ def load_tokenizer(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerB
         raise
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError, json ValueError
         raise TokenizerError(f"the tokenizer files of {folder} cannot be read ({error}): fetch them again") from error
-    template = get_template(config.template)
+    template = template_of(config)
     rows = config.language["vocab_size"]
     for token in (IMAGE_START, CONTEXT_TOKEN, IMAGE_END, template.stop_token):
         ids = tokenizer.encode(token, add_special_tokens=False)
@@ -203,7 +203,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig
     """
     file = checkpoint / GENERATION_CONFIG_FILE
     own = read_config(file) if file.exists() else {}
-    stop = tokenizer.convert_tokens_to_ids(get_template(config.template).stop_token)
+    stop = tokenizer.convert_tokens_to_ids(template_of(config).stop_token)
     listed = own.get("eos_token_id")
     ends = [stop, *(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id]
     return {

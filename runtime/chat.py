@@ -38,9 +38,9 @@ from runtime.prompt import (
     Turn,
     expand_marks,
     frame_marks,
-    get_template,
     picture_marks,
     render,
+    template_of,
 )
 from runtime.stream import Progress, Statistics, whole_answer
 from runtime.video import DEFAULT_SEGMENTS, Bound, read_frames
@@ -96,7 +96,7 @@ class ChatModel(ABC):
     @property
     def conv_template(self) -> Template:
         """The conversation template of this model."""
-        return get_template(self.config.template)
+        return template_of(self.config)
 
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Tiles (N, 3, S, S), normalised -> context embeddings (N, P, D). Raises PromptError for tiles of another size."""

@@ -54,6 +54,7 @@ class InternVLConfig:
     vision: VisionConfig
     language: dict[str, Any]  # llm_config as published
     template: str
+    system_message: str | None  # where it is not the template's
     tile_size: int  # S, side of a tile in pixels
     tokens_per_tile: int  # P
     select_layer: int = -1  # which hidden state of the vision transformer feeds the projector
@@ -134,6 +135,7 @@ class InternVLConfig:
             vision=vision,
             language=raw["llm_config"],
             template=raw["template"],
+            system_message=raw.get("system_message"),
             tile_size=tile_size,
             tokens_per_tile=int(side**2 * ratio**2),
             select_layer=raw.get("select_layer", -1),

@@ -25,7 +25,6 @@ from runtime.errors import ModelFolderError
 from runtime.folder import CONFIG_FILE, check_folder
 from runtime.kv_cache import KVCache
 from runtime.language import OVLanguageModel
-from runtime.prompt import get_template
 from runtime.stream import Progress
 
 PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more fall out of the processor's caches, fewer are more calls
@@ -62,7 +61,7 @@ class OVInternVLChatModel(ChatModel):
         if "img_context_token_id" not in raw:
             raise ModelFolderError(f"{folder / CONFIG_FILE} has no img_context_token_id: convert the checkpoint again")
         self.img_context_token_id = raw["img_context_token_id"]
-        self.system_message = get_template(self.config.template).system_message
+        self.system_message = self.conv_template.system_message
         self.feature_cache = FeatureCache(feature_cache_bytes)
         self.tiles_at_once = max(1, PATCHES_AT_ONCE // self.config.grid_side**2)
         core = ov.Core()

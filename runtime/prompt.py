@@ -6,9 +6,11 @@ Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversati
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from runtime.config import InternVLConfig
 from runtime.errors import PromptError, UnsupportedModelError
 
 IMAGE_START, IMAGE_END, CONTEXT_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -48,11 +50,34 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+OLD_SYSTEM_MESSAGES = {  # of the models named V1-2 and V1-5, which were trained before the templates had their present ones
+    "Hermes-2": "Answer the questions.",
+    "internlm2-chat": "You are an AI assistant whose name is InternLM (书生·浦语).",
+    "phi3-chat": "You are an AI assistant whose name is Phi-3.",
+}
+
+
+def old_system_message(name: str, template: str) -> str | None:
+    """The system message of InternVL-Chat-V1-2, -V1-5 and their kind, told by their names; None for all others.
+
+    Source: InternLM/lmdeploy@v0.6.4 lmdeploy/model.py, and OpenGVLab/InternVL's conversation.py when they were published.
+    """
+    return OLD_SYSTEM_MESSAGES.get(template) if re.search("V1-[25]", name) else None
+
+
 def get_template(name: str) -> Template:
     """Return the template of config.json's `template`; raises UnsupportedModelError naming the known ones."""
     if name not in TEMPLATES:
-        raise UnsupportedModelError(f"config.json: template {name!r} is not known; known are {', '.join(TEMPLATES)}")
+        raise UnsupportedModelError(
+            f"config.json: template {name!r} is not known; known are {', '.join(TEMPLATES)}: --template NAME picks one"
+        )
     return TEMPLATES[name]
+
+
+def template_of(config: InternVLConfig) -> Template:
+    """The template of a model, with its own system message where it has one."""
+    template = get_template(config.template)
+    return template if config.system_message is None else replace(template, system_message=config.system_message)
 
 
 def render(template: Template, system_message: str, history: Sequence[Turn], question: str) -> str:

@@ -243,6 +243,14 @@ def _of_2_5(vision: dict, language: dict) -> dict:
 
 QWEN2_5 = QWEN2_05B | {"vocab_size": 151674}
 PATCHES_ONLY = {"architectures": ["InternVisionPatchModel"], "model_type": "intern_vit_patch"}  # Mono-InternVL
+INTERNLM3 = {  # InternVL3-9B
+    "architectures": ["InternLM3ForCausalLM"],
+    "model_type": "internlm3",
+    "bias": False,
+    "qkv_bias": False,
+    "head_dim": 32,
+    "rope_scaling": {"type": "dynamic", "factor": 6.0},
+}
 VISUAL_EXPERTS = {"architectures": ["InternLM2VEForCausalLM"]}
 DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}  # InternVL3
 
@@ -293,6 +301,7 @@ CONFIGS: dict[str, dict] = {
         VIT_300M | TINY_VISION,
         QWEN3_30B_A3B | TINY_LANGUAGE | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
     ),
+    "tiny-internlm3": _of_2_5(VIT_300M | TINY_VISION, LLAMA_YI | TINY_LANGUAGE | INTERNLM3),
     "tiny-mono": _config(VIT_300M | TINY_VISION | PATCHES_ONLY, INTERNLM2_1_8B | TINY_LANGUAGE | VISUAL_EXPERTS, "internlm2-chat"),
     "tiny-chat-v1-2": _config(
         VIT_6B | TINY_VISION,

@@ -83,6 +83,7 @@ LANGUAGE_MODELS = {
     "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM"),
     "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
     "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
+    "InternLM3ForCausalLM": LanguageModel("llama", "LlamaForCausalLM", settings={"attention_bias": False, "mlp_bias": False}),
     "InternLM2ForCausalLM": LanguageModel("llama", "LlamaForCausalLM", **INTERNLM2),
     "InternLM2VEForCausalLM": LanguageModel(
         "llama", "LlamaForCausalLM", **INTERNLM2 | {"names": INTERNLM2_NAMES + VISUAL_NAMES, "visual_experts": True}
