@@ -18,6 +18,8 @@ from PIL import Image
 import convert.__main__
 import demo.__main__
 import runtime.__main__
+from tests import family
+from tests.checkpoints import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 BUILT_IN = ROOT / "demo" / "shapes" / "checkpoint"
@@ -99,6 +101,24 @@ def test_help_answers_at_once(package):
         [sys.executable, "-X", "importtime", "-m", package, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert not re.search(r"\| +(torch|openvino|transformers)$", done.stderr, flags=re.MULTILINE)
+
+
+def test_the_family_in_the_readme_is_the_computed_one():
+    assert "\n".join(family.rows()) in README
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        ("InternVL2-1B", (136.3, 167.0, 324.8)),
+        ("InternVL2-2B", (189.8, 172.9, 976.9)),
+        ("InternVL2-4B", (98.5, 180.3, 1984.7)),
+        ("InternVL2-8B", (379.4, 189.9, 4009.4)),
+    ],
+)
+def test_computed_sizes_are_those_of_the_files(name, measured):
+    """What conversions of random weights of these shapes wrote, in megabytes: text embeddings, vision, language."""
+    assert [size / 1e6 for size in family.int4_bytes(CONFIGS[name]).values()] == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

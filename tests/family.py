@@ -1,0 +1,64 @@
+"""The models of the family as a table: what they are made of, how far they are proven, how large they are in int4.
+
+Sizes follow from the published shapes (tests/checkpoints.py) and from what int4 means in convert/compress.py.
+
+    python -m tests.family        # the table of README.md
+"""
+
+from __future__ import annotations
+
+import math
+
+from tests.checkpoints import CONFIGS, tensor_shapes
+
+GOLDEN, LAYOUT = "the original's numbers", "names and shapes"
+KINDS = {  # llm_config.architectures -> (name, what proves it)
+    "Qwen2ForCausalLM": ("Qwen2", GOLDEN),
+    "Qwen3ForCausalLM": ("Qwen3", GOLDEN),
+    "Qwen3MoeForCausalLM": ("Qwen3-MoE", GOLDEN),
+    "LlamaForCausalLM": ("Llama", GOLDEN),
+    "Phi3ForCausalLM": ("Phi-3", GOLDEN),
+    "InternLM2ForCausalLM": ("InternLM2", GOLDEN),
+    "InternLM2VEForCausalLM": ("InternLM2 with visual experts", GOLDEN),
+    "InternLM3ForCausalLM": ("InternLM3", LAYOUT),
+}
+CONVERTED = ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL2-8B")  # at full size, with random weights
+GROUP, SCALE_INT4, SCALE_INT8 = 128, 2.5, 3  # weights that share a scale and zero point, and the bytes of these
+
+
+def int4_bytes(config: dict) -> dict[str, float]:
+    """Bytes of each part of a model folder: int4 with an int8 head, int8 text embeddings, InternViT-6B int8, vectors in float32."""
+    sizes = {"text_embeddings": 0.0, "vision": 0.0, "language": 0.0}
+    for name, shape in tensor_shapes(config):
+        weights, rows = math.prod(shape), shape[0]
+        language = name.startswith("language_model.")
+        part = "vision" if not language else "text_embeddings" if "embed" in name else "language"
+        wide = part == "text_embeddings" or "head" in name or name.endswith("output.weight")
+        if len(shape) == 1 or "embedding" in name.partition("vision_model.")[2]:
+            sizes[part] += 4 * weights
+        elif wide or (part == "vision" and config["vision_config"]["qk_normalization"]):
+            sizes[part] += weights + SCALE_INT8 * rows
+        else:
+            sizes[part] += weights / 2 + SCALE_INT4 * weights / GROUP
+    return sizes
+
+
+def rows() -> list[str]:
+    """The table, a line a model."""
+    lines = ["| model | vision | language model | parameters | int4 folder | proven by |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, config in CONFIGS.items():
+        if name.startswith("tiny-"):
+            continue
+        kind, proof = KINDS[config["llm_config"]["architectures"][0]]
+        vision = config["vision_config"]
+        eyes = "patches only" if vision["model_type"] == "intern_vit_patch" else "6B" if vision["qk_normalization"] else "300M"
+        count = sum(math.prod(shape) for _, shape in tensor_shapes(config))
+        proof += ", full size" if name in CONVERTED else ""
+        lines.append(
+            f"| {name} | {eyes} | {kind} | {count / 1e9:.1f} B | {sum(int4_bytes(config).values()) / 1e9:.1f} GB | {proof} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    print(*rows(), sep="\n")
