@@ -52,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     writing.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
     writing.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: 50)")
     writing.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids what was said (default: 1)")
+    writing.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens from what was said before: same answer, CPU only",
+    )
     writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
 
     bench = commands.add_parser("benchmark", parents=[placed], help="measure first token, speed and memory")
@@ -78,7 +85,7 @@ def clear_progress() -> None:
 
 
 def writing_options(
-    temperature: float, top_p: float | None, top_k: int | None, repetition_penalty: float | None, **_: Any
+    temperature: float, top_p: float | None, top_k: int | None, repetition_penalty: float | None, prompt_lookup: int, **_: Any
 ) -> dict[str, Any]:
     """The command line's sampling options as transformers' generate options. Raises OptionError."""
     if temperature < 0:
@@ -97,6 +104,10 @@ def writing_options(
         raise OptionError("--top-p and --top-k choose among draws: give a --temperature above 0 too")
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty
+    if prompt_lookup < 0:
+        raise OptionError(f"prompt lookup {prompt_lookup} is negative")
+    if prompt_lookup:
+        options["prompt_lookup_num_tokens"] = prompt_lookup
     return options
 
 

@@ -10,7 +10,8 @@ Pages: Kwon et al. 2023, arXiv:2309.06180; inputs as openvinotoolkit/openvino sr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -71,8 +72,15 @@ class KVCache(ABC):
         tokens, None where there are none; parts without visual experts do not ask. Raises NumericsError when the logits are not
         numbers.
         """
+        logits = self._checked(self._feed, embeds, mask, np.zeros_like(mask) if visual is None else visual, progress)
+        if keys is not None:
+            self._remember(keys)
+        return logits
+
+    def _checked(self, run: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
+        """The logits that `run` gives. Raises Cancelled, NumericsError."""
         try:
-            logits = self._feed(embeds, mask, np.zeros_like(mask) if visual is None else visual, progress)
+            logits = run(*given)
         except RuntimeError as error:
             if "Infer Request was canceled" in str(error):
                 raise Cancelled from None
@@ -84,9 +92,28 @@ class KVCache(ABC):
                 "the language part gave logits that are not numbers: its activations overflow on this device; "
                 "open the model with precision accuracy (--precision accuracy)"
             )
-        if keys is not None:
-            self._remember(keys)
         return logits
+
+    def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Embeddings (1, T, D) of a token and of guesses what follows, with their ids (T,) -> logits (T, V) after each of them.
+
+        All of them count as here until `drop` says how many were wrong. Only with `room_for_drafts`.
+        """
+        raise NotImplementedError  # room_for_drafts is 0
+
+    def drop(self, count: int) -> None:
+        """Forget the last `count` tokens of a single row."""
+        self._keys = self._keys[: self._cut(len(self) - count)]
+
+    @property
+    def room_for_drafts(self) -> int:
+        """How many tokens may be fed at once as if one by one: none where this cache cannot, or positions depend on the length."""
+        return 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of the tokens of a single row; negative where one stands for a picture."""
+        return self._keys
 
     def get_seq_length(self) -> int:
         """transformers' name for how many tokens are here."""
@@ -234,7 +261,7 @@ class PagedCache(KVCache):
         self._free: list[int] = []
         self._uses: list[int] = []  # rows that a page belongs to
         self._layout: dict[str, np.ndarray] = {}
-        self._told: tuple[list[int], list[list[int]]] = ([], [])  # counts and tables that the request has been given
+        self._told: tuple[list[int], list[list[int]], bool] = ([], [], False)  # what the request has been given
         self._grow(FIRST_PAGES)
 
     def cancel(self) -> None:
@@ -283,8 +310,19 @@ class PagedCache(KVCache):
             logits.append(found.copy())
         return np.concatenate(logits)
 
-    def _step(self, rows: Sequence[int], embeds: np.ndarray, counts: list[int], visual: np.ndarray) -> np.ndarray:
-        """Tokens (T, D) of these rows, `counts` each -> logits (R, 1, V) of each row's last."""
+    @property
+    def room_for_drafts(self) -> int:
+        return 1 << 30 if self._plain_length is None else max(0, self._plain_length - self._lengths[0])
+
+    def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        logits = self._checked(self._step, [0], embeds[0], [len(keys)], np.zeros_like(keys), True)
+        self._remember(keys)
+        return logits.reshape(len(keys), -1)
+
+    def _step(
+        self, rows: Sequence[int], embeds: np.ndarray, counts: list[int], visual: np.ndarray, every: bool = False
+    ) -> np.ndarray:
+        """Tokens (T, D) of these rows, `counts` each -> logits (R, 1, V) of each row's last, or with `every` (T, 1, V) of all."""
         past = [self._lengths[row] for row in rows]
         lengths = [length + count for length, count in zip(past, counts, strict=True)]
         tables = [self._tables[row] for row in rows]
@@ -299,16 +337,16 @@ class PagedCache(KVCache):
         }
         if self._routed:
             inputs[VISUAL_MASK] = visual.reshape(-1, 1)
-        if self._told != (counts, tables):  # most tokens change neither
+        if self._told != (counts, tables, every):  # most tokens change neither
             ends = np.cumsum([0, *counts])
             self._layout = {  # the request reads these arrays until it is given others
                 "subsequence_begins": ends.astype(np.int32),
-                LAST_POSITION: (ends[1:] - 1).astype(np.int32),
+                LAST_POSITION: np.arange(ends[-1], dtype=np.int32) if every else (ends[1:] - 1).astype(np.int32),
                 "block_indices": np.concatenate(tables).astype(np.int32),
                 "block_indices_begins": np.cumsum([0, *map(len, tables)]).astype(np.int32),
             }
             inputs |= self._layout
-            self._told = (counts, [[*table] for table in tables])
+            self._told = (counts, [[*table] for table in tables], every)
         infer(self._request, inputs)
         for row, length in zip(rows, lengths, strict=True):
             self._lengths[row] = length

@@ -20,11 +20,15 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.device import Placement
+from runtime.errors import OptionError
 from runtime.folder import GENERATION_CONFIG_FILE
 from runtime.kv_cache import KVCache, PagedCache, StatefulCache
 from runtime.part import compile_part, leave_file, read_part
 from runtime.stream import Progress
 
+LOOKUP = "prompt_lookup_num_tokens"  # transformers' name
+NO_LOOKUP = f"{LOOKUP} is for one greedy answer: leave out sampling, beams, penalties and several answers"
+LOOKUP_SIZES = (3, 2)
 IDLE_CACHES = 2  # KV caches kept for stateless calls
 
 
@@ -118,6 +122,7 @@ class OVLanguageModel(GenerationMixin):
         attention_mask: Tensor | None = None,
         visual_token_mask: Tensor | None = None,
         progress: Progress | None = None,
+        lookup_tokens: int = 0,
         **_: Any,
     ) -> dict[str, Any]:
         """What is new: the embeddings on the first step, the last ids after it. Positions are the cache's."""
@@ -144,6 +149,8 @@ class OVLanguageModel(GenerationMixin):
         """transformers' loop; without its millisecond a token in the commonest case, the likeliest tokens of one row."""
         config = generation_config
         if len(input_ids) > 1 or config.do_sample or config.return_dict_in_generate or len(logits_processor):
+            if inputs.get("lookup_tokens"):
+                raise OptionError(NO_LOOKUP)
             return super()._sample(  # type: ignore[misc]
                 input_ids,  # type: ignore[arg-type]
                 logits_processor,
@@ -153,20 +160,39 @@ class OVLanguageModel(GenerationMixin):
                 streamer,
                 **inputs,
             )
-        cache, one = inputs["cache"], np.ones((1, 1), np.int64)
+        cache = inputs["cache"]
         prompt = [inputs[name].numpy() for name in ("inputs_embeds", "attention_mask", "visual_token_mask")]
         logits = cache.feed(*prompt[:2], None, inputs.get("progress"), prompt[2])
-        while True:
-            token = torch.tensor([[logits.argmax()]])
+        for token in self._likeliest(cache, logits, inputs.get("lookup_tokens") or 0):
             input_ids = torch.cat([input_ids, token], dim=1)
             if streamer is not None:
                 streamer.put(token[0])
             if stopping_criteria(input_ids, None).all():
                 break
-            logits = cache.feed(self._embed(token).numpy(), one, token[0].numpy())
         if streamer is not None:
             streamer.end()
         return input_ids
+
+    def _likeliest(self, cache: KVCache, logits: np.ndarray, lookup_tokens: int) -> Iterator[Tensor]:
+        """The likeliest token (1, 1) after these logits, then the one after that, without end.
+
+        Up to `lookup_tokens` guesses are computed beside a token; only what would have come anyway is handed out.
+        """
+        one = np.ones((1, 1), np.int64)
+        while True:
+            token = torch.tensor([[logits.argmax()]])
+            yield token
+            room = min(lookup_tokens, cache.room_for_drafts - 1)
+            draft = look_up(np.append(cache.ids, token), room) if room > 0 else one[:0, 0]
+            if not len(draft):
+                logits = cache.feed(self._embed(token).numpy(), one, token[0].numpy())
+                continue
+            fed = torch.cat([token, torch.from_numpy(draft)[None]], dim=1)
+            after = cache.check_draft(self._embed(fed).numpy(), fed[0].numpy())  # (1 + guesses, V)
+            right = int(np.cumprod(after[:-1].argmax(1) == draft).sum())
+            cache.drop(len(draft) - right)
+            logits = after[right].copy()
+            yield from torch.from_numpy(draft[:right]).reshape(-1, 1, 1)
 
     def _update_model_kwargs_for_generation(  # type: ignore[override]
         self, outputs: CausalLMOutputWithPast, model_kwargs: dict[str, Any], *_: Any, **__: Any
@@ -181,3 +207,21 @@ class OVLanguageModel(GenerationMixin):
     def _reorder_cache(self, past_key_values: KVCache, beam_idx: Tensor) -> KVCache:
         past_key_values.reorder(beam_idx.tolist())
         return past_key_values
+
+
+def look_up(ids: np.ndarray, most: int) -> np.ndarray:
+    """What followed the last tokens of `ids` (T,) when they came up before: at most `most` ids, none if they did not.
+
+    Three tokens are looked for, then two, the latest place first. Prompt lookup decoding: A. Saxena 2023,
+    github.com/apoorvumang/prompt-lookup-decoding@main README.md
+    """
+    for size in LOOKUP_SIZES:
+        if len(ids) <= size:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(ids[:-1], size)
+        found = np.flatnonzero((windows == ids[-size:]).all(1))
+        if len(found):
+            follows = ids[found[-1] + size :][:most]
+            known = np.flatnonzero(follows < 0)  # a picture's tokens are not written
+            return follows[: known[0]] if len(known) else follows
+    return ids[:0]

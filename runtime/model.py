@@ -21,10 +21,10 @@ from runtime.chat import ChatModel
 from runtime.config import InternVLConfig, read_config
 from runtime.device import place_parts
 from runtime.embeddings import FEATURE_CACHE_BYTES, FeatureCache, StatelessPart
-from runtime.errors import ModelFolderError
+from runtime.errors import ModelFolderError, OptionError
 from runtime.folder import CONFIG_FILE, check_folder
 from runtime.kv_cache import KVCache
-from runtime.language import OVLanguageModel
+from runtime.language import LOOKUP, NO_LOOKUP, OVLanguageModel
 from runtime.stream import Progress
 
 PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more fall out of the processor's caches, fewer are more calls
@@ -133,7 +133,11 @@ class OVInternVLChatModel(ChatModel):
         progress: Progress | None = None,
         **options: Any,
     ) -> Any:
+        lookup_tokens = options.pop(LOOKUP, None) or 0  # transformers' own way needs a cache of its own kind
+        if lookup_tokens and (options.get("num_beams") or 1) > 1:
+            raise OptionError(NO_LOOKUP)
         return self.language_model.generate(  # type: ignore[misc]
+            lookup_tokens=lookup_tokens,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             visual_token_mask=visual_token_mask,
