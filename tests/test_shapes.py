@@ -8,25 +8,39 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel, expected_shapes
 from convert.tokenizer import load_tokenizer
-from demo.shapes.scenes import KINDS, LATE, SPLITS, TASKS, dialogue, in_split, make_question, make_scene
-from demo.shapes.texts import COLOURS, SHAPES, TEXTS
+from demo.shapes.scenes import KINDS, LATE, LATER, SPLITS, TASKS, dialogue, in_split, make_question, make_scene
+from demo.shapes.texts import COLOURS, EXERCISES, SHAPES, TEXTS
 from runtime.image import Tiling
 from runtime.prompt import IMAGE_MARK
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: it carries the fonts of the scenes")
 
 from demo.shapes import evaluate as exam
-from demo.shapes.train import IGNORED, PRESETS, Encoder, Run, Sizes, Steps, TrainOptions, build_tokenizer, config_json, train
+from demo.shapes.train import (
+    IGNORED,
+    PRESETS,
+    Encoder,
+    Run,
+    Sizes,
+    Steps,
+    TrainOptions,
+    build_tokenizer,
+    collate,
+    config_json,
+    train,
+)
 from runtime.config import InternVLConfig
 
 SHIPPED = Path(__file__).parents[1] / "demo" / "shapes" / "checkpoint"
@@ -202,6 +216,33 @@ def test_late_in_training_answers_can_seldom_be_copied_from_a_description():
     assert share_last(LATE) > 0.7
 
 
+def test_exercises_say_what_the_scene_shows_and_are_for_training_only():
+    """A name is followed at once by what the scene's own questions say of it."""
+    checked = Counter()
+    for kind in ("forms", "grid", "compare", "motion"):
+        for scene in scenes(60, "train", kind=kind, language="en", level=LATER):
+            asked = {turn.question: turn.answer for group in scene.groups for turn in group}
+            for question, listed in asked.items():
+                for name, value in (pair.rsplit(" ", 1) for pair in listed.split(", ") if question in EXERCISES["en"].values()):
+                    if question == EXERCISES["en"]["colours"]:
+                        wanted = asked[f"What colour is the {name}?"]
+                    elif question == EXERCISES["en"]["counts"]:
+                        wanted = asked[f"How many of the shape {name} are there?"]
+                    elif question == EXERCISES["en"]["pictures"]:
+                        wanted = asked[f"Which picture has the {name}?"]
+                    elif question == EXERCISES["en"]["moves"]:
+                        wanted = asked.get(f"Which way does the {name} move?", "0")
+                    else:
+                        continue
+                    assert value == wanted
+                    checked[question] += 1
+    assert len(checked) == 4
+    assert min(checked.values()) > 20
+    assert not any(turn.task == "exercise" for scene in scenes(60, level=1) for group in scene.groups for turn in group)
+    known = build_tokenizer().get_vocab()
+    assert known == PreTrainedTokenizerFast.from_pretrained(SHIPPED).get_vocab(), "exercises must not change the vocabulary"
+
+
 # ---- tokenizer and samples
 
 
@@ -217,6 +258,13 @@ def test_names_are_one_token_and_the_system_message_a_few(tokenizer, encoder):
     for word in [*(f" {shape}" for shape in SHAPES), *SHAPES.values(), *(f" {colour}" for colour in COLOURS)]:
         assert len(tokenizer.encode(word, add_special_tokens=False)) == 1
     assert len(encoder.ids(encoder.template.system_message)) <= 10
+
+
+def test_the_answers_of_a_sample_can_be_made_to_weigh_by_the_root_of_their_length():
+    none = np.zeros((0, 3, 2, 2), np.float32)
+    labels = [IGNORED, 7, IGNORED, 1, 2, 3, 4]
+    weights = [collate([(labels, labels, none, none)], 0, even)["weights"][0].tolist() for even in (False, True)]
+    assert weights == [[1] * 7, [1, 1, 1, 0.5, 0.5, 0.5, 0.5]]
 
 
 def test_a_sample_has_the_tokens_that_chat_sends(tokenizer, encoder):

@@ -67,8 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(source: Path, device: str, mistakes: int, **asked: object) -> None:
+    import torch
+
     from demo.shapes.evaluate import EvaluateOptions, evaluate, open_model, table
 
+    torch.set_num_threads(1)  # at such widths a second thread costs the PyTorch path more than it gives
     options = EvaluateOptions(**asked)  # type: ignore[arg-type]
     result = evaluate(*open_model(source, device), options)
     wrong = result.pop("mistakes")

@@ -45,7 +45,6 @@ def open_model(folder: Path, device: str = "CPU") -> tuple[ChatModel, PreTrained
     from convert.reference.model import InternVLChatModel
     from convert.tokenizer import load_tokenizer
 
-    torch.set_num_threads(1)  # at such widths a second thread costs more than it gives
     checkpoint = Checkpoint(folder)
     model = InternVLChatModel.from_checkpoint(checkpoint, device=device.lower())
     return model, load_tokenizer(checkpoint.folder, checkpoint.config)
