@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from convert import BACKUP_PRECISIONS, FORMATS, ConvertOptions, convert
+from convert import BACKUP_PRECISIONS, FORMATS, W8A8, ConvertOptions, convert
 from runtime.errors import InternVLError
 
 EXIT_INTERRUPTED = 2
@@ -31,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
         default=default.weight_format,
         help="of the language part; with int4, vision is int4 (InternViT-6B: int8), text embeddings int8 (default: %(default)s)",
     )
-    weights.add_argument("--vision-weight-format", choices=FORMATS, help="of the vision part (default: follows --weight-format)")
+    weights.add_argument(
+        "--vision-weight-format",
+        choices=[*FORMATS, W8A8],
+        help="of the vision part; w8a8 computes in 8 bits too and needs --dataset (default: follows --weight-format)",
+    )
     weights.add_argument(
         "--text-embeddings-weight-format", choices=FORMATS, help="of the text embeddings (default: follows --weight-format)"
     )

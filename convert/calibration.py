@@ -6,6 +6,7 @@ Uses the parts that are already converted, so that the activations are those the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from runtime.part import VISUAL_MASK
 from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TILES = 64  # seen by the vision part when its activations are quantised; each takes seconds
 QUESTION = "Describe this picture in detail."
 
 
@@ -31,6 +33,14 @@ def find_pictures(dataset: str, count: int) -> list[Path]:
     if not found:
         raise OptionError(f"--dataset {dataset} is not a folder with pictures ({', '.join(PICTURES)})")
     return found[:count]
+
+
+def calibration_tiles(pictures: list[Path], config: InternVLConfig) -> list[np.ndarray]:
+    """Tiles (1, 3, S, S) of the pictures, the same number of each as far as there are: TILES in all at most."""
+    tiling = Tiling.of(config)
+    cut = [list(cut_tiles(open_picture(path), tiling)[::-1]) for path in pictures[:TILES]]  # the thumbnail first
+    turns = [tile for turn in zip_longest(*cut) for tile in turn if tile is not None]
+    return [tile[None] for tile in turns[:TILES]]
 
 
 def calibration_samples(

@@ -19,7 +19,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from convert import ConvertOptions
+from convert import W8A8, ConvertOptions
 from runtime.errors import OptionError
 from runtime.memory import page_out
 
@@ -75,10 +75,13 @@ def compress(model: ov.Model, weight_format: str, options: ConvertOptions, sampl
 
     int8 is one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
     table and the last matrix in the backup precision, as NNCF has it. `samples` are inputs of the model, for the data-aware
-    algorithms. Raises OptionError when the group size does not divide a layer.
+    algorithms; w8a8 also computes in 8 bits, with ranges and smoothing found on them. Raises OptionError when the group size does
+    not divide a layer.
     """
     if weight_format in ("fp32", "fp16"):
         return model
+    if weight_format == W8A8:
+        return _quantise(model, list(samples))
     with _compiled_once():
         return _compress(model, weight_format, options, samples)
 
@@ -107,6 +110,11 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
         )
     except nncf.InvalidGroupSizeError as error:
         raise OptionError(_group_size_advice(str(error), options.group_size)) from None
+
+
+def _quantise(model: ov.Model, samples: list[Any]) -> ov.Model:
+    nncf = _nncf()
+    return nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
 
 
 def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:

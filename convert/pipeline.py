@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from convert import ConvertOptions
-from convert.calibration import calibration_samples, find_pictures
+from convert import W8A8, ConvertOptions
+from convert.calibration import calibration_samples, calibration_tiles, find_pictures
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, compress
 from convert.reference.language import language_kind
@@ -45,8 +45,14 @@ from runtime.folder import (
 )
 from runtime.image import IMAGENET_MEAN, IMAGENET_STD
 
-LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # other formats start from the stored type, mapped
-BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.02, "int4": 0.70}  # int4 with its int8 head and scales, rounded up
+LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16, W8A8: torch.float32}  # other formats start from the stored type, mapped
+BYTES_A_WEIGHT = {
+    "fp32": 4.0,
+    "fp16": 2.0,
+    W8A8: 1.02,
+    "int8": 1.02,
+    "int4": 0.70,
+}  # int4 with its int8 head and scales, rounded up
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
 
@@ -103,7 +109,11 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             for part in PARTS:
                 with _step(f"{part} ({formats[part]})", partial(bytes_of, work, part)):
                     samples: Iterable[Any] = ()
-                    if part == "language" and pictures:  # it comes last: what it is calibrated on goes through the other two
+                    if formats[part] == W8A8:
+                        samples = calibration_tiles(pictures, checkpoint.config)
+                    if (
+                        part == "language" and options.calibrates_language
+                    ):  # it comes last: what it is calibrated on goes through the other two
                         saved_tokenizer.result()
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
                     summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples)

@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from convert import ConvertOptions, convert, pipeline
 from convert.__main__ import main
+from convert.calibration import calibration_tiles
+from convert.checkpoint import Checkpoint
 from runtime.errors import DriftError
 from runtime.folder import PART_FILES
 from tests.checkpoints import make_checkpoint
@@ -112,6 +115,28 @@ def test_data_aware_compression_uses_the_pictures(capsys, tiny, tmp_path):
     assert run(capsys, tiny("tiny-qwen2"), tmp_path / "free", *INT4, "--no-verify")[0] == 0
     aware, free = ((tmp_path / name / "openvino_language_model.bin").read_bytes() for name in ("aware", "free"))
     assert aware != free
+
+
+def test_w8a8_computes_the_vision_part_in_8_bits(capsys, tiny, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(4):
+        pixels = np.random.default_rng(n).integers(0, 255, (30, 45, 3), np.uint8)
+        Image.fromarray(pixels).resize((90, 60)).save(pictures / f"{n}.png")
+    arguments = ["--vision-weight-format", "w8a8", "--dataset", pictures, "--weight-format", "int8"]
+    code, out, err = run(capsys, tiny("tiny-qwen2"), tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert "vision          w8a8" in out
+    model = ov.Core().read_model(tmp_path / "out" / "openvino_vision_embeddings_model.xml")
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    assert kinds.count("FakeQuantize") > 20
+    pictures = sorted(pictures.iterdir())
+    tiles = calibration_tiles(pictures, Checkpoint(tiny("tiny-qwen2")).config)
+    assert len(tiles) == 4 * 7
+    assert tiles[0].shape == (1, 3, 56, 56)
+    assert_one_clear_line(
+        capsys, "w8a8 needs to see activations", tiny("tiny-qwen2"), tmp_path / "no", "--vision-weight-format", "w8a8"
+    )
 
 
 def test_a_dataset_without_pictures_is_told(capsys, tiny, tmp_path):
