@@ -27,7 +27,10 @@ REFUSED = (
     "lora_bias",
     "layer_replication",
     "trainable_token_indices",
+    "alora_invocation_tokens",
 )
+
+KEEPS_WEIGHTS = ("gaussian", "eva")  # named ways to start that leave the model's own weights as they are; others change them
 
 
 class Adapter:
@@ -43,6 +46,9 @@ class Adapter:
         found = [name for name in REFUSED if settings.get(name)]
         if settings.get("bias", "none") != "none":
             found.append("bias")
+        start = settings.get("init_lora_weights", True)
+        if isinstance(start, str) and start not in KEEPS_WEIGHTS:
+            found.append(f"init_lora_weights {start}")
         if found:
             raise UnsupportedModelError(
                 f"{folder / CONFIG} asks for {', '.join(found)}, which cannot be merged here: merge it with PEFT"

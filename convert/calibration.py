@@ -17,7 +17,7 @@ from convert.tokenizer import context_id, prompt_of
 from convert.verify import Part
 from runtime.config import InternVLConfig
 from runtime.errors import OptionError
-from runtime.image import Tiling, cut_tiles, open_picture
+from runtime.image import Tiling, cut_pixels, cut_tiles, normalise, open_picture
 from runtime.part import VISUAL_MASK
 from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 
@@ -38,9 +38,9 @@ def find_pictures(dataset: str, count: int) -> list[Path]:
 def calibration_tiles(pictures: list[Path], config: InternVLConfig) -> list[np.ndarray]:
     """Tiles (1, 3, S, S) of the pictures, the same number of each as far as there are: TILES in all at most."""
     tiling = Tiling.of(config)
-    cut = [list(cut_tiles(open_picture(path), tiling)[::-1]) for path in pictures[:TILES]]  # the thumbnail first
+    cut = [cut_pixels(open_picture(path), tiling)[::-1] for path in pictures[:TILES]]  # bytes, the thumbnail first
     turns = [tile for turn in zip_longest(*cut) for tile in turn if tile is not None]
-    return [tile[None] for tile in turns[:TILES]]
+    return [normalise(tile[None]) for tile in turns[:TILES]]
 
 
 def calibration_samples(

@@ -91,8 +91,7 @@ class Checkpoint:
         self.raw_config: dict[str, Any] = read_config(folder / CONFIG_FILE)
         native = is_native(self.raw_config)
         if native:
-            file = folder / PREPROCESSOR_CONFIG_FILE
-            self.raw_config = published_config(self.raw_config, read_config(file) if file.exists() else {})
+            self.raw_config = published_config(self.raw_config, self._processor())
         if template is not None:
             self.raw_config = self.raw_config | {"template": template}
         if system_message is None:  # what the file says of it is ignored, as upstream does
@@ -107,6 +106,13 @@ class Checkpoint:
         for path in self._weight_files():
             self._read_header(path)
         self._name_tensors(native)
+
+    def _processor(self) -> dict[str, Any]:
+        """The picture settings of a transformers-native checkpoint, where there are any."""
+        old, new = self.folder / PREPROCESSOR_CONFIG_FILE, self.folder / "processor_config.json"  # new: transformers 5
+        if old.exists():
+            return read_config(old)
+        return read_config(new).get("image_processor", {}) if new.exists() else {}
 
     def _weight_files(self) -> list[Path]:
         index = self.folder / INDEX_FILE

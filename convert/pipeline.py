@@ -89,12 +89,14 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     check_target(final, force=options.force)
     checkpoint = Checkpoint(
         resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir),
-        name=Path(source).resolve().name,
+        name=Path(source).absolute().name,
         template=options.template,
         system_message=options.system_message,
         adapter=Path(options.adapter) if options.adapter else None,
     )
     language_kind(checkpoint.config)
+    if checkpoint.config.system_message is not None:
+        print(f"system message: {checkpoint.config.system_message}", flush=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)

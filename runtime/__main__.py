@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="guess up to N tokens from what was said before: same answer, CPU only",
+        help="guess up to N tokens from what was said before: faster where it repeats; greedy, CPU",
     )
     writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
 
@@ -232,7 +232,7 @@ def info(folder: Path) -> None:
         "language model": f"{config.language_architecture}, {config.language.get('num_hidden_layers')} layers",
         "vision model": f"InternViT, {config.vision.num_hidden_layers} layers of {config.vision.hidden_size}",
         "template": config.template,
-        "context": f"{config.language.get('max_position_embeddings')} tokens",
+        "context": f"{config.context_length} tokens",
         "tiles": f"{tiles} of {config.tile_size} pixels, {config.tokens_per_tile} tokens each",
         **{part: f"{bytes_of(folder, part) / 1e6:.1f} MB  {PART_FILES[part]}" for part in PARTS},
     }

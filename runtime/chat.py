@@ -249,7 +249,7 @@ class ChatModel(ABC):
     def answer(self, ids: Tensor, pictures: Sequence[PictureTiles], streamer: Any, **options: Any) -> None:
         """Generate after one prompt (1, T) for its streamer; `options` are those of `_generate` and of transformers."""
         mask, stop = torch.ones_like(ids), self._stop_id(self.tokenizer)
-        if not _many_rows(options):
+        if not many_rows(options):
             self._generate(ids, mask, pictures, streamer=streamer, eos_token_id=stop, **options)
             return
         found = self._generate(ids, mask, pictures, eos_token_id=stop, **options)  # transformers streams no beams
@@ -310,7 +310,7 @@ class ChatModel(ABC):
         statistics = statistics or Statistics()
         statistics.prompt_tokens = ids.shape[1]
         self.check(ids, pictures, options)
-        if len(ids) > 1 or not mask.all() or _many_rows(options):
+        if len(ids) > 1 or not mask.all() or many_rows(options):
             features, statistics.encoded_tiles = self._encode(pictures, progress)
             rows = torch.cat([each.flatten(0, 1) for each in features]) if features else None
             return self._generate_batch(ids, mask, rows, progress=progress, **options)
@@ -448,7 +448,7 @@ def _counts_of(
     return [[entry] if isinstance(entry, int) else list(entry) for entry in num_patches_list]
 
 
-def _many_rows(options: dict[str, Any]) -> bool:
+def many_rows(options: dict[str, Any]) -> bool:
     """Whether transformers will make several rows of one prompt: beams, or several answers."""
     config = options.get("generation_config")
     return any((options.get(name) or getattr(config, name, None) or 1) > 1 for name in ("num_beams", "num_return_sequences"))

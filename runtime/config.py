@@ -167,7 +167,7 @@ class InternVLConfig:
 def _another_kind(raw: dict[str, Any]) -> str | None:
     """What a checkpoint is that is not a chat model of this family, or None."""
     kind = raw.get("model_type")
-    code = " ".join(str(name) for name in (raw.get("auto_map") or {}).values())
+    code = " ".join(str(name).rpartition("--")[2] for name in (raw.get("auto_map") or {}).values())  # REPOSITORY--file.Class
     if kind in ("intern_vit_6b", "intern_vit_patch", "internvl_vision"):
         return "this is InternViT, a vision transformer alone, for embeddings, without a language model"
     if "qllama_config" in raw:
@@ -178,6 +178,8 @@ def _another_kind(raw: dict[str, Any]) -> str | None:
         return "this is an audio model of the InternOmni kind"
     if raw.get("rope_pos_id_version", "default") != "default":
         return "this is a V2PE model, whose positions grow by less than one a context token"
+    if kind == "internvl":
+        return "model_type is 'internvl' and there is no text_config"
     if kind != MODEL_TYPE:
         return f"model_type is {kind!r}, expected {MODEL_TYPE!r} or 'internvl' of transformers"
     return None

@@ -102,8 +102,8 @@ class KVCache(ABC):
         raise NotImplementedError  # room_for_drafts is 0
 
     def drop(self, count: int) -> None:
-        """Forget the last `count` tokens of a single row."""
-        self._keys = self._keys[: self._cut(len(self) - count)]
+        """Forget the last `count` tokens of a single row. Only with `room_for_drafts`."""
+        raise NotImplementedError
 
     @property
     def room_for_drafts(self) -> int:
@@ -112,7 +112,10 @@ class KVCache(ABC):
 
     @property
     def ids(self) -> np.ndarray:
-        """Ids of the tokens of a single row; negative where one stands for a picture."""
+        """Ids of the tokens of a single row, as far as `keep` was told; negative where one stands for a picture.
+
+        Only with `room_for_drafts`: the keys of longer prompts are no ids.
+        """
         return self._keys
 
     def get_seq_length(self) -> int:
@@ -199,7 +202,7 @@ class StatefulCache(KVCache):
             if progress is not None:
                 progress("prefill", start, total)
             self._step(embeds[:, start:end], mask[:, start:end], visual[:, start:end])
-            if total > 1 and len(mask) == 1:
+            if len(mask) == 1:
                 self._remember_prompt(end - start)
         return self._request.get_tensor("logits").data
 
@@ -296,7 +299,7 @@ class PagedCache(KVCache):
         if self._lengths == [0] and rows > 1:
             self._tables, self._lengths = [[] for _ in range(rows)], [0] * rows
         if count == 1:
-            return self._step(range(rows), embeds[:, 0], [1] * rows, visual)
+            return self._one_each(embeds[:, 0], visual)
         logits, total, done = [], int(mask.sum()), 0
         for row in range(rows):  # padding is left out
             tokens, theirs = embeds[row][mask[row] == 1], visual[row][mask[row] == 1]
@@ -310,9 +313,24 @@ class PagedCache(KVCache):
             logits.append(found.copy())
         return np.concatenate(logits)
 
+    def _one_each(self, embeds: np.ndarray, visual: np.ndarray) -> np.ndarray:
+        """One token (R, D) of every row -> logits (R, 1, V)."""
+        rows = range(len(embeds))
+        if self._plain_length is not None and len(rows) > 1 and max(self._lengths) >= self._plain_length:
+            alone = [self._step([row], embeds[row : row + 1], [1], visual[row : row + 1]).copy() for row in rows]
+            return np.concatenate(alone)  # together, the longest row would say how the positions of all are turned
+        logits = self._step(rows, embeds, [1] * len(rows), visual)
+        if len(rows) == 1:
+            self._remember_prompt(1)  # a prompt of which only the last token was new
+        return logits
+
     @property
     def room_for_drafts(self) -> int:
         return 1 << 30 if self._plain_length is None else max(0, self._plain_length - self._lengths[0])
+
+    def drop(self, count: int) -> None:
+        self._cut(self._lengths[0] - count)
+        self._keys = self._keys[: len(self._keys) - count]
 
     def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
         logits = self._checked(self._step, [0], embeds[0], [len(keys)], np.zeros_like(keys), True)

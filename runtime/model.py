@@ -5,6 +5,7 @@ Puts the parts together; what they do is in embeddings.py and language.py, what 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from runtime.chat import ChatModel
+from runtime.chat import ChatModel, many_rows
 from runtime.config import InternVLConfig, read_config
 from runtime.device import place_parts
 from runtime.embeddings import FEATURE_CACHE_BYTES, FeatureCache, StatelessPart
@@ -133,9 +134,13 @@ class OVInternVLChatModel(ChatModel):
         progress: Progress | None = None,
         **options: Any,
     ) -> Any:
-        lookup_tokens = options.pop(LOOKUP, None) or 0  # transformers' own way needs a cache of its own kind
-        if lookup_tokens and (options.get("num_beams") or 1) > 1:
+        config = options.get("generation_config")
+        lookup_tokens = options.pop(LOOKUP, None) or getattr(config, LOOKUP, None) or 0
+        if lookup_tokens and many_rows(options):
             raise OptionError(NO_LOOKUP)
+        if getattr(config, LOOKUP, None):  # transformers' own way needs a cache of its own kind
+            options["generation_config"] = config = copy.copy(config)
+            setattr(config, LOOKUP, None)
         return self.language_model.generate(  # type: ignore[misc]
             lookup_tokens=lookup_tokens,
             inputs_embeds=inputs_embeds,

@@ -58,11 +58,11 @@ OLD_SYSTEM_MESSAGES = {  # of the models named V1-2 and V1-5, which were trained
 
 
 def old_system_message(name: str, template: str) -> str | None:
-    """The system message of InternVL-Chat-V1-2, -V1-5 and their kind, told by their names; None for all others.
+    """The system message of (Mini-)InternVL-Chat-V1-2 and -V1-5, told by their names; None for all others.
 
     Source: InternLM/lmdeploy@v0.6.4 lmdeploy/model.py, and OpenGVLab/InternVL's conversation.py when they were published.
     """
-    return OLD_SYSTEM_MESSAGES.get(template) if re.search("V1-[25]", name) else None
+    return OLD_SYSTEM_MESSAGES.get(template) if re.search("InternVL-Chat-.*V1-[25]", name) else None
 
 
 def get_template(name: str) -> Template:

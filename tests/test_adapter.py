@@ -118,6 +118,7 @@ def test_the_folder_holds_the_merged_weights(checkpoint, tmp_path):
     [
         ({"peft_type": "IA3"}, UnsupportedModelError, "peft_type is 'IA3'; only LORA can be merged"),
         ({"use_dora": True, "bias": "all"}, UnsupportedModelError, "asks for use_dora, bias, which cannot be merged here"),
+        ({"init_lora_weights": "pissa"}, UnsupportedModelError, "asks for init_lora_weights pissa, which cannot be merged here"),
         ({"targets": {"lm_tail": (4, 4)}}, CheckpointError, r"adapts lm_tail.weight \[4, 4\], no such tensor: .* another model"),
         (
             {"targets": {"mlp1.1": (64, 99)}},

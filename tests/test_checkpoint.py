@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from convert.checkpoint import WEIGHTS_FILE, Checkpoint, resolve
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings
+from runtime.config import InternVLConfig
 from runtime.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoints import CONFIGS, make_checkpoint, tensor_shapes
 
@@ -27,8 +28,6 @@ def check(folder) -> Checkpoint:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_expected_tensors_are_the_published_ones(name):
     """tests/checkpoints.py states names and shapes from the published files, full sizes included, with no code in common."""
-    from runtime.config import InternVLConfig
-
     assert expected_shapes(InternVLConfig.from_dict(CONFIGS[name]), tied=False) == dict(tensor_shapes(CONFIGS[name]))
 
 
@@ -92,6 +91,11 @@ def misshape(tensors):
 
 def retype(tensors):
     tensors["mlp1.1.weight"] = tensors["mlp1.1.weight"].to(torch.int8)
+
+
+def test_a_name_of_a_repository_is_no_kind():
+    raw = CONFIGS["tiny-qwen2"] | {"auto_map": {"AutoConfig": "me/my-video-hico--configuration_internvl_chat.InternVLChatConfig"}}
+    assert InternVLConfig.from_dict(raw).template == "Hermes-2"
 
 
 @pytest.mark.parametrize(

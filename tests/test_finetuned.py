@@ -26,6 +26,7 @@ INTERN_LM = "You are an AI assistant whose name is InternLM (书生·浦语)."
         ("InternVL-Chat-V1-5", "tiny-internlm2", INTERN_LM),
         ("Mini-InternVL-Chat-4B-V1-5", "tiny-phi3", "You are an AI assistant whose name is Phi-3."),
         ("InternVL2-26B", "tiny-internlm2", "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型"),
+        ("InternVL2-8B-finetune-V1-2", "tiny-internlm2", "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型"),
         ("InternVL2_5-1B", "tiny-resized", "你是书生·万象"),
     ],
 )

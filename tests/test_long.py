@@ -117,6 +117,19 @@ def test_a_conversation_that_grows_past_the_limit_says_what_the_reference_says(l
         assert ours.ask(question, images=images, max_new_tokens=6) == theirs.ask(question, images=images, max_new_tokens=6)
 
 
+def test_rows_of_a_batch_are_answered_as_alone_also_across_the_limit(long, model):
+    """On a CPU; OpenVINO's state turns all rows by the longest one, as the original does."""
+    if model.ov_device != "CPU":
+        pytest.skip("this is about pages of keys and values")
+    ids, mask = long["batch_input_ids"][:, -62:].clone(), long["batch_attention_mask"][:, -62:]  # crosses after two tokens
+    together = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, **OPTIONS)
+    for row in range(2):
+        alone = model.generate(input_ids=ids[row : row + 1, mask[row] == 1], max_new_tokens=8, **OPTIONS)
+        assert together.sequences[row].tolist() == alone.sequences[0].tolist()
+        for both, one in zip(together.logits, alone.logits, strict=True):
+            assert off(both[row], one[0]) < PARTS
+
+
 def test_a_prompt_that_is_too_long_is_told(long, model):
     limit = model.config.context_length
     assert limit == {"dynamic": 2 * LIMIT}.get(model.config._rope_kind, limit)

@@ -6,6 +6,7 @@ Prompt lookup decoding: the same greedy answers in fewer runs of the language pa
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from runtime.errors import OptionError
 from runtime.language import look_up
@@ -67,6 +68,49 @@ def test_a_conversation_goes_on_after_guesses(model):
         answer = guessing.ask(question, max_new_tokens=40, prompt_lookup_num_tokens=5)
         assert answer == plain.ask(question, max_new_tokens=40)
         assert guessing.statistics.new_tokens == plain.statistics.new_tokens
+
+
+def test_a_prompt_that_is_in_the_cache_already_is_answered_right(model):
+    """Only its last token is computed then; what is cut away after wrong guesses must be the guesses and nothing else."""
+    options = {"do_sample": False, "eos_token_id": 2}
+    for seed in range(8):
+        ids = torch.randint(20, 60, (1, 40), generator=torch.Generator().manual_seed(seed))  # few ids: guesses are often wrong
+        wanted = model.generate(input_ids=ids, max_new_tokens=24, **options)
+        for _ in range(2):
+            model.generate(input_ids=ids, max_new_tokens=1, **options)
+            assert (
+                model.generate(input_ids=ids, max_new_tokens=24, prompt_lookup_num_tokens=4, **options).tolist() == wanted.tolist()
+            )
+
+
+def test_prompts_without_keys_are_answered_right(model):
+    """Features that were computed outside, and rows with padding, are fed to a cache that was not told what they are."""
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 2}
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        features = model.extract_feature(torch.randn(1, 3, 56, 56, generator=generator))
+        ids = torch.cat([torch.full((1, 4), 5), torch.randint(20, 60, (1, 30), generator=generator)], dim=1)
+        given = {"input_ids": ids, "visual_features": features}
+        assert (
+            model.generate(**given, prompt_lookup_num_tokens=4, **options).tolist() == model.generate(**given, **options).tolist()
+        )
+        mask = torch.ones(1, 30, dtype=torch.int64)
+        mask[:, :3] = 0
+        given = {"input_ids": ids[:, 4:], "attention_mask": mask}
+        assert (
+            model.generate(**given, prompt_lookup_num_tokens=4, **options).tolist() == model.generate(**given, **options).tolist()
+        )
+
+
+def test_a_generation_config_may_ask_for_it(model, runs):
+    ids = torch.randint(20, 300, (1, 30), generator=torch.Generator().manual_seed(0))
+    config = GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0, prompt_lookup_num_tokens=4)
+    wanted = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, eos_token_id=2)
+    assert model.generate(input_ids=ids, generation_config=config).tolist() == wanted.tolist()
+    assert config.prompt_lookup_num_tokens == 4, "the caller's own is left alone"
+    config.num_beams = 2
+    with pytest.raises(OptionError, match="prompt_lookup_num_tokens is for one greedy answer"):
+        model.generate(input_ids=ids, generation_config=config)
 
 
 def test_guesses_stop_where_positions_begin_to_depend_on_the_length(converted):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from convert.checkpoint import Checkpoint
-from convert.reference.language import VisualExperts, language_config
+from convert.reference.language import Routing, VisualExperts, language_config
 from convert.reference.model import InternVLChatModel
 from runtime import kv_cache
 from runtime.config import InternVLConfig
@@ -37,13 +37,13 @@ def model(request, tiny, converted):
 def test_each_token_takes_its_own_expert():
     """The original lets both see all tokens and adds them up under the mask."""
     torch.manual_seed(0)
-    layer = VisualExperts(language_config(InternVLConfig.from_dict(CONFIGS["tiny-mono"])))
+    routing = Routing()
+    layer = VisualExperts(language_config(InternVLConfig.from_dict(CONFIGS["tiny-mono"])), routing)
     tokens, mask = torch.randn(2, 5, 64), torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1]])
-    layer.mask = None
     text, visual = layer(tokens), layer.visual(tokens)
-    layer.mask = mask
+    routing.mask = mask
     assert torch.allclose(layer(tokens), text * (1 - mask[..., None]) + visual * mask[..., None], atol=1e-6)
-    layer.mask = torch.zeros_like(mask)
+    routing.mask = torch.zeros_like(mask)
     assert torch.allclose(layer(tokens), text, atol=1e-6)
 
 

@@ -60,6 +60,9 @@ def test_tiles_are_those_of_the_processor(saved_today, tmp_path):
     folder = shutil.copytree(saved_today, tmp_path / "fewer")
     (folder / "preprocessor_config.json").write_text(json.dumps({"crop_to_patches": True, "max_patches": 4}))
     assert Checkpoint(folder).config.max_tiles == 4
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"max_patches": 6}}))  # as transformers 5 saves it
+    assert Checkpoint(folder).config.max_tiles == 6
 
 
 def test_the_default_configuration_of_transformers_is_read():

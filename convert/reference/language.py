@@ -9,6 +9,7 @@ src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -119,6 +120,12 @@ class DynamicRope(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
+class Routing(threading.local):
+    """Which tokens of a forward stand for pictures; every thread has a forward of its own."""
+
+    mask: torch.Tensor | None = None  # (B, T), 1 on context tokens; None where all tokens are text
+
+
 class VisualExperts(LlamaMLP):
     """A feed-forward layer with a second set of weights for context tokens.
 
@@ -126,15 +133,15 @@ class VisualExperts(LlamaMLP):
     every token of a prompt and a mask adds them up; here each token goes through its own, which is the same sum.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, routing: Routing):
         super().__init__(config)
         self.visual = LlamaMLP(config)
-        self.mask: torch.Tensor | None = None  # (B, T), 1 on context tokens; None where all tokens are text
+        self.routing = routing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask is None:
+        if self.routing.mask is None:
             return super().forward(x)
-        tokens, mask = x.reshape(-1, x.shape[-1]), self.mask.reshape(-1)
+        tokens, mask = x.reshape(-1, x.shape[-1]), self.routing.mask.reshape(-1)
         out = torch.zeros_like(tokens)
         for expert, here in ((super().forward, mask == 0), (self.visual, mask != 0)):
             own = here.nonzero().reshape(-1)
@@ -147,8 +154,9 @@ class LlamaWithVisualExperts(LlamaForCausalLM):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
+        self.routing = Routing()
         for layer in self.model.layers:
-            layer.mlp = VisualExperts(config)
+            layer.mlp = VisualExperts(config, self.routing)
 
     def forward(
         self,
@@ -162,8 +170,8 @@ class LlamaWithVisualExperts(LlamaForCausalLM):
     ) -> Any:
         """As the parent's."""
         length = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]  # type: ignore[union-attr]
-        for layer in self.model.layers:  # generate() hands a prompt's mask to every step
-            layer.mlp.mask = None if visual_token_mask is None or visual_token_mask.shape[1] != length else visual_token_mask
+        told = visual_token_mask is not None and visual_token_mask.shape[1] == length  # generate() hands a prompt's to every step
+        self.routing.mask = visual_token_mask if told else None
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options)
 
 
