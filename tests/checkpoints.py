@@ -390,27 +390,26 @@ def _transformers_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         if c["model_type"].startswith("qwen3"):
             yield layer + "self_attn.q_norm.weight", (head,)
             yield layer + "self_attn.k_norm.weight", (head,)
-        yield layer + "self_attn.o_proj.weight", (width, queries)
         if c["model_type"] == "qwen3_moe":
             yield layer + "mlp.gate.weight", (c["num_experts"], width)
             for expert in range(c["num_experts"]):
-                yield from _mlp_shapes(f"{layer}mlp.experts.{expert}.", width, c["moe_intermediate_size"])
+                own = f"{layer}mlp.experts.{expert}."
+                yield own + "gate_proj.weight", (c["moe_intermediate_size"], width)
+                yield own + "up_proj.weight", (c["moe_intermediate_size"], width)
+                yield own + "down_proj.weight", (width, c["moe_intermediate_size"])
         elif c["model_type"] == "phi3":
             yield layer + "mlp.gate_up_proj.weight", (2 * mlp, width)
-            yield layer + "mlp.down_proj.weight", (width, mlp)
         else:
-            yield from _mlp_shapes(layer + "mlp.", width, mlp)
+            yield layer + "mlp.gate_proj.weight", (mlp, width)
+            yield layer + "mlp.up_proj.weight", (mlp, width)
+        yield layer + "self_attn.o_proj.weight", (width, queries)
+        if c["model_type"] != "qwen3_moe":
+            yield layer + "mlp.down_proj.weight", (width, mlp)
         yield layer + "input_layernorm.weight", (width,)
         yield layer + "post_attention_layernorm.weight", (width,)
     yield "language_model.model.norm.weight", (width,)
     if not c.get("tie_word_embeddings"):
         yield "language_model.lm_head.weight", (vocab, width)
-
-
-def _mlp_shapes(prefix: str, width: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield prefix + "gate_proj.weight", (inner, width)
-    yield prefix + "up_proj.weight", (inner, width)
-    yield prefix + "down_proj.weight", (width, inner)
 
 
 def _internlm2_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
