@@ -29,7 +29,6 @@ REFUSED = (
     "trainable_token_indices",
     "alora_invocation_tokens",
 )
-
 KEEPS_WEIGHTS = ("gaussian", "eva")  # named ways to start that leave the model's own weights as they are; others change them
 
 
@@ -53,6 +52,8 @@ class Adapter:
             raise UnsupportedModelError(
                 f"{folder / CONFIG} asks for {', '.join(found)}, which cannot be merged here: merge it with PEFT"
             )
+        if not isinstance(settings.get("lora_alpha"), int | float):
+            raise CheckpointError(f"{folder / CONFIG} has no lora_alpha, a number: it is not the file that PEFT saved")
         self._alpha, self._root = float(settings["lora_alpha"]), 0.5 if settings.get("use_rslora") else 1.0
         try:
             tensors = load_file(folder / WEIGHTS)

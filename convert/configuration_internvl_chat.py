@@ -13,4 +13,5 @@ class InternVLChatConfig(PretrainedConfig):
     def __init__(self, vision_config=None, llm_config=None, **kwargs):
         super().__init__(**kwargs)
         self.vision_config = PretrainedConfig(**(vision_config or {}))
-        self.llm_config = PretrainedConfig(**(llm_config or {}))
+        # transformers checks the scaling of positions against keys that this plain class has not; the graph has it built in
+        self.llm_config = PretrainedConfig(**{key: value for key, value in (llm_config or {}).items() if key != "rope_scaling"})

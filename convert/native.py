@@ -17,6 +17,8 @@ NATIVE_TYPE = "internvl"
 TEMPLATE = "internvl2_5"  # of InternVL2.5, 3 and 3.5, the models that were published in this layout
 MAX_TILES = 12  # of GotOcr2ImageProcessor, where preprocessor_config.json does not say
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # of the vision part, as published
+
 RENAMES = [  # (transformers', published), tried in this order on the whole name
     (r"^model\.(?=vision_tower|multi_modal_projector|language_model)", ""),
     (r"^(?=lm_head\.)", "language_model."),
@@ -52,6 +54,9 @@ def published_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> dict[
     for key, wanted in (("use_mean_pooling", True), ("use_absolute_position_embeddings", True)):
         if vision.get(key, wanted) != wanted:
             raise UnsupportedModelError(f"config.json: vision_config.{key} is {vision[key]}; only {wanted} is supported")
+    absent = [key for key in SIZES if key not in vision]
+    if absent:
+        raise CheckpointError(f"config.json: vision_config lacks {', '.join(absent)}: it is not a complete InternVL configuration")
     side = _one(vision.get("image_size", 448))
     return {
         "architectures": ["InternVLChatModel"],
@@ -68,7 +73,7 @@ def published_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> dict[
         "torch_dtype": raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
         "use_thumbnail": True,
         "vision_config": {
-            **{key: vision[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+            **{key: vision[key] for key in SIZES},
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
             "image_size": side,

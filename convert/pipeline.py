@@ -45,14 +45,8 @@ from runtime.folder import (
 )
 from runtime.image import IMAGENET_MEAN, IMAGENET_STD
 
-LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16, W8A8: torch.float32}  # other formats start from the stored type, mapped
-BYTES_A_WEIGHT = {
-    "fp32": 4.0,
-    "fp16": 2.0,
-    W8A8: 1.02,
-    "int8": 1.02,
-    "int4": 0.70,
-}  # int4 with its int8 head and scales, rounded up
+LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16, W8A8: torch.float32}  # int8 and int4 start from the stored type, mapped
+BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, "int8": 1.02, "int4": 0.70}  # int4: with its int8 head and scales
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
 
@@ -113,9 +107,8 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
                     samples: Iterable[Any] = ()
                     if formats[part] == W8A8:
                         samples = calibration_tiles(pictures, checkpoint.config)
-                    if (
-                        part == "language" and options.calibrates_language
-                    ):  # it comes last: what it is calibrated on goes through the other two
+                    # the language part comes last: what it is calibrated on goes through the other two
+                    if part == "language" and options.calibrates_language:
                         saved_tokenizer.result()
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
                     summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples)

@@ -155,7 +155,7 @@ def chat_template(template: Template, *, bos: str | None) -> str:
             "{% for message in messages %}{% if message['role'] == 'user' %}",
             block(template.user, "message['content']"),
             "{% elif message['role'] == 'assistant' %}",
-            block(template.assistant, "message['content']"),
+            block(template.assistant + template.lead, "message['content']"),
             "{% endif %}{% endfor %}",
             f"{{% if add_generation_prompt %}}{{{{ {_quote(template.assistant)} }}}}{{% endif %}}",
         ]

@@ -171,7 +171,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     model.generation_config = GenerationConfig(max_new_tokens=GREEDY_TOKENS, do_sample=False, pad_token_id=0)
     options = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "streamer": _Ticks(bar)} | routing
     greedy = model.generate(**options)  # type: ignore[operator]
-    steps = model.get_input_embeddings()(greedy).float()  # (1, G, D)
+    steps = model.get_input_embeddings()(greedy)  # (1, G, D)
     del model
     language = LanguagePart(folder)
     rows.append(

@@ -424,7 +424,7 @@ class ChatModel(ABC):
         return [PictureTiles.of_tiles(tiles.float().cpu().numpy()) for tiles in pixel_values.split(counts)]
 
     def _answers(self, tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
-        return [whole_answer(tokenizer, row, self.conv_template.stop_token) for row in getattr(ids, "sequences", ids)]
+        return [whole_answer(tokenizer, row, self.conv_template) for row in getattr(ids, "sequences", ids)]
 
 
 def _check_question(question: str) -> None:

@@ -98,6 +98,14 @@ class InternVLConfig:
         return self._rope_kind == "dynamic"
 
     @property
+    def window(self) -> int | None:
+        """How many tokens some layers look back, where that is fewer than the model reads."""
+        if self.language_architecture not in ("Phi3ForCausalLM", "GptOssForCausalLM"):
+            return None  # Qwen's files name a window that is switched off
+        window = self.language.get("sliding_window")
+        return window if window and window < self.language["max_position_embeddings"] else None
+
+    @property
     def _rope(self) -> dict[str, Any]:
         return self.language.get("rope_scaling") or self.language.get("rope_parameters") or {}
 

@@ -116,13 +116,13 @@ class Conversation:
     def _pieces(
         self, turn: Exchange, generate: Callable[..., None], statistics: Statistics, progress: Progress | None
     ) -> Iterator[str]:
-        tokenizer, stop = self._tokenizer, self._model.conv_template.stop_token
+        tokenizer, template = self._tokenizer, self._model.conv_template
         if not self._busy.acquire(blocking=False):
             raise PromptError("this conversation is answering already: wait for it, cancel it, or start another one")
         try:
             self._cancelled.clear()
             self.statistics = statistics
-            told = stream_text(generate, tokenizer, stop, statistics, self._cancelled, self.cancel, progress, turn.tokens)
+            told = stream_text(generate, tokenizer, template, statistics, self._cancelled, self.cancel, progress, turn.tokens)
             with closing(told) as pieces:
                 for piece in pieces:
                     turn.answer += piece

@@ -32,8 +32,8 @@ class KVCache(ABC):
     Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None):
-        self._plain_length = plain_length
+    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None, window: int | None = None):
+        self._plain_length, self._window = plain_length, window
         self._request = compiled.create_infer_request()
         self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
         self._keys = np.zeros(0, np.int64)
@@ -172,8 +172,8 @@ class StatefulCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None):
-        super().__init__(compiled, plain_length)
+    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None, window: int | None = None):
+        super().__init__(compiled, plain_length, window)
         self._clear()
 
     def _clear(self) -> None:
@@ -189,7 +189,8 @@ class StatefulCache(KVCache):
         self._order = np.asarray(rows, np.int32)
 
     def _cut(self, length: int) -> int:
-        if self._slots > 2 * length:  # more dead slots than living ones are dearer than to start afresh
+        # More dead slots than living ones are dearer than to start afresh; a window counts slots, the dead ones too.
+        if self._slots > (length if self._window else 2 * length):
             self._clear()
             return 0
         standing = np.flatnonzero(self._mask[0, : self._slots])
@@ -251,8 +252,8 @@ class PagedCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None):
-        super().__init__(compiled, plain_length)
+    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None, window: int | None = None):
+        super().__init__(compiled, plain_length, window)
         ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
         self._shapes = {
             name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()

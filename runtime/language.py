@@ -49,12 +49,13 @@ class OVLanguageModel(GenerationMixin):
         embed: Callable,
         *,
         plain_length: int | None,
+        window: int | None,
         reuse: bool,
     ):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
         model = read_part(core, folder, "language", config["hidden_size"])
         self._compiled = compile_part(core, self._cache_kind.adapt(model), placement)
-        self._embed, self._plain_length = embed, plain_length
+        self._embed, self._cache_options = embed, {"plain_length": plain_length, "window": window}
         self._idle: list[KVCache] = []  # least recently used first
         self._lock = threading.Lock()
         self._most_idle = IDLE_CACHES if reuse else 0
@@ -67,7 +68,7 @@ class OVLanguageModel(GenerationMixin):
 
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""
-        return self._cache_kind(self._compiled, self._plain_length)
+        return self._cache_kind(self._compiled, **self._cache_options)
 
     @contextmanager
     def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:

@@ -88,6 +88,7 @@ class OVInternVLChatModel(ChatModel):
             self.config.language,
             self.embed_tokens,
             plain_length=self.config.plain_length,
+            window=self.config.window,
             reuse=reuse_kv,
         )
 

@@ -22,20 +22,35 @@ _SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书�
 _SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
 
+_SYSTEM_OSS = """You are InternVL, a large language model trained by Shanghai AI Laboratory.
+Knowledge cutoff: 2024-06
+Current date: 2025-08-06
+
+Reasoning: low
+
+# Valid channels: final. Channel must be included for every message."""
+
+
 @dataclass(frozen=True)
 class Template:
-    """What stands before each role's message, and the separator after every message."""
+    """What stands before each role's message, and the separator after every message.
+
+    `lead` is what the model itself writes before an answer: it stands in the history, and is not shown as part of the answer.
+    `stop` is the token that ends an answer where that is not the separator without its newline.
+    """
 
     system: str
     user: str
     assistant: str
     sep: str
     system_message: str
+    lead: str = ""
+    stop: str = ""
 
     @property
     def stop_token(self) -> str:
-        """The token that ends an answer: the separator without its newline."""
-        return self.sep.strip()
+        """The token that ends an answer."""
+        return self.stop or self.sep.strip()
 
 
 def _chatml(sep: str, system_message: str) -> Template:
@@ -47,6 +62,11 @@ TEMPLATES: dict[str, Template] = {
     "internlm2-chat": _chatml("<|im_end|>", _SYSTEM_2),
     "phi3-chat": Template("<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>", _SYSTEM_2),
     "internvl2_5": _chatml("<|im_end|>\n", _SYSTEM_2_5),
+    "internvl3_5_gpt_oss": Template(
+        *("<|start|>system<|message|>", "<|start|>user<|message|>", "<|start|>assistant", "<|end|>", _SYSTEM_OSS),
+        lead="<|channel|>final<|message|>",
+        stop="<|return|>",
+    ),
 }
 
 
@@ -88,7 +108,8 @@ def render(template: Template, system_message: str, history: Sequence[Turn], que
     parts = [template.system + system_message + template.sep]
     for asked, answered in history:
         parts.append(template.user + asked + template.sep)
-        parts.append(template.assistant + answered + template.sep if answered else template.assistant)
+        lead = "" if answered.startswith(template.lead) else template.lead  # upstream's histories have it
+        parts.append(template.assistant + lead + answered + template.sep if answered else template.assistant)
     return "".join([*parts, template.user + question + template.sep, template.assistant])
 
 

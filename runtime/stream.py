@@ -1,6 +1,6 @@
 """An answer while it is written: text pieces, what it took, and stopping it from another thread.
 
-Knows token ids and a tokenizer; knows nothing of prompts, pictures or devices. Plug another user interface in here.
+Knows token ids, a tokenizer and what ends an answer; knows nothing of pictures or devices. Plug another user interface in here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from runtime.prompt import Template
 
 WAKE_SECONDS = 0.2  # Windows lets Ctrl-C through only between waits
 Progress = Callable[[str, int, int], None]  # stage, done, total; stages are frames, tiles and prefill
@@ -62,11 +64,12 @@ class Statistics:
 class _TextOf:
     """A streamer of transformers' kind: token ids in, text without its outer white space out, cut where the answer stops."""
 
-    def __init__(self, tokenizer: Any, stop_token: str, emit: Callable[[str], None], statistics: Statistics, tokens: list[int]):
-        self._tokenizer, self._stop_token, self._emit, self._statistics = tokenizer, stop_token, emit, statistics
+    def __init__(self, tokenizer: Any, template: Template, emit: Callable[[str], None], statistics: Statistics, tokens: list[int]):
+        self._tokenizer, self._template, self._emit, self._statistics = tokenizer, template, emit, statistics
         self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop_ids = set(tokenizer.encode(stop_token, add_special_tokens=False)[:1])
+        self._stop_ids = set(tokenizer.encode(template.stop_token, add_special_tokens=False)[:1])
         self._tokens = tokens
+        self._leads = bool(template.lead)  # nothing is said until the lead is over
         self._text = self._waiting = ""  # white space waits for what follows it
 
     def put(self, ids: torch.Tensor) -> None:
@@ -82,7 +85,9 @@ class _TextOf:
                 self._statistics.finish_reason = "stop"
             else:
                 self._tokens.append(token)
-                self._say(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
+                if not self._leads:
+                    self._say(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
+                self._leads = self._leads and token != _lead_end(self._tokenizer, self._template)
 
     def _say(self, text: str) -> None:
         text = self._waiting + text if self._text else (self._waiting + text).lstrip()
@@ -94,14 +99,23 @@ class _TextOf:
 
     def end(self) -> None:
         """Say what an unfinished character still owes."""
-        whole = whole_answer(self._tokenizer, self._tokens, self._stop_token)
+        whole = whole_answer(self._tokenizer, self._tokens, self._template)
         if whole.startswith(self._text) and len(whole) > len(self._text):
             self._emit(whole[len(self._text) :])
 
 
-def whole_answer(tokenizer: PreTrainedTokenizerBase, ids: Any, stop_token: str) -> str:
-    """New token ids -> the answer: special tokens left out, cut at the stop token, without outer white space."""
-    return tokenizer.decode(ids, skip_special_tokens=True).split(stop_token)[0].strip()  # type: ignore[union-attr]
+def whole_answer(tokenizer: PreTrainedTokenizerBase, ids: Any, template: Template) -> str:
+    """New token ids -> the answer: lead and special tokens left out, cut at the stop token, without outer white space."""
+    if template.lead:
+        ids = list(ids)
+        end = _lead_end(tokenizer, template)
+        ids = ids[ids.index(end) + 1 :] if end in ids else ids
+    return tokenizer.decode(ids, skip_special_tokens=True).split(template.stop_token)[0].strip()  # type: ignore[union-attr]
+
+
+def _lead_end(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
+    """The token after which an answer begins."""
+    return tokenizer.encode(template.lead, add_special_tokens=False)[-1]
 
 
 class _Asked(StoppingCriteria):
@@ -117,7 +131,7 @@ class _Asked(StoppingCriteria):
 def stream_text(
     generate: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
-    stop_token: str,
+    template: Template,
     statistics: Statistics,
     cancelled: threading.Event,
     cancel: Callable[[], None],
@@ -130,7 +144,7 @@ def stream_text(
     raised here. `statistics` and `tokens`, the new token ids without the one that stops, are filled by the way.
     """
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    streamer = _TextOf(tokenizer, stop_token, pieces.put, statistics, tokens)
+    streamer = _TextOf(tokenizer, template, pieces.put, statistics, tokens)
     failed: list[BaseException] = []
 
     def check(stage: str, done: int, total: int) -> None:

@@ -181,6 +181,33 @@ QWEN3_30B_A3B = QWEN3_06B | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "vocab_size": 201097,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "attention_bias": True,
+}
 TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56}
 TINY_LANGUAGE = {
     "hidden_size": 64,
@@ -291,6 +318,7 @@ CONFIGS: dict[str, dict] = {
     "InternVL3_5-38B": _of_2_5(VIT_6B, _qwen(QWEN3_06B, 5120, 64, 64, 8, 25600)),
     "InternVL3_5-30B-A3B": _of_2_5(VIT_300M, QWEN3_30B_A3B),
     "InternVL3_5-241B-A28B": _of_2_5(VIT_6B, _qwen(QWEN3_30B_A3B, 4096, 94, 64, 4, 12288, moe_intermediate_size=1536)),
+    "InternVL3_5-GPT-OSS-20B-A4B-Preview": _config(VIT_300M, GPT_OSS_20B, "internvl3_5_gpt_oss"),
     # one tiny checkpoint a kind
     "tiny-qwen2": _config(VIT_300M | TINY_VISION, QWEN2_05B | TINY_LANGUAGE, "Hermes-2"),
     "tiny-internlm2": _config(VIT_300M | TINY_VISION, INTERNLM2_1_8B | TINY_LANGUAGE, "internlm2-chat"),
@@ -300,6 +328,15 @@ CONFIGS: dict[str, dict] = {
     "tiny-qwen3-moe": _of_2_5(
         VIT_300M | TINY_VISION,
         QWEN3_30B_A3B | TINY_LANGUAGE | {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "tiny-gpt-oss": _config(
+        VIT_300M | TINY_VISION,
+        GPT_OSS_20B
+        | TINY_LANGUAGE
+        | {"head_dim": 32, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+        # the first layer looks back 16 tokens, the second to the beginning
+        | {"sliding_window": 16, "rope_scaling": GPT_OSS_20B["rope_scaling"] | {"original_max_position_embeddings": 128}},
+        "internvl3_5_gpt_oss",
     ),
     "tiny-internlm3": _of_2_5(VIT_300M | TINY_VISION, LLAMA_YI | TINY_LANGUAGE | INTERNLM3),
     "tiny-mono": _config(VIT_300M | TINY_VISION | PATCHES_ONLY, INTERNLM2_1_8B | TINY_LANGUAGE | VISUAL_EXPERTS, "internlm2-chat"),
@@ -322,6 +359,9 @@ SPECIAL_TOKENS = [
     *["<pad>", "<s>", "</s>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"],
     *["<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"],
 ]
+
+
+CHANNEL_TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|return|>"]  # of GPT-OSS; last, so that no other token moves
 
 
 def tensor_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -373,7 +413,7 @@ def _projector_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _transformers_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Qwen2, Qwen3, Llama and Phi-3: the names of transformers' classes; of Qwen3-MoE each expert apart."""
+    """Qwen2, Qwen3, Llama, Phi-3 and GPT-OSS: the names of transformers' classes; of Qwen3-MoE each expert apart."""
     width, mlp, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     head = c.get("head_dim", width // c["num_attention_heads"])
     queries, keys = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
@@ -385,7 +425,7 @@ def _transformers_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         else:
             for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
                 yield layer + f"self_attn.{name}.weight", (rows, width)
-                if c["model_type"] == "qwen2":
+                if c["model_type"] in ("qwen2", "gpt_oss"):
                     yield layer + f"self_attn.{name}.bias", (rows,)
         if c["model_type"].startswith("qwen3"):
             yield layer + "self_attn.q_norm.weight", (head,)
@@ -397,13 +437,23 @@ def _transformers_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield own + "gate_proj.weight", (c["moe_intermediate_size"], width)
                 yield own + "up_proj.weight", (c["moe_intermediate_size"], width)
                 yield own + "down_proj.weight", (width, c["moe_intermediate_size"])
+        elif c["model_type"] == "gpt_oss":  # rows are inputs here, the gate's and the other's columns take turns
+            experts = c["num_local_experts"]
+            yield layer + "self_attn.sinks", (c["num_attention_heads"],)
+            yield layer + "self_attn.o_proj.bias", (width,)
+            yield layer + "mlp.router.weight", (experts, width)
+            yield layer + "mlp.router.bias", (experts,)
+            yield layer + "mlp.experts.gate_up_proj", (experts, width, 2 * mlp)
+            yield layer + "mlp.experts.gate_up_proj_bias", (experts, 2 * mlp)
+            yield layer + "mlp.experts.down_proj", (experts, mlp, width)
+            yield layer + "mlp.experts.down_proj_bias", (experts, width)
         elif c["model_type"] == "phi3":
             yield layer + "mlp.gate_up_proj.weight", (2 * mlp, width)
         else:
             yield layer + "mlp.gate_proj.weight", (mlp, width)
             yield layer + "mlp.up_proj.weight", (mlp, width)
         yield layer + "self_attn.o_proj.weight", (width, queries)
-        if c["model_type"] != "qwen3_moe":
+        if c["model_type"] not in ("qwen3_moe", "gpt_oss"):
             yield layer + "mlp.down_proj.weight", (width, mlp)
         yield layer + "input_layernorm.weight", (width,)
         yield layer + "post_attention_layernorm.weight", (width,)
@@ -456,8 +506,12 @@ class _RandomValues:
             return 0.1, 1.0
         if name.endswith((".ls1", ".ls2")):
             return 0.02, 0.2
-        if len(shape) == 1:
+        if name.endswith("sinks"):
+            return 1.0, 0.0
+        if len(shape) == 1 or name.endswith("_bias"):
             return 0.02, 0.0
+        if ".mlp.experts." in name:
+            return shape[1] ** -0.5, 0.0
         if "embed" in name and "patch" not in name:
             return 0.5, 0.0
         return math.prod(shape[1:]) ** -0.5, 0.0
@@ -505,13 +559,13 @@ def write_weights(folder: Path, config: dict, dtype: str, seed: int, shard_bytes
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: 19 special tokens and the 256 bytes."""
+    """A byte-level tokenizer without merges: 19 special tokens, the 256 bytes, and the tokens of GPT-OSS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet, *CHANNEL_TOKENS])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS + CHANNEL_TOKENS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>")
 
 

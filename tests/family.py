@@ -11,11 +11,12 @@ import math
 
 from tests.checkpoints import CONFIGS, tensor_shapes
 
-GOLDEN, LAYOUT = "the original's numbers", "names and shapes"
+GOLDEN, CLASS, LAYOUT = "the original's numbers", "transformers' class", "names and shapes"
 KINDS = {  # llm_config.architectures -> (name, what proves it)
     "Qwen2ForCausalLM": ("Qwen2", GOLDEN),
     "Qwen3ForCausalLM": ("Qwen3", GOLDEN),
     "Qwen3MoeForCausalLM": ("Qwen3-MoE", GOLDEN),
+    "GptOssForCausalLM": ("GPT-OSS", CLASS),
     "LlamaForCausalLM": ("Llama", GOLDEN),
     "Phi3ForCausalLM": ("Phi-3", GOLDEN),
     "InternLM2ForCausalLM": ("InternLM2", GOLDEN),

@@ -22,7 +22,7 @@ from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 NEW_TOKENS = 6
 
 
-@pytest.fixture(params=["tiny-qwen2", "tiny-internlm2", "tiny-phi3", "tiny-llama", "tiny-qwen3", "tiny-qwen3-moe"])
+@pytest.fixture(params=["tiny-qwen2", "tiny-internlm2", "tiny-phi3", "tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-gpt-oss"])
 def checkpoint(request, tiny) -> Checkpoint:
     return Checkpoint(tiny(request.param))
 

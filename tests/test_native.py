@@ -80,6 +80,7 @@ def test_the_default_configuration_of_transformers_is_read():
     [
         ({"vision_config": None}, CheckpointError, "has no vision_config"),
         ({"vision": {"use_mean_pooling": False}}, UnsupportedModelError, "use_mean_pooling is False; only True is supported"),
+        ({"vision": {"hidden_size": ...}}, CheckpointError, "vision_config lacks hidden_size"),
         ({"vision": {"image_size": [56, 112]}}, UnsupportedModelError, r"of \[56, 112\] pixels are not square"),
         ({"text": {"architectures": None, "model_type": "odd"}}, UnsupportedModelError, "text_config.model_type is 'odd'"),
     ],
@@ -88,6 +89,7 @@ def test_what_cannot_be_read_is_told(saved_today, tmp_path, changes, error, mess
     folder = shutil.copytree(saved_today, tmp_path / "other")
     raw = json.loads((folder / "config.json").read_text())
     raw["vision_config"] |= changes.pop("vision", {})
+    raw["vision_config"] = {key: value for key, value in raw["vision_config"].items() if value is not ...}
     raw["text_config"] |= changes.pop("text", {})
     (folder / "config.json").write_text(json.dumps(raw | changes))
     with pytest.raises(error, match=message):

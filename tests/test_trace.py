@@ -9,6 +9,7 @@ import openvino as ov
 import pytest
 
 from runtime.folder import PART_FILES
+from runtime.prompt import get_template
 
 KINDS = [
     "tiny-qwen2",
@@ -17,6 +18,7 @@ KINDS = [
     "tiny-llama",
     "tiny-qwen3",
     "tiny-qwen3-moe",
+    "tiny-gpt-oss",
     "tiny-chat-v1-2",
     "tiny-resized",
 ]
@@ -113,4 +115,5 @@ def test_folder_holds_what_its_users_need(folder):
     assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 1024
     tokenizer = ov.Core().read_model(folder / "openvino_tokenizer.xml")
     assert tokenizer.get_rt_info("openvino_tokenizers_version").astype(str)
-    assert "书生" in tokenizer.get_rt_info("chat_template").astype(str)
+    spoken = get_template(config["template"]).system_message.splitlines()[0]
+    assert spoken in tokenizer.get_rt_info("chat_template").astype(str)

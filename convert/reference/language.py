@@ -2,7 +2,7 @@
 
 The table LANGUAGE_MODELS says which kinds are supported and how their tensors are named. Knows nothing of pictures,
 but for Mono-InternVL, whose feed-forward layers have weights of their own for the tokens of pictures.
-InternLM2 is Llama after a rename and a split of its packed attention matrix: OpenGVLab/InternVL@2410d1d
+InternLM2 is Llama after a rename, with one matrix for queries, keys and values: OpenGVLab/InternVL@2410d1d
 internvl_chat/internvl/model/internlm2/modeling_internlm2.py, and huggingface/transformers@v5.5.4
 src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
 """
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-from einops import rearrange
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -34,11 +33,13 @@ CONFIG_KEYS = [
     *["max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"],
     *["bos_token_id", "eos_token_id", "pad_token_id"],
     *["moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"],
+    *["layer_types", "num_local_experts"],
 ]
 
 REQUIRED_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 
-INTERNLM2_NAMES = [  # (published, Llama's)
+INTERNLM2_NAMES = [  # (published, ours: Llama's but for the packed matrix)
+    (".attention.wqkv.", ".self_attn.q_proj.packed."),
     ("model.tok_embeddings.", "model.embed_tokens."),
     (".attention.wo.", ".self_attn.o_proj."),
     (".feed_forward.w1.", ".mlp.gate_proj."),
@@ -53,10 +54,8 @@ VISUAL_NAMES = [  # of Mono-InternVL
     (".feed_forward_ve.w2.", ".mlp.visual.down_proj."),
     (".feed_forward_ve.w3.", ".mlp.visual.up_proj."),
 ]
-EXPERTS = (
-    ".mlp.experts."  # published one by one, joined by transformers: gate_up_proj (E, 2I, D) gate rows first, down_proj (E, D, I)
-)
-PACKED, SPLIT = ".attention.wqkv.", (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
+# Joined by transformers: gate_up_proj (E, 2I, D) with the gate's rows first, down_proj (E, D, I).
+EXPERTS = ".mlp.experts."
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,12 @@ class LanguageModel:
     class_name: str
     settings: dict[str, Any] = field(default_factory=dict)
     names: list[tuple[str, str]] = field(default_factory=list)
-    packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
+    packed_attention: bool = False
     head: str = "lm_head.weight"
     visual_experts: bool = False
+    single_experts: bool = False  # published one by one, joined by transformers
+    required: tuple[str, ...] = ()  # keys of llm_config beside those that all have
+    attention: str = "sdpa"
 
 
 INTERNLM2: dict[str, Any] = {
@@ -81,7 +83,10 @@ INTERNLM2: dict[str, Any] = {
 LANGUAGE_MODELS = {
     "Qwen2ForCausalLM": LanguageModel("qwen2", "Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": LanguageModel("qwen3", "Qwen3ForCausalLM"),
-    "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM", single_experts=True),
+    "GptOssForCausalLM": LanguageModel(
+        "gpt_oss", "GptOssForCausalLM", required=("num_local_experts", "sliding_window"), attention="eager"
+    ),
     "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
     "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
     "InternLM3ForCausalLM": LanguageModel("llama", "LlamaForCausalLM", settings={"attention_bias": False, "mlp_bias": False}),
@@ -118,6 +123,40 @@ class DynamicRope(nn.Module):
         angles = (frequencies[None, :, None].expand(position_ids.shape[0], -1, 1) @ position_ids[:, None].float()).transpose(1, 2)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class PackedProjection(nn.Module):
+    """One matrix for queries, keys and values, in the place of the query projection.
+
+    Its rows go group by group: the query heads of a key/value group, its key head, its value head. It is not split when it is
+    loaded: the pieces would be copies in memory, the whole matrix is mapped from the checkpoint.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.groups = config.num_key_value_heads
+        self.queries = config.num_attention_heads // self.groups
+        self.head = config.hidden_size // config.num_attention_heads
+        self.packed = nn.Linear(config.hidden_size, self.groups * (self.queries + 2) * self.head, bias=False)
+        self.left = threading.local()  # keys and values of this forward, for the two modules that are called next
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> queries (B, T, heads * head size)."""
+        heads = self.packed(x).unflatten(-1, (self.groups, self.queries + 2, self.head))
+        queries, keys, values = heads.split([self.queries, 1, 1], dim=3)
+        self.left.keys, self.left.values = keys.flatten(2), values.flatten(2)
+        return queries.flatten(2)
+
+
+class Left(nn.Module):
+    """The keys or values that the packed projection left, (B, T, groups * head size)."""
+
+    def __init__(self, projection: PackedProjection, name: str):
+        super().__init__()
+        self.left, self.name = projection.left, name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return vars(self.left).pop(self.name)
 
 
 class Routing(threading.local):
@@ -182,7 +221,7 @@ def language_kind(config: InternVLConfig) -> LanguageModel:
         raise UnsupportedModelError(
             f"config.json: the language model {found} is not supported; supported are {', '.join(LANGUAGE_MODELS)}"
         )
-    missing = [key for key in REQUIRED_KEYS if key not in config.language]
+    missing = [key for key in (*REQUIRED_KEYS, *LANGUAGE_MODELS[found].required) if key not in config.language]
     if missing:
         raise CheckpointError(f"config.json: llm_config has no {', '.join(missing)}: it is not complete; fetch it again")
     return LANGUAGE_MODELS[found]
@@ -201,14 +240,12 @@ def language_config(config: InternVLConfig) -> PretrainedConfig:
     scaling = chosen.get("rope_scaling")
     if scaling and scaling.get("type", scaling.get("rope_type")) == "su":  # Phi-3's first name for it
         chosen["rope_scaling"] = {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}
-    if kind.model_type == "phi3":  # a window no shorter than the context is no window; transformers would still mask for it
-        window = config.language.get("sliding_window")
-        chosen["sliding_window"] = None if not window or window >= chosen["max_position_embeddings"] else window
+    chosen["sliding_window"] = config.window  # transformers would mask for one that is no shorter than the context
     try:
         built = getattr(transformers, kind.class_name).config_class(**chosen)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json: llm_config cannot be read as {config.language_architecture}: {error}") from None
-    built._attn_implementation = "sdpa"
+    built._attn_implementation = kind.attention
     return built
 
 
@@ -220,6 +257,11 @@ def build_language(config: InternVLConfig, *, tied: bool) -> PreTrainedModel:
     build: Any = LlamaWithVisualExperts if kind.visual_experts else getattr(transformers, kind.class_name)
     with torch.device("meta"):
         model = build(hf_config)
+        if kind.packed_attention:
+            for layer in model.model.layers:
+                projection = PackedProjection(hf_config)
+                layer.self_attn.q_proj = projection
+                layer.self_attn.k_proj, layer.self_attn.v_proj = Left(projection, "keys"), Left(projection, "values")
     # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
     rope: nn.Module = type(model.model.rotary_emb)(hf_config)
     model.model.rotary_emb = DynamicRope(rope) if rope.rope_type == "dynamic" else rope
@@ -234,37 +276,21 @@ def published_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
         if tied and name == "lm_head.weight":
             continue
         shape = tuple(tensor.shape)
-        if kind.packed_attention and SPLIT[0] in name:
-            rows = sum(build_rows(config))
-            shapes[PREFIX + name.replace(SPLIT[0], PACKED)] = (rows, *shape[1:])
-        elif EXPERTS in name:
+        if kind.single_experts and EXPERTS in name:
             matrices = ["gate_proj", "up_proj"] if name.endswith("gate_up_proj") else ["down_proj"]
             for expert, matrix in product(range(shape[0]), matrices):
                 own = f"{name.rpartition('.')[0]}.{expert}.{matrix}.weight"
                 shapes[PREFIX + own] = (shape[1] // len(matrices), shape[2])
-        elif not (kind.packed_attention and any(part in name for part in SPLIT)):
+        else:
             shapes[PREFIX + _rename(name, [(ours, theirs) for theirs, ours in kind.names])] = shape
     return shapes
 
 
-def build_rows(config: InternVLConfig) -> tuple[int, int, int]:
-    """Rows of the query, key and value matrices."""
-    c = language_config(config)
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return c.num_attention_heads * head, c.num_key_value_heads * head, c.num_key_value_heads * head
-
-
 def to_transformers(config: InternVLConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give published tensors the names (and, for packed attention, the split) of transformers' class."""
+    """Give published tensors the names (and join the experts) of the class that is built of them."""
     kind = language_kind(config)
-    state: dict[str, torch.Tensor] = {}
-    for published, tensor in _join_experts(tensors).items():
-        name = published.removeprefix(PREFIX)
-        if kind.packed_attention and PACKED in name:
-            state |= zip((name.replace(PACKED, part) for part in SPLIT), _split_packed(config, tensor), strict=True)
-        else:
-            state[_rename(name, kind.names)] = tensor
-    return state
+    joined = _join_experts(tensors) if kind.single_experts else tensors
+    return {_rename(published.removeprefix(PREFIX), kind.names): tensor for published, tensor in joined.items()}
 
 
 def _join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -289,13 +315,3 @@ def _rename(name: str, pairs: list[tuple[str, str]]) -> str:
         if old in name if old.startswith(".") else name.startswith(old):
             return name.replace(old, new, 1)
     return name
-
-
-def _split_packed(config: InternVLConfig, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """wqkv ((heads + 2 groups) * head, D) -> q, k, v; rows go group by group: its query heads, one key head, one value head."""
-    groups = config.language["num_key_value_heads"]
-    per_group = config.language["num_attention_heads"] // groups
-    heads = rearrange(packed, "(g slots d) w -> g slots d w", g=groups, slots=per_group + 2)
-    q, k, v = heads.split([per_group, 1, 1], dim=1)
-    q, k, v = (rearrange(t, "g slots d w -> (g slots d) w").contiguous() for t in (q, k, v))
-    return q, k, v

@@ -102,11 +102,20 @@ class _CastAtUse(nn.Linear):
         return torch.cat([F.linear(x, w.to(x.dtype), b) for w, b in rows], dim=-1)
 
 
+class _FloatRows(nn.Embedding):
+    """A table whose rows come out as float32 whatever type it is stored in."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
+
+
 def compute_in_float32(part: nn.Module) -> None:
     """Make a part loaded with `dtype` None compute in float32 over its mapped matrices: slower, but in little memory."""
     for module in part.modules():
         if type(module) is nn.Linear:
             module.__class__ = _CastAtUse
+        elif type(module) is nn.Embedding:
+            module.__class__ = _FloatRows
 
 
 class InternVLChatModel(nn.Module, ChatModel):

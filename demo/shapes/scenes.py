@@ -49,6 +49,9 @@ KINDS = {
 LATER = 5.3  # level from which these shares are others: rows and charts are learnt, what needs two looks is not
 LATER_KINDS = {"grid": 0.25, "row": 0.05, "chart": 0.04, "compare": 0.35, "motion": 0.3, "page": 0.2, "forms": 0.2}
 
+LAST = 5.77  # level from which clips and print, the last to be learnt, have these shares, and every clip holds two shapes
+LAST_KINDS = LATER_KINDS | {"text": 0.45, "small_text": 0.12, "compare": 0.15, "motion": 0.5, "page": 0.25, "forms": 0.15}
+
 STARTS = {
     "row": 0.1,
     "chart": 0.2,
@@ -537,7 +540,7 @@ class Maker:
         """A clip of three or four frames in which one of one or two shapes moves."""
         way, (_, (dx, dy)) = self.rng.choice(list(DIRECTIONS.items()))
         while True:
-            count = self.rng.randint(1, self.upto(1, 2))
+            count = self.rng.randint(2 if self.level >= LAST else 1, self.upto(1, 2))
             items = self.items(count, [0, 1])
             frames = self.rng.choice([3, 4])
             if len({(i.shape, i.colour) for i in items}) == count and in_split(repr((items, way, frames)), self.split):
@@ -635,7 +638,7 @@ def make_scene(
     """The scene number `index`; kind and language are drawn unless given."""
     rng = random.Random(f"{seed}/{split}/{index}")
     known = [name for name in KINDS if level >= STARTS.get(name, 0)]
-    shares = KINDS if level < LATER else KINDS | LATER_KINDS
+    shares = KINDS | (LAST_KINDS if level >= LAST else LATER_KINDS if level >= LATER else {})
     drawn = rng.choices(known, [shares[name] for name in known])[0]
     spoken = "zh" if rng.random() < 0.3 else "en"
     kind, language = kind or drawn, language or spoken
