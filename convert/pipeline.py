@@ -25,8 +25,9 @@ from convert import W8A8, ConvertOptions
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, compress
-from convert.reference.language import language_kind
+from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
+from convert.scratch import Scratch
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
 from convert.verify import Report, verify
@@ -138,12 +139,12 @@ def _convert_part(
     samples: Iterable[Any],
 ) -> dict[str, float]:
     """Load, trace, compress and save one part; return its bit widths."""
-    dtype = LOAD_TYPES.get(weight_format)
+    dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
-        "vision": lambda: trace_vision(load_vision(checkpoint, dtype)),
+        "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
-            load_language(checkpoint, dtype, head_only=True), quantised=weight_format in ("int8", "int4")
+            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty), quantised=weight_format in ("int8", "int4")
         ),
     }[part]()
     model = compress(model, weight_format, options, samples)
@@ -154,17 +155,22 @@ def _convert_part(
     del model
     forget_traces()
     gc.collect()
+    scratch.clear()
     return widths
 
 
 def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
-    """About what the folder will take on disk."""
-    sizes = dict.fromkeys(PARTS, 0.0)
+    """About what the folder will take on disk, and the copies of one part beside it."""
+    sizes, copies = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
     for name, shape in checkpoint.shapes.items():
         language = "text_embeddings" if "embed" in name else "language"
         part = language if name.startswith("language_model.") else "vision"
-        sizes[part] += torch.Size(shape).numel() * BYTES_A_WEIGHT[formats[part]]
-    return int(sum(sizes.values())) + TOKENIZER_BYTES
+        weights = torch.Size(shape).numel()
+        sizes[part] += weights * BYTES_A_WEIGHT[formats[part]]
+        cast = LOAD_TYPES.get(formats[part])
+        if part != "text_embeddings":
+            copies[part] += weights * (cast.itemsize if cast else 4 if EXPERTS in name else 2 if PACKED in name else 0)
+    return int(sum(sizes.values())) + max(copies.values()) + TOKENIZER_BYTES
 
 
 def _write_configuration(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path) -> None:

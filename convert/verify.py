@@ -21,6 +21,7 @@ from convert import W8A8
 from convert.checkpoint import Checkpoint
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.model import compute_in_float32, load_language, load_text_embeddings, load_vision
+from convert.scratch import Scratch
 from convert.tokenizer import context_id, probe_prompt
 from runtime.errors import DriftError
 from runtime.folder import PART_FILES
@@ -151,7 +152,8 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     text = F.embedding(ids, load_text_embeddings(checkpoint, None)).float()  # (1, T, D)
     rows = [_compare("text_embeddings", formats, text, Part(folder, "text_embeddings")(ids.numpy()))]
 
-    vision = load_vision(checkpoint, None)
+    scratch = Scratch(folder)
+    vision = load_vision(checkpoint, None, empty=scratch.empty)
     compute_in_float32(vision)
     features = vision(tile)  # (1, P, D)
     del vision
@@ -161,7 +163,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     embeds = text.clone()
     here = torch.eq(ids[0], context_id(tokenizer))
     embeds[:, here] = features[:, : int(here.sum())]
-    model = load_language(checkpoint, None)
+    model = load_language(checkpoint, None, empty=scratch.empty)
     compute_in_float32(model)
     visual = here.long()[None]
     routing = {VISUAL_MASK: visual} if isinstance(model, LlamaWithVisualExperts) else {}

@@ -100,7 +100,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise ModelFolderError(
-            f"the disk of {folder} has {free / 1e9:.2f} GB free, the model folder needs about {needed / 1e9:.2f} GB: "
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB are needed: "
             "free some space or choose another output folder"
         )
 

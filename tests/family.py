@@ -1,6 +1,7 @@
 """The models of the family as a table: what they are made of, how far they are proven, how large they are in int4.
 
-Sizes follow from the published shapes (tests/checkpoints.py) and from what int4 means in convert/compress.py.
+Sizes follow from the published shapes (tests/checkpoints.py) and from what int4 means in convert/compress.py, memory from the sizes
+and from what was measured on those that were run (BENCHMARKS.md).
 
     python -m tests.family        # the table of README.md
 """
@@ -24,6 +25,8 @@ KINDS = {  # llm_config.architectures -> (name, what proves it)
     "InternLM3ForCausalLM": ("InternLM3", LAYOUT),
 }
 CONVERTED = ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL2-8B")  # at full size, with random weights
+CONVERTING, RUNNING = 1.2e9, 1.6e9  # bytes beside the largest compressed part, and beside vision and language part
+EXPERT_BYTES = 3.2  # of memory a weight, while joined experts are traced
 GROUP, SCALE_INT4, SCALE_INT8 = 128, 2.5, 3  # weights that share a scale and zero point, and the bytes of these
 
 
@@ -44,9 +47,17 @@ def int4_bytes(config: dict) -> dict[str, float]:
     return sizes
 
 
+def memory(config: dict) -> tuple[float, float]:
+    """Anonymous bytes to convert to int4, and to answer about a picture."""
+    sizes = int4_bytes(config)
+    experts = sum(math.prod(shape) for name, shape in tensor_shapes(config) if ".mlp.experts." in name)
+    return max(sizes.values()) + EXPERT_BYTES * experts + CONVERTING, sizes["vision"] + sizes["language"] + RUNNING
+
+
 def rows() -> list[str]:
     """The table, a line a model."""
-    lines = ["| model | vision | language model | parameters | int4 folder | proven by |", "| --- | --- | --- | --- | --- | --- |"]
+    heads = ["model", "vision", "language model", "parameters", "int4 folder", "memory to convert", "to run", "proven by"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, config in CONFIGS.items():
         if name.startswith("tiny-"):
             continue
@@ -55,9 +66,9 @@ def rows() -> list[str]:
         eyes = "patches only" if vision["model_type"] == "intern_vit_patch" else "6B" if vision["qk_normalization"] else "300M"
         count = sum(math.prod(shape) for _, shape in tensor_shapes(config))
         proof += ", full size" if name in CONVERTED else ""
-        lines.append(
-            f"| {name} | {eyes} | {kind} | {count / 1e9:.1f} B | {sum(int4_bytes(config).values()) / 1e9:.1f} GB | {proof} |"
-        )
+        sizes = [sum(int4_bytes(config).values()), *memory(config)]
+        cells = [name, eyes, kind, f"{count / 1e9:.1f} B", *(f"{size / 1e9:.1f} GB" for size in sizes), proof]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

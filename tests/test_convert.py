@@ -178,7 +178,7 @@ def test_force_does_not_delete_what_is_no_model_folder(capsys, tiny, tmp_path):
 
 def test_too_little_disk_is_told_before_any_work(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1_000_000))
-    assert_one_clear_line(capsys, "has 0.00 GB free, the model folder needs about 0.04 GB", tiny("tiny-qwen2"), tmp_path / "out")
+    assert_one_clear_line(capsys, "has 0.00 GB free, about 0.04 GB are needed", tiny("tiny-qwen2"), tmp_path / "out")
 
 
 def test_a_write_that_fails_midway_is_told(tiny, tmp_path):

@@ -5,7 +5,9 @@ counts right, and the shipped checkpoint answers.
 """
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -335,6 +337,22 @@ def test_an_interrupted_run_ends_with_the_same_weights(trained):
     model = InternVLChatModel.from_checkpoint(checkpoint)
     stored = parts["average"]["vision.vision_model.embeddings.patch_embedding.weight"].bfloat16().float()
     assert torch.equal(model.vision.vision_model.embeddings.patch_embedding.weight, stored)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no process groups to signal")
+def test_a_signal_to_the_whole_group_saves_what_was_learnt(tmp_path):
+    """The workers that draw scenes must not die of it."""
+    command = [sys.executable, "-m", "demo.shapes", "train", str(tmp_path / "run"), str(tmp_path / "out"), "--batch", "8"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, cwd=Path(__file__).parents[1])
+    told = b""
+    while b"loss=" not in told:
+        more = running.stderr.read1(1 << 16)
+        assert more, told.decode()[-2000:]
+        told += more
+    os.killpg(running.pid, signal.SIGTERM)
+    _, rest = running.communicate(timeout=120)
+    assert running.returncode == 0, rest.decode()[-2000:]
+    assert torch.load(tmp_path / "run" / "state.pt")["step"] > 0
 
 
 def test_training_lowers_the_loss_on_what_it_saw(trained):

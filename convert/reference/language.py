@@ -2,7 +2,7 @@
 
 The table LANGUAGE_MODELS says which kinds are supported and how their tensors are named. Knows nothing of pictures,
 but for Mono-InternVL, whose feed-forward layers have weights of their own for the tokens of pictures.
-InternLM2 is Llama after a rename, with one matrix for queries, keys and values: OpenGVLab/InternVL@2410d1d
+InternLM2 is Llama after a rename and a split of its packed attention matrix: OpenGVLab/InternVL@2410d1d
 internvl_chat/internvl/model/internlm2/modeling_internlm2.py, and huggingface/transformers@v5.5.4
 src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
 """
@@ -10,12 +10,14 @@ src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import torch
 import transformers
+from einops import rearrange
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -25,6 +27,7 @@ from runtime.config import InternVLConfig
 from runtime.errors import CheckpointError, UnsupportedModelError
 
 PREFIX = "language_model."
+Empty = Callable[..., torch.Tensor]  # torch.empty's kind
 
 # Architecture keys only: the published sections are full dumps with generation defaults and an attention implementation in them.
 CONFIG_KEYS = [
@@ -38,8 +41,7 @@ CONFIG_KEYS = [
 
 REQUIRED_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 
-INTERNLM2_NAMES = [  # (published, ours: Llama's but for the packed matrix)
-    (".attention.wqkv.", ".self_attn.q_proj.packed."),
+INTERNLM2_NAMES = [  # (published, Llama's)
     ("model.tok_embeddings.", "model.embed_tokens."),
     (".attention.wo.", ".self_attn.o_proj."),
     (".feed_forward.w1.", ".mlp.gate_proj."),
@@ -56,6 +58,7 @@ VISUAL_NAMES = [  # of Mono-InternVL
 ]
 # Joined by transformers: gate_up_proj (E, 2I, D) with the gate's rows first, down_proj (E, D, I).
 EXPERTS = ".mlp.experts."
+PACKED, SPLIT = ".attention.wqkv.", (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class LanguageModel:
     class_name: str
     settings: dict[str, Any] = field(default_factory=dict)
     names: list[tuple[str, str]] = field(default_factory=list)
-    packed_attention: bool = False
+    packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
     head: str = "lm_head.weight"
     visual_experts: bool = False
     single_experts: bool = False  # published one by one, joined by transformers
@@ -123,40 +126,6 @@ class DynamicRope(nn.Module):
         angles = (frequencies[None, :, None].expand(position_ids.shape[0], -1, 1) @ position_ids[:, None].float()).transpose(1, 2)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-class PackedProjection(nn.Module):
-    """One matrix for queries, keys and values, in the place of the query projection.
-
-    Its rows go group by group: the query heads of a key/value group, its key head, its value head. It is not split when it is
-    loaded: the pieces would be copies in memory, the whole matrix is mapped from the checkpoint.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__()
-        self.groups = config.num_key_value_heads
-        self.queries = config.num_attention_heads // self.groups
-        self.head = config.hidden_size // config.num_attention_heads
-        self.packed = nn.Linear(config.hidden_size, self.groups * (self.queries + 2) * self.head, bias=False)
-        self.left = threading.local()  # keys and values of this forward, for the two modules that are called next
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> queries (B, T, heads * head size)."""
-        heads = self.packed(x).unflatten(-1, (self.groups, self.queries + 2, self.head))
-        queries, keys, values = heads.split([self.queries, 1, 1], dim=3)
-        self.left.keys, self.left.values = keys.flatten(2), values.flatten(2)
-        return queries.flatten(2)
-
-
-class Left(nn.Module):
-    """The keys or values that the packed projection left, (B, T, groups * head size)."""
-
-    def __init__(self, projection: PackedProjection, name: str):
-        super().__init__()
-        self.left, self.name = projection.left, name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return vars(self.left).pop(self.name)
 
 
 class Routing(threading.local):
@@ -257,11 +226,6 @@ def build_language(config: InternVLConfig, *, tied: bool) -> PreTrainedModel:
     build: Any = LlamaWithVisualExperts if kind.visual_experts else getattr(transformers, kind.class_name)
     with torch.device("meta"):
         model = build(hf_config)
-        if kind.packed_attention:
-            for layer in model.model.layers:
-                projection = PackedProjection(hf_config)
-                layer.self_attn.q_proj = projection
-                layer.self_attn.k_proj, layer.self_attn.v_proj = Left(projection, "keys"), Left(projection, "values")
     # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
     rope: nn.Module = type(model.model.rotary_emb)(hf_config)
     model.model.rotary_emb = DynamicRope(rope) if rope.rope_type == "dynamic" else rope
@@ -276,24 +240,46 @@ def published_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
         if tied and name == "lm_head.weight":
             continue
         shape = tuple(tensor.shape)
-        if kind.single_experts and EXPERTS in name:
+        if kind.packed_attention and SPLIT[0] in name:
+            rows = sum(build_rows(config))
+            shapes[PREFIX + name.replace(SPLIT[0], PACKED)] = (rows, *shape[1:])
+        elif kind.single_experts and EXPERTS in name:
             matrices = ["gate_proj", "up_proj"] if name.endswith("gate_up_proj") else ["down_proj"]
             for expert, matrix in product(range(shape[0]), matrices):
                 own = f"{name.rpartition('.')[0]}.{expert}.{matrix}.weight"
                 shapes[PREFIX + own] = (shape[1] // len(matrices), shape[2])
-        else:
+        elif not (kind.packed_attention and any(part in name for part in SPLIT)):
             shapes[PREFIX + _rename(name, [(ours, theirs) for theirs, ours in kind.names])] = shape
     return shapes
 
 
-def to_transformers(config: InternVLConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give published tensors the names (and join the experts) of the class that is built of them."""
+def build_rows(config: InternVLConfig) -> tuple[int, int, int]:
+    """Rows of the query, key and value matrices."""
+    c = language_config(config)
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return c.num_attention_heads * head, c.num_key_value_heads * head, c.num_key_value_heads * head
+
+
+def to_transformers(
+    config: InternVLConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None, empty: Empty = torch.empty
+) -> dict[str, torch.Tensor]:
+    """Give published tensors the names (and, for packed attention, the split) of transformers' class.
+
+    What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None.
+    """
     kind = language_kind(config)
-    joined = _join_experts(tensors) if kind.single_experts else tensors
-    return {_rename(published.removeprefix(PREFIX), kind.names): tensor for published, tensor in joined.items()}
+    state: dict[str, torch.Tensor] = {}
+    joined = _join_experts(tensors, dtype or torch.float32, empty) if kind.single_experts else tensors
+    for published, tensor in joined.items():
+        name = published.removeprefix(PREFIX)
+        if kind.packed_attention and PACKED in name:
+            state |= zip((name.replace(PACKED, part) for part in SPLIT), _split_packed(config, tensor, empty), strict=True)
+        else:
+            state[_rename(name, kind.names)] = tensor
+    return state
 
 
-def _join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _join_experts(tensors: dict[str, torch.Tensor], dtype: torch.dtype, empty: Empty) -> dict[str, torch.Tensor]:
     """The matrices of single experts as transformers' joined ones; whatever else there is stays as it is."""
     joined = {name: tensor for name, tensor in tensors.items() if EXPERTS not in name}
     experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
@@ -304,9 +290,12 @@ def _join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             experts.setdefault(layer + EXPERTS, {})[int(number), matrix] = tensor
     for layer, own in experts.items():
         count = 1 + max(number for number, _ in own)
-        gates_and_ups = [torch.cat([own[e, "gate_proj"], own[e, "up_proj"]]) for e in range(count)]
-        joined[f"{layer}gate_up_proj"] = torch.stack(gates_and_ups)
-        joined[f"{layer}down_proj"] = torch.stack([own[e, "down_proj"] for e in range(count)])
+        inner, width = own[0, "gate_proj"].shape
+        gates_and_ups, downs = empty((count, 2 * inner, width), dtype=dtype), empty((count, width, inner), dtype=dtype)
+        for e in range(count):
+            gates_and_ups[e, :inner], gates_and_ups[e, inner:] = own[e, "gate_proj"], own[e, "up_proj"]
+            downs[e] = own[e, "down_proj"]
+        joined |= {f"{layer}gate_up_proj": gates_and_ups, f"{layer}down_proj": downs}
     return joined
 
 
@@ -315,3 +304,16 @@ def _rename(name: str, pairs: list[tuple[str, str]]) -> str:
         if old in name if old.startswith(".") else name.startswith(old):
             return name.replace(old, new, 1)
     return name
+
+
+def _split_packed(config: InternVLConfig, packed: torch.Tensor, empty: Empty) -> list[torch.Tensor]:
+    """wqkv ((heads + 2 groups) * head, D) -> q, k, v; rows go group by group: its query heads, one key head, one value head."""
+    groups = config.language["num_key_value_heads"]
+    per_group = config.language["num_attention_heads"] // groups
+    heads = rearrange(packed, "(g slots d) w -> g slots d w", g=groups, slots=per_group + 2)
+    matrices = []
+    for part in heads.split([per_group, 1, 1], dim=1):
+        matrix = empty((part.shape[:3].numel(), part.shape[3]), dtype=packed.dtype)
+        matrix.view(part.shape).copy_(part)
+        matrices.append(matrix)
+    return matrices

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convert.checkpoint import Checkpoint, Shapes
 from convert.reference.language import (
     PREFIX,
+    Empty,
     LlamaWithVisualExperts,
     build_language,
     language_kind,
@@ -44,17 +45,22 @@ def expected_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
     return vision | published_shapes(config, tied=tied)
 
 
-def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> VisionPart:
-    """Load the vision part. `dtype` None keeps the matrices as they are stored, mapped from the file."""
+def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty) -> VisionPart:
+    """Load the vision part. `dtype` None keeps the matrices as they are stored, mapped from the file.
+
+    What has to be copied goes into tensors that `empty` gives.
+    """
     with torch.device("meta"):
         part = VisionPart(checkpoint.config)
-    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict()), dtype, part), assign=True)
+    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict()), dtype, part, empty), assign=True)
     part.vision_model.embeddings.fit_position_table()
     return part.requires_grad_(False).eval()
 
 
-def load_language(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, head_only: bool = False) -> PreTrainedModel:
-    """Load the language part. `dtype` as in `load_vision`.
+def load_language(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, head_only: bool = False, empty: Empty = torch.empty
+) -> PreTrainedModel:
+    """Load the language part. `dtype` and `empty` as in `load_vision`.
 
     `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
     takes embeddings, so the table would only take memory.
@@ -64,7 +70,7 @@ def load_language(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.floa
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
     mapped = checkpoint.tensors(name for name in names if tied or not head_only or name != table)
-    state = _cast(to_transformers(checkpoint.config, mapped), dtype, model)
+    state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty), dtype, model, empty)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     elif head_only:
@@ -86,11 +92,16 @@ def text_table_name(checkpoint: Checkpoint) -> str:
     return PREFIX + next((theirs for theirs, ours in kind.names if "embed_tokens" in ours), "model.embed_tokens.") + "weight"
 
 
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, part: nn.Module) -> dict[str, Tensor]:
-    """Cast to `dtype`. None leaves matrices of linear layers and tables as they are stored, and casts the rest to float32: it is
-    small, and a 16-bit norm would lose digits. (Joined experts are not small: they take four bytes a weight.)"""
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, part: nn.Module, empty: Empty) -> dict[str, Tensor]:
+    """Cast to `dtype`. None leaves matrices of linear layers and tables as they are stored, and casts the rest to float32: a 16-bit
+    norm would lose digits, and joined experts cannot be traced in 16 bits."""
     kept = {f"{name}.weight" for name, module in part.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
-    return {name: tensor.to(dtype or (tensor.dtype if name in kept else torch.float32)) for name, tensor in tensors.items()}
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        wanted = dtype or (tensor.dtype if name in kept else torch.float32)
+        return tensor if tensor.dtype == wanted else empty(tensor.shape, dtype=wanted).copy_(tensor)
+
+    return {name: cast(name, tensor) for name, tensor in tensors.items()}
 
 
 class _CastAtUse(nn.Linear):

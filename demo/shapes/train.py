@@ -72,7 +72,7 @@ PRESETS = {"cpu": Sizes(), "gpu": Sizes(256, 512, 5, 8, 256, 512, 4, 8, 2)}  # g
 class TrainOptions:
     """One training run."""
 
-    samples: int = 512_000  # scenes, with several questions each
+    samples: int = 480_000  # scenes, with several questions each
     seed: int = 1
     preset: str = "cpu"
     batch: int = 32  # scenes a step
@@ -531,6 +531,11 @@ def open_run(folder: Path) -> Run:
     return run
 
 
+def _stay(_: int) -> None:
+    """A signal to the whole group, as service managers send it, is for the process that saves; its workers end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def train(
     folder: Path, output: Path | None, options: TrainOptions, *, device: str = "cpu", minutes: float = 1e9, looks_every: int = 200
 ) -> Run:
@@ -540,7 +545,14 @@ def train(
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     steps = Steps(options, run.encoder, run.tokenizer.pad_token_id)
-    loader = DataLoader(steps, batch_size=None, sampler=range(run.step, options.steps), num_workers=_workers(), prefetch_factor=4)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(run.step, options.steps),
+        num_workers=_workers(),
+        prefetch_factor=4,
+        worker_init_fn=_stay,
+    )
     started = time.monotonic()
     bar = tqdm(loader, initial=run.step, total=options.steps, unit="step", mininterval=5, file=sys.stderr)
     with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
