@@ -109,7 +109,8 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
             dataset=dataset,
         )
     except nncf.InvalidGroupSizeError as error:
-        raise OptionError(_group_size_advice(str(error), options.group_size)) from None
+        sizes = [int(size) for size in re.findall(r"channel size: (\d+)", str(error))]
+        raise OptionError(_group_size_advice(sizes, options.group_size)) from None
 
 
 def _quantise(model: ov.Model, samples: list[Any]) -> ov.Model:
@@ -190,9 +191,15 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
     return found["rows"], found["rows/scale"], found.get("rows/zero_point")
 
 
-def _group_size_advice(message: str, group_size: int) -> str:
-    """NNCF lists the layers with their channel sizes; name the first and the largest group size that fits all."""
-    sizes = [int(size) for size in re.findall(r"channel size: (\d+)", message)]
+def check_group_size(widths: Iterable[int], group_size: int) -> None:
+    """Raise OptionError when groups do not fill the rows of a matrix, which NNCF says only after a part was traced."""
+    sizes = [width for width in widths if group_size > 0 and width % group_size]
+    if sizes:
+        raise OptionError(_group_size_advice(sizes, group_size))
+
+
+def _group_size_advice(sizes: list[int], group_size: int) -> str:
+    """Names the first row that does not fit, and the largest group size that fits all of them."""
     fitting = next((g for g in (128, 64, 32, 16) if g < group_size and sizes and all(size % g == 0 for size in sizes)), None)
     what = f"a layer {sizes[0]} wide" if sizes else "a layer"
     first = f"--group-size {fitting} or " if fitting else ""

@@ -15,6 +15,7 @@ from runtime.errors import CheckpointError, UnsupportedModelError
 
 NATIVE_TYPE = "internvl"
 TEMPLATE = "internvl2_5"  # of InternVL2.5, 3 and 3.5, the models that were published in this layout
+TEMPLATES = {"gpt_oss": "internvl3_5_gpt_oss"}  # by language model, where it is another
 MAX_TILES = 12  # of GotOcr2ImageProcessor, where preprocessor_config.json does not say
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # of the vision part, as published
@@ -69,7 +70,7 @@ def published_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> dict[
         "min_dynamic_patch": preprocessor.get("min_patches", 1),
         "ps_version": "v2",
         "select_layer": raw.get("vision_feature_layer", -1),
-        "template": TEMPLATE,
+        "template": TEMPLATES.get(str(text.get("model_type")), TEMPLATE),
         "torch_dtype": raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
         "use_thumbnail": True,
         "vision_config": {

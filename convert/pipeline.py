@@ -5,7 +5,6 @@ Says what it does, one line a step; the work is in the files it names.
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import time
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from convert import W8A8, ConvertOptions
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures
 from convert.checkpoint import Checkpoint, resolve
-from convert.compress import bit_widths, compress
+from convert.compress import bit_widths, check_group_size, compress
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
 from convert.scratch import Scratch
@@ -96,6 +95,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
+    check_group_size(_row_widths(checkpoint, formats), options.group_size)
     check_space(final, _expected_bytes(checkpoint, formats))
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
@@ -154,8 +154,18 @@ def _convert_part(
     widths = bit_widths(model)
     del model
     forget_traces()
-    gc.collect()
     scratch.clear()
+    return widths
+
+
+def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
+    """How many weights a row has, of every matrix that is to be int4; GPT-OSS keeps its experts turned."""
+    widths = []
+    for name, shape in checkpoint.shapes.items():
+        part = "language" if name.startswith("language_model.") else "vision"
+        vocabulary = "embed" in name or "lm_head" in name or name.endswith("output.weight")
+        if formats[part] == "int4" and not vocabulary and len(shape) > 1 and not name.endswith("_bias"):
+            widths.append(shape[1] if len(shape) == 3 else shape[-1])
     return widths
 
 
@@ -167,9 +177,11 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
         part = language if name.startswith("language_model.") else "vision"
         weights = torch.Size(shape).numel()
         sizes[part] += weights * BYTES_A_WEIGHT[formats[part]]
-        cast = LOAD_TYPES.get(formats[part])
-        if part != "text_embeddings":
-            copies[part] += weights * (cast.itemsize if cast else 4 if EXPERTS in name else 2 if PACKED in name else 0)
+        if part == "text_embeddings":
+            continue
+        stored, cast = 4 if checkpoint.dtypes[name] == "F32" else 2, LOAD_TYPES.get(formats[part])
+        wanted = cast.itemsize if cast else 4 if EXPERTS in name else stored
+        copies[part] += weights * ((wanted if wanted != stored or EXPERTS in name else 0) + (stored if PACKED in name else 0))
     return int(sum(sizes.values())) + max(copies.values()) + TOKENIZER_BYTES
 
 

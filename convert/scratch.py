@@ -5,6 +5,7 @@ The system writes their pages out when memory gets short and reads them back whe
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
@@ -16,6 +17,7 @@ import torch
 LEAST = 1 << 20  # bytes; smaller tensors stay in memory
 ZEROS = bytes(1 << 24)
 PREFIX = "scratch-"
+DELETES_MAPPED = os.name != "nt"  # Windows does not
 
 
 class Scratch:
@@ -37,12 +39,13 @@ class Scratch:
         except BaseException:
             os.unlink(name)
             raise
-        if os.name != "nt":  # Windows deletes no file that is mapped
+        if DELETES_MAPPED:
             os.unlink(name)
         return tensor.view(*shape)
 
     def clear(self) -> None:
         """Delete what is left of the files, once no tensor is."""
+        gc.collect()
         for file in self._folder.glob(f"{PREFIX}*"):
             file.unlink()
 

@@ -157,6 +157,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     compute_in_float32(vision)
     features = vision(tile)  # (1, P, D)
     del vision
+    scratch.clear()
     rows.append(_compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
     bar.update()
 
@@ -175,6 +176,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     greedy = model.generate(**options)  # type: ignore[operator]
     steps = model.get_input_embeddings()(greedy)  # (1, G, D)
     del model
+    scratch.clear()
     language = LanguagePart(folder)
     rows.append(
         _compare(

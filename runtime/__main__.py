@@ -1,4 +1,4 @@
-"""python -m runtime {chat,benchmark,info} FOLDER: ask a model folder, measure it, or look what it holds."""
+"""python -m runtime {chat,benchmark,serve,info} FOLDER: ask a model folder, measure it, serve it, or look what it holds."""
 
 from __future__ import annotations
 
@@ -67,6 +67,29 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of each answer (default: %(default)s)")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
     bench.add_argument("--warm-up", type=int, default=1, metavar="N", help="runs before them (default: %(default)s)")
+
+    serve = commands.add_parser("serve", parents=[placed], help="an OpenAI-compatible server over the folder")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    serve.add_argument("--port", type=int, default=23333, help="(default: %(default)s)")
+    serve.add_argument("--api-key", metavar="KEY", help="clients must send it (default: $INTERNVL_API_KEY, else none is asked for)")
+    serve.add_argument("--model-name", metavar="NAME", help="under which clients ask for it (default: the folder's name)")
+    serve.add_argument(
+        "--engine",
+        choices=("genai", "native"),
+        default="genai",
+        help="genai: many requests at once; native: one after the other (default: %(default)s)",
+    )
+    allowed = serve.add_argument_group("what it takes")
+    allowed.add_argument("--cache-size", type=int, default=2, metavar="GB", help="KV cache of all requests (default: %(default)s)")
+    allowed.add_argument(
+        "--max-requests", type=int, default=64, metavar="N", help="at once, waiting ones too (default: %(default)s)"
+    )
+    allowed.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of one answer (default: %(default)g)")
+    allowed.add_argument("--max-body", type=int, default=64, metavar="MB", help="of one request (default: %(default)s)")
+    allowed.add_argument(
+        "--allowed-media-domains", metavar="HOSTS", default="", help="fetch pictures from these, comma between (default: none)"
+    )
+    allowed.add_argument("--allowed-local-media-path", metavar="FOLDER", type=Path, help="read media there (default: nowhere)")
 
     info = commands.add_parser("info", help="what a model folder holds")
     info.add_argument("folder", metavar="FOLDER", type=Path, help="model folder")
@@ -220,6 +243,15 @@ def benchmark(**options: Any) -> None:
     print(json.dumps(found | {"device": options["device"], "precision": options["precision"]}))
 
 
+def serve(**options: Any) -> None:
+    """Answer over HTTP until it is stopped. Raises OptionError."""
+    try:
+        from runtime.serve import run
+    except ModuleNotFoundError as error:
+        raise OptionError(f"{error.name} is not installed: pip install 'internvl-openvino[serve]'") from None
+    run(**options)
+
+
 def info(folder: Path) -> None:
     """Print what a model folder holds."""
     from runtime.config import InternVLConfig, read_config
@@ -244,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags of pictures that are read all the same
     try:
-        commands: dict[str, Callable[..., None]] = {"chat": chat, "benchmark": benchmark, "info": info}
+        commands: dict[str, Callable[..., None]] = {"chat": chat, "benchmark": benchmark, "serve": serve, "info": info}
         commands[options.pop("command")](**options)
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)

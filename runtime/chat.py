@@ -42,7 +42,7 @@ from runtime.prompt import (
     render,
     template_of,
 )
-from runtime.stream import Progress, Statistics, whole_answer
+from runtime.stream import Progress, Statistics, after_lead, lead_ids, whole_answer
 from runtime.video import DEFAULT_SEGMENTS, Bound, read_frames
 
 LONG_KEYS = 1 << 58  # a bit that no other key uses: of tokens in prompts that are longer than the model's plain length
@@ -275,7 +275,7 @@ class ChatModel(ABC):
         take tens of milliseconds, and for each answer whose own tokens are known: they come back as they were generated, which
         need not be as the tokenizer writes them.
         """
-        answers = [torch.tensor(turn.tokens) if self._still_says(turn) else None for turn in past]
+        answers = [self._own_tokens(turn) for turn in past]
         history = [(turn.question, turn.answer if own is None else CONTEXT_TOKEN) for turn, own in zip(past, answers, strict=True)]
         text = render(self.conv_template, system, history, question)
         ids = self.tokenizer(expand_marks(text, [1] * len(pictures), 1), return_tensors="pt")["input_ids"][0]
@@ -291,9 +291,11 @@ class ChatModel(ABC):
             pieces.append(piece[1:])
         return torch.cat(pieces)[None]
 
-    def _still_says(self, turn: Exchange) -> bool:
-        """Whether a turn's tokens are its answer: not when it was edited, cut off in a character, or had white space around it."""
-        return bool(turn.tokens) and self.tokenizer.decode(turn.tokens) == turn.answer
+    def _own_tokens(self, turn: Exchange) -> Tensor | None:
+        """A turn's tokens behind the lead, if they are its answer: not when it was edited, cut off in a character, or had white
+        space around it."""
+        own = after_lead(turn.tokens, lead_ids(self.tokenizer, self.conv_template))
+        return torch.tensor(own) if own and self.tokenizer.decode(own) == turn.answer else None
 
     def _generate(
         self,
@@ -365,6 +367,10 @@ class ChatModel(ABC):
             done -= wanted.pop(0).count * self.config.tokens_per_tile
         features, encoded = self._encode(wanted, progress)
         return (torch.cat([each.flatten(0, 1) for each in features])[done:] if features else None), encoded
+
+    def embeddings_of(self, ids: Tensor, pictures: Sequence[PictureTiles]) -> Tensor:
+        """A prompt (1, T) and its pictures -> what the language part reads, (1, T, D)."""
+        return self.merge(ids, self._rows_after(ids[0], 0, pictures, None)[0])
 
     def merge(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         """Token ids (B, T) and context embeddings (R, D) or (N, P, D) -> embeddings (B, T, D), in order over the context tokens.

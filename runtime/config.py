@@ -8,6 +8,7 @@ Defaults of missing keys: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/mode
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class InternVLConfig:
         if self.language_architecture not in ("Phi3ForCausalLM", "GptOssForCausalLM"):
             return None  # Qwen's files name a window that is switched off
         window = self.language.get("sliding_window")
-        return window if window and window < self.language["max_position_embeddings"] else None
+        return window if window and window < (self.context_length or math.inf) else None
 
     @property
     def _rope(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.device import Placement
 from runtime.errors import OptionError
-from runtime.folder import GENERATION_CONFIG_FILE
 from runtime.kv_cache import KVCache, PagedCache, StatefulCache
 from runtime.part import compile_part, leave_file, read_part
 from runtime.stream import Progress
@@ -42,6 +41,7 @@ class OVLanguageModel(GenerationMixin):
 
     def __init__(
         self,
+        generation_config: GenerationConfig,
         folder: Path,
         core: ov.Core,
         placement: Placement,
@@ -60,7 +60,7 @@ class OVLanguageModel(GenerationMixin):
         self._lock = threading.Lock()
         self._most_idle = IDLE_CACHES if reuse else 0
         self.config = PretrainedConfig(**{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")})
-        self.generation_config = GenerationConfig.from_pretrained(folder, GENERATION_CONFIG_FILE)
+        self.generation_config = generation_config
         self.device, self.dtype = torch.device("cpu"), torch.float32
         # Weights are packed when a part first runs: better now than while somebody waits, and their file can leave memory.
         self.new_cache().feed(np.zeros((1, 1, config["hidden_size"]), np.float32), np.ones((1, 1), np.int64), np.zeros(1))

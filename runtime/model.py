@@ -16,14 +16,14 @@ import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from runtime.chat import ChatModel, many_rows
 from runtime.config import InternVLConfig, read_config
 from runtime.device import place_parts
 from runtime.embeddings import FEATURE_CACHE_BYTES, FeatureCache, StatelessPart
 from runtime.errors import ModelFolderError, OptionError
-from runtime.folder import CONFIG_FILE, check_folder
+from runtime.folder import CONFIG_FILE, GENERATION_CONFIG_FILE, check_folder
 from runtime.kv_cache import KVCache
 from runtime.language import LOOKUP, NO_LOOKUP, OVLanguageModel
 from runtime.stream import Progress
@@ -38,7 +38,8 @@ class OVInternVLChatModel(ChatModel):
     `device` is OpenVINO's name, `vision_device` another one for the vision part. `precision` accuracy trades speed for the digits
     of the PyTorch path. `cache_dir` keeps compiled models (on a GPU by default in the folder). `ov_config` holds OpenVINO
     properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and
-    `reuse_kv` off makes stateless calls compute their whole prompt.
+    `reuse_kv` off makes stateless calls compute their whole prompt. `language` off leaves the language part to somebody else:
+    prompts can be made and embedded, and not answered.
     Raises ModelFolderError for a folder that is not whole or not converted, DeviceError for a device that is not there.
     """
 
@@ -54,6 +55,7 @@ class OVInternVLChatModel(ChatModel):
         part_config: Mapping[str, Mapping[str, Any]] | None = None,
         feature_cache_bytes: int = FEATURE_CACHE_BYTES,
         reuse_kv: bool = True,
+        language: bool = True,
     ):
         self.folder = folder = Path(model_dir)
         check_folder(folder)
@@ -81,7 +83,12 @@ class OVInternVLChatModel(ChatModel):
         width = self.config.language["hidden_size"]
         self._text = StatelessPart(folder, core, placed["text_embeddings"], width)
         self._vision = StatelessPart(folder, core, placed["vision"], width)
+        self.language_placement = placed["language"]
+        self.generation_config = GenerationConfig.from_pretrained(folder, GENERATION_CONFIG_FILE)
+        if not language:
+            return
         self.language_model = OVLanguageModel(
+            self.generation_config,
             folder,
             core,
             placed["language"],

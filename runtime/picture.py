@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ MOST_BYTES = 64 << 20  # of a picture from a web address or a data URL
 CONNECT_SECONDS, FETCH_SECONDS = 10, 30
 
 
-def open_picture(source: Source, *, allow_urls: bool = True) -> Image.Image:
+def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -> Image.Image:
     """Return a picture as RGB, turned as its EXIF orientation says.
 
     `source` is a path, the bytes of a picture file, a PIL picture, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), a data
-    URL, or an http(s) address unless `allow_urls` is off, as it must be wherever others ask. Of several frames, the first.
+    URL, or an http(s) address. `allow_urls` off refuses addresses, as it must be wherever others ask, or names the hosts that may
+    be fetched from, also by way of redirects. Of several frames, the first.
     Two intended differences from upstream's Image.open(...).convert("RGB"): it ignores the orientation, so that photographs lie
     on their side, and it turns 16-bit pictures white. Raises PictureError.
     """
@@ -46,11 +48,11 @@ def open_picture(source: Source, *, allow_urls: bool = True) -> Image.Image:
         raise PictureError(f"a {type(source).__name__} is not a picture: give a path, bytes, a PIL picture, an array or a URL")
     text = str(source)
     if text.startswith("data:"):
-        return _decode(io.BytesIO(_read_data_url(text)), "the data URL")
+        return _decode(io.BytesIO(read_data_url(text)), "the data URL")
     if text.lower().startswith(("http://", "https://")):
         if not allow_urls:
             raise PictureError("web addresses are not fetched here: send the picture itself")
-        return _decode(io.BytesIO(_fetch(text)), text)
+        return _decode(io.BytesIO(_fetch(text, None if allow_urls is True else allow_urls)), text)
     try:
         with open(source, "rb") as file:
             return _decode(file, text)
@@ -95,7 +97,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and shape[2] == 1 else array), "the array")
 
 
-def _read_data_url(url: str) -> bytes:
+def read_data_url(url: str) -> bytes:
+    """The bytes of a data URL. Raises PictureError."""
     if len(url) > 2 * MOST_BYTES:
         raise PictureError(f"the data URL has {len(url) >> 20} MB, more than {MOST_BYTES >> 20} MB of picture: scale it down first")
     head, comma, data = url.partition(",")
@@ -110,8 +113,28 @@ def _read_data_url(url: str) -> bytes:
         raise PictureError(f"the data URL is not base64 ({error})") from None
 
 
-def _fetch(url: str) -> bytes:
-    """Read a web address, within limits of size and time; redirects stay with http and https."""
+def check_host(url: str, hosts: Collection[str]) -> None:
+    """Raise PictureError unless an address is on one of these hosts."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if host not in hosts:
+        raise PictureError(f"pictures are not fetched from {host or 'there'}: send the picture itself")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to some hosts only."""
+
+    def __init__(self, hosts: Collection[str]):
+        self._hosts = hosts
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        check_host(newurl, self._hosts)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(url: str, hosts: Collection[str] | None) -> bytes:
+    """Read a web address, within limits of size and time; redirects stay with http and https, and with `hosts` if there are any."""
+    if hosts is not None:
+        check_host(url, hosts)
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -119,9 +142,9 @@ def _fetch(url: str) -> bytes:
         urllib.request.HTTPSHandler,
         urllib.request.HTTPErrorProcessor,
         urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
     ):
         opener.add_handler(handler())
+    opener.add_handler(urllib.request.HTTPRedirectHandler() if hosts is None else _Redirects(hosts))
     request = urllib.request.Request(url, headers={"User-Agent": f"internvl-openvino/{__version__}"})
     deadline = time.monotonic() + FETCH_SECONDS
     data = bytearray()

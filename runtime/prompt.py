@@ -1,7 +1,8 @@
 """The conversation templates of the family, as a table.
 
 One row a template name: what stands around each message, and the system message the model was trained with.
-Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversation.py:238-392.
+Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversation.py:238-392, those of GPT-OSS of
+internvl_chat_gpt_oss/internvl/model/internvl_chat/conversation.py there.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class _TextOf:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop_ids = set(tokenizer.encode(template.stop_token, add_special_tokens=False)[:1])
         self._tokens = tokens
-        self._leads = bool(template.lead)  # nothing is said until the lead is over
+        self._lead = lead_ids(tokenizer, template)
+        self._leads = bool(self._lead)  # nothing is said until the lead is over
         self._text = self._waiting = ""  # white space waits for what follows it
 
     def put(self, ids: torch.Tensor) -> None:
@@ -87,7 +88,7 @@ class _TextOf:
                 self._tokens.append(token)
                 if not self._leads:
                     self._say(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
-                self._leads = self._leads and token != _lead_end(self._tokenizer, self._template)
+                self._leads = self._leads and self._tokens[-len(self._lead) :] != self._lead
 
     def _say(self, text: str) -> None:
         text = self._waiting + text if self._text else (self._waiting + text).lstrip()
@@ -106,16 +107,19 @@ class _TextOf:
 
 def whole_answer(tokenizer: PreTrainedTokenizerBase, ids: Any, template: Template) -> str:
     """New token ids -> the answer: lead and special tokens left out, cut at the stop token, without outer white space."""
-    if template.lead:
-        ids = list(ids)
-        end = _lead_end(tokenizer, template)
-        ids = ids[ids.index(end) + 1 :] if end in ids else ids
-    return tokenizer.decode(ids, skip_special_tokens=True).split(template.stop_token)[0].strip()  # type: ignore[union-attr]
+    own = after_lead(list(ids), lead_ids(tokenizer, template)) if template.lead else ids
+    return tokenizer.decode(own, skip_special_tokens=True).split(template.stop_token)[0].strip()  # type: ignore[union-attr]
 
 
-def _lead_end(tokenizer: PreTrainedTokenizerBase, template: Template) -> int:
-    """The token after which an answer begins."""
-    return tokenizer.encode(template.lead, add_special_tokens=False)[-1]
+def lead_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
+    """The tokens that a model writes before an answer; none for most."""
+    return tokenizer.encode(template.lead, add_special_tokens=False) if template.lead else []
+
+
+def after_lead(ids: list[int], lead: list[int]) -> list[int]:
+    """The tokens behind the last lead among them, all of them where there is none."""
+    starts = [n for n in range(len(ids) - len(lead) + 1) if ids[n : n + len(lead)] == lead] if lead else []
+    return ids[starts[-1] + len(lead) :] if starts else ids
 
 
 class _Asked(StoppingCriteria):

@@ -25,13 +25,14 @@ KINDS = {  # llm_config.architectures -> (name, what proves it)
     "InternLM3ForCausalLM": ("InternLM3", LAYOUT),
 }
 CONVERTED = ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL2-8B")  # at full size, with random weights
-CONVERTING, RUNNING = 1.2e9, 1.6e9  # bytes beside the largest compressed part, and beside vision and language part
-EXPERT_BYTES = 3.2  # of memory a weight, while joined experts are traced
-GROUP, SCALE_INT4, SCALE_INT8 = 128, 2.5, 3  # weights that share a scale and zero point, and the bytes of these
+CONVERTING, RUNNING = 1.6e9, 1.6e9  # bytes beside the largest compressed part, and beside vision and language part
+EXPERT_BYTES = 2.7  # of memory a weight beside its result, while joined experts are traced
+SCALE_INT4, SCALE_INT8 = 2.5, 3  # bytes of the scale and the zero point that weights share
 
 
 def int4_bytes(config: dict) -> dict[str, float]:
     """Bytes of each part of a model folder: int4 with an int8 head, int8 text embeddings, InternViT-6B int8, vectors in float32."""
+    group = next(size for size in (128, 64, 32) if not config["llm_config"]["hidden_size"] % size)
     sizes = {"text_embeddings": 0.0, "vision": 0.0, "language": 0.0}
     for name, shape in tensor_shapes(config):
         weights, rows = math.prod(shape), shape[0]
@@ -43,7 +44,7 @@ def int4_bytes(config: dict) -> dict[str, float]:
         elif wide or (part == "vision" and config["vision_config"]["qk_normalization"]):
             sizes[part] += weights + SCALE_INT8 * rows
         else:
-            sizes[part] += weights / 2 + SCALE_INT4 * weights / GROUP
+            sizes[part] += weights / 2 + SCALE_INT4 * weights / group
     return sizes
 
 

@@ -16,7 +16,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
 from convert.tokenizer import load_tokenizer
-from runtime import kv_cache
+from runtime import kv_cache, stream
 from runtime.model import OVInternVLChatModel
 from runtime.prompt import get_template, render
 from runtime.stream import Statistics, stream_text, whole_answer
@@ -139,9 +139,10 @@ def test_the_chat_template_is_the_prompt(tiny):
         ("<|channel|>final<|message|>A big cat.<|return|>", "A big cat."),
         ("<|channel|>final<|message|>A big", "A big"),
         ("A cat.<|return|>", "A cat."),  # no channel: everything is the answer
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>A cat.<|return|>", "A cat."),
     ],
 )
-def test_the_channel_is_not_shown(tiny, written, answer):
+def test_the_channel_is_not_shown(tiny, monkeypatch, written, answer):
     tokenizer = load_tokenizer(tiny(NAME), Checkpoint(tiny(NAME)).config)
     ids = tokenizer.encode(written, add_special_tokens=False)
     stop = tokenizer.convert_tokens_to_ids("<|return|>")
@@ -150,10 +151,19 @@ def test_the_channel_is_not_shown(tiny, written, answer):
     def generate(*, streamer, **_):
         for token in ids:
             streamer.put(torch.tensor([token]))
+        spoken.append("".join(told))
         streamer.end()
 
     statistics, tokens = Statistics(), []
+    told, spoken = [], []
+    streamer_of = stream._TextOf.__init__
+
+    def listening(self, tokenizer, template, emit, *others):
+        streamer_of(self, tokenizer, template, lambda text: (told.append(text), emit(text)), *others)
+
+    monkeypatch.setattr(stream._TextOf, "__init__", listening)
     pieces = stream_text(generate, tokenizer, TEMPLATE, statistics, threading.Event(), lambda: None, None, tokens)
     assert "".join(pieces) == answer
-    assert statistics.finish_reason == ("stop" if stop in ids else statistics.finish_reason)
+    assert spoken == [answer if "<|message|>" in written else ""], "it comes as soon as the channel is there"
+    assert (statistics.finish_reason == "stop") == (stop in ids)
     assert tokens == [i for i in ids if i != stop]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from convert.checkpoint import Checkpoint
+from convert.native import published_config
 from convert.reference.model import InternVLChatModel, expected_shapes, is_tied
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.image import Tiling
@@ -67,12 +68,17 @@ def test_tiles_are_those_of_the_processor(saved_today, tmp_path):
 
 def test_the_default_configuration_of_transformers_is_read():
     """A file may leave out what is the default there."""
-    from convert.native import published_config
     from runtime.config import InternVLConfig as Ours
 
     config = Ours.from_dict(published_config(InternVLConfig().to_dict(), {}))
     assert (config.vision.num_hidden_layers, config.tokens_per_tile, config.template) == (24, 256, "internvl2_5")
     assert config.language_architecture == "Qwen2ForCausalLM"
+
+
+def test_the_template_goes_by_the_language_model():
+    raw = InternVLConfig().to_dict()
+    assert published_config(raw, {})["template"] == "internvl2_5"
+    assert published_config(raw | {"text_config": {"model_type": "gpt_oss"}}, {})["template"] == "internvl3_5_gpt_oss"
 
 
 @pytest.mark.parametrize(

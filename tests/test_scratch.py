@@ -10,6 +10,8 @@ import os
 import pytest
 import torch
 
+import convert
+import convert.scratch
 from convert.checkpoint import Checkpoint
 from convert.reference.model import load_language
 from convert.scratch import LEAST, Scratch
@@ -68,6 +70,17 @@ def test_what_is_left_is_deleted(tmp_path):
     (tmp_path / "other").write_bytes(b"not ours")
     Scratch(tmp_path).clear()
     assert [file.name for file in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("system", [os.name, "nt"], ids=["here", "windows"])
+def test_nothing_is_left_in_a_folder(tmp_path, monkeypatch, system):
+    """Where mapped files cannot be deleted, they are once they are not mapped any more."""
+    folder = make_checkpoint(tmp_path / "checkpoint", "tiny-internlm2")
+    monkeypatch.setattr(convert.scratch, "LEAST", 1)
+    monkeypatch.setattr(convert.scratch, "DELETES_MAPPED", system != "nt")
+    output = convert.convert(str(folder), tmp_path / "out", convert.ConvertOptions(weight_format="int8")).folder
+    assert not [file.name for file in output.iterdir() if file.name.startswith(convert.scratch.PREFIX)]
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
 @needs_maps

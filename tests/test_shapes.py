@@ -343,15 +343,20 @@ def test_an_interrupted_run_ends_with_the_same_weights(trained):
 def test_a_signal_to_the_whole_group_saves_what_was_learnt(tmp_path):
     """The workers that draw scenes must not die of it."""
     command = [sys.executable, "-m", "demo.shapes", "train", str(tmp_path / "run"), str(tmp_path / "out"), "--batch", "8"]
+    command += ["--samples", "8000"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, cwd=Path(__file__).parents[1])
     told = b""
-    while b"loss=" not in told:
-        more = running.stderr.read1(1 << 16)
-        assert more, told.decode()[-2000:]
-        told += more
-    os.killpg(running.pid, signal.SIGTERM)
-    _, rest = running.communicate(timeout=120)
-    assert running.returncode == 0, rest.decode()[-2000:]
+    try:
+        while b"loss=" not in told:
+            more = running.stderr.read1(1 << 16)
+            assert more, told.decode()[-2000:]
+            told += more
+        os.killpg(running.pid, signal.SIGTERM)
+        _, rest = running.communicate(timeout=120)
+        assert running.returncode == 0, rest.decode()[-2000:]
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
     assert torch.load(tmp_path / "run" / "state.pt")["step"] > 0
 
 

@@ -8,6 +8,7 @@ import json
 import openvino as ov
 import pytest
 
+from convert.compress import bit_widths
 from runtime.folder import PART_FILES
 from runtime.prompt import get_template
 
@@ -98,6 +99,14 @@ def test_runtime_options_and_provenance(folder, tiny, converted):
     assert model.get_rt_info(["internvl_openvino", "weight_format"]).value == "int4"
     unquantised = read(converted(tiny("tiny-qwen2"), weight_format="fp16"), "language")
     assert unquantised.get_rt_info(["runtime_options", "KV_CACHE_PRECISION"]).value == "f16"
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3-moe", "tiny-gpt-oss"])
+def test_experts_are_compressed(tiny, converted, name):
+    """Joined in one constant of three axes, which some graphs turn before they use it."""
+    widths = bit_widths(read(converted(tiny(name), weight_format="int4", group_size=32), "language"))
+    assert widths.get("fp32", 0) + widths.get("fp16", 0) < 0.05
+    assert widths["int4"] > 0.5
 
 
 def test_folder_holds_what_its_users_need(folder):

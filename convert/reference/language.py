@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from einops import rearrange
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -36,7 +37,6 @@ CONFIG_KEYS = [
     *["max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"],
     *["bos_token_id", "eos_token_id", "pad_token_id"],
     *["moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"],
-    *["layer_types", "num_local_experts"],
 ]
 
 REQUIRED_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -73,7 +73,8 @@ class LanguageModel:
     head: str = "lm_head.weight"
     visual_experts: bool = False
     single_experts: bool = False  # published one by one, joined by transformers
-    required: tuple[str, ...] = ()  # keys of llm_config beside those that all have
+    keys: tuple[str, ...] = ()  # of llm_config that shape it, beside those of all
+    required: tuple[str, ...] = ()
     attention: str = "sdpa"
 
 
@@ -88,7 +89,11 @@ LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": LanguageModel("qwen3", "Qwen3ForCausalLM"),
     "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM", single_experts=True),
     "GptOssForCausalLM": LanguageModel(
-        "gpt_oss", "GptOssForCausalLM", required=("num_local_experts", "sliding_window"), attention="eager"
+        "gpt_oss",
+        "GptOssForCausalLM",
+        keys=("num_local_experts", "layer_types"),
+        required=("num_local_experts", "sliding_window", "max_position_embeddings"),
+        attention="eager",
     ),
     "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
     "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
@@ -199,7 +204,8 @@ def language_kind(config: InternVLConfig) -> LanguageModel:
 def language_config(config: InternVLConfig) -> PretrainedConfig:
     """Build transformers' configuration of the language model."""
     kind = language_kind(config)
-    chosen = {key: config.language[key] for key in CONFIG_KEYS if config.language.get(key) is not None} | kind.settings
+    keys = (*CONFIG_KEYS, *kind.keys)
+    chosen = {key: config.language[key] for key in keys if config.language.get(key) is not None} | kind.settings
     rope = chosen.pop("rope_parameters", None)  # how transformers 5 writes the two keys
     if rope:
         chosen["rope_theta"] = rope.get("rope_theta", chosen.get("rope_theta"))
@@ -212,8 +218,10 @@ def language_config(config: InternVLConfig) -> PretrainedConfig:
     chosen["sliding_window"] = config.window  # transformers would mask for one that is no shorter than the context
     try:
         built = getattr(transformers, kind.class_name).config_class(**chosen)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json: llm_config cannot be read as {config.language_architecture}: {error}") from None
+    if "sliding_attention" in (getattr(built, "layer_types", None) or ()) and config.window is None:
+        raise CheckpointError("config.json: llm_config has sliding layers and no sliding_window below its context; fetch it again")
     built._attn_implementation = kind.attention
     return built
 

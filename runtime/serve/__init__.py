@@ -1,0 +1,64 @@
+"""An OpenAI-compatible server over one model folder: `python -m runtime serve FOLDER`. Loads nothing until it is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import OptionError
+
+STOP_SECONDS = 30  # for answers that are being written when the server is stopped
+
+
+def run(
+    folder: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    model_name: str | None,
+    engine: str,
+    cache_size: int,
+    max_requests: int,
+    timeout: float,
+    max_body: int,
+    allowed_media_domains: str,
+    allowed_local_media_path: Path | None,
+    **placed: Any,
+) -> None:
+    """Open the folder and serve it until a signal. Raises OptionError when the address cannot be listened on."""
+    for name, value in {"cache size": cache_size, "max requests": max_requests, "timeout": timeout, "max body": max_body}.items():
+        if value <= 0:
+            raise OptionError(f"{name} {value:g} is not positive")
+    if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
+        raise OptionError(f"--allowed-local-media-path {allowed_local_media_path} is not a folder")
+    import uvicorn
+
+    from runtime.model import OVInternVLChatModel
+    from runtime.serve.app import Limits, Rules, build_app
+    from runtime.serve.engine import GenaiEngine, NativeEngine
+    from runtime.serve.protocol import MediaRules
+
+    listening = _listen(host, port)
+    model = OVInternVLChatModel(folder, language=engine == "native", **placed)
+    running = NativeEngine(model) if engine == "native" else GenaiEngine(model, cache_size)
+    rules = Rules(
+        model_name or folder.resolve().name,
+        api_key or os.environ.get("INTERNVL_API_KEY"),
+        MediaRules(frozenset(filter(None, allowed_media_domains.split(","))), allowed_local_media_path),
+        Limits(max_requests, timeout, max_body << 20),
+    )
+    where = f"http://{host}:{listening.getsockname()[1]}"
+    print(f"serving {rules.model_name} at {where}/v1, documented at {where}/docs; Ctrl-C stops", flush=True)
+    config = uvicorn.Config(build_app(running, rules), log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+    uvicorn.Server(config).run([listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket there, before the model is opened: a port that is taken is told at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise OptionError(f"cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error})") from None

@@ -1,0 +1,439 @@
+"""python -m pytest tests/test_serve.py
+
+The server as its clients see it: the openai package talks to it, both engines say what the command line says, mistakes are 4xx, and
+a client that leaves takes its answer with it.
+"""
+
+import base64
+import json
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'internvl-openvino[serve]'")
+pytest.importorskip("openvino_genai", reason="openvino_genai is not installed")
+import openai
+import uvicorn
+
+from demo.shapes.scenes import make_scene
+from runtime.errors import InternVLError, OptionError
+from runtime.model import OVInternVLChatModel
+from runtime.prompt import get_template
+from runtime.serve import _listen
+from runtime.serve.app import Limits, Rules, build_app
+from runtime.serve.engine import GenaiEngine, NativeEngine, Words
+from runtime.serve.protocol import MediaRules
+
+ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "demo" / "examples" / "shapes.png"
+KEY = "sesame"
+LONG = 3000
+
+
+@pytest.fixture(scope="module")
+def folder(converted):
+    return converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return OVInternVLChatModel(folder)
+
+
+@contextmanager
+def serving(engine, **rules):
+    """The address of a server in a thread of this process, and the application."""
+    app = build_app(engine, Rules("shapes", KEY, **rules))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    socket = _listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module", params=["genai", "native"])
+def engine(request, folder, model):
+    return NativeEngine(model) if request.param == "native" else GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+
+
+@pytest.fixture(scope="module")
+def served(engine, tmp_path_factory):
+    media = tmp_path_factory.mktemp("media")
+    (media / "shapes.png").write_bytes(PICTURE.read_bytes())
+    with serving(engine, media=MediaRules(frozenset({"127.0.0.1"}), media)) as (address, app):
+        yield address, app, media
+
+
+@pytest.fixture
+def client(served):
+    return openai.OpenAI(base_url=f"{served[0]}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture
+def genai(engine):
+    if not isinstance(engine, GenaiEngine):
+        pytest.skip("the genai engine's")
+
+
+def data_url(file: Path = PICTURE) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def question(text: str, *urls: str, **picture) -> dict:
+    pictures = [{"type": "image_url", "image_url": {"url": url, **picture}} for url in urls]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def asked(model, text: str, images=(PICTURE,), **options) -> str:
+    return model.start_conversation().ask(text, images=list(images), do_sample=False, **options)
+
+
+# ---- what the openai package sees
+
+
+def test_models(client):
+    assert [one.id for one in client.models.list().data] == ["shapes"]
+
+
+def test_an_answer_is_the_command_lines(client, model):
+    found = client.chat.completions.create(model="shapes", messages=[question("Describe the picture.", data_url())])
+    assert found.choices[0].message.content == asked(model, "Describe the picture.")
+    assert found.choices[0].finish_reason == "stop"
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    assert found.usage.completion_tokens > 10
+
+
+def test_scenes_of_every_kind_are_answered_as_by_the_command_line(client, model, tmp_path):
+    """Several pictures, frames, tiles and Chinese."""
+    for number, kind in enumerate(("grid", "text", "compare", "motion", "small_text", "chart")):
+        scene = make_scene(11, "test", number, kind=kind, language="zh" if kind == "grid" else "en")
+        files = []
+        for place, canvas in enumerate(scene.canvases):
+            files.append(tmp_path / f"{kind}-{place}.png")
+            canvas.picture.save(files[-1])
+        text = scene.prefix + scene.groups[0][0].question
+        found = client.chat.completions.create(model="shapes", messages=[question(text, *map(data_url, files))])
+        assert found.choices[0].message.content == asked(model, text, files), kind
+
+
+def test_a_stream_says_the_same_and_then_what_it_took(client, model):
+    wanted = asked(model, "Describe the picture.")
+    stream = client.chat.completions.create(
+        model="shapes",
+        messages=[question("Describe the picture.", data_url())],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
+    assert sum(len(chunk.choices) for chunk in chunks) > 10, "it comes word by word"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens > 10
+
+
+def test_two_turns(client, model):
+    conversation = model.start_conversation()
+    first = conversation.ask("How many shapes are there?", images=[PICTURE], do_sample=False)
+    second = conversation.ask("Which shape is purple?", do_sample=False)
+    messages = [
+        question("How many shapes are there?", data_url()),
+        {"role": "assistant", "content": first},
+        question("Which shape is purple?"),
+    ]
+    assert client.chat.completions.create(model="shapes", messages=messages).choices[0].message.content == second
+
+
+def test_a_system_message_is_the_models_or_the_requests(client, model):
+    ask = [question("Describe the picture.", data_url())]
+    own = client.chat.completions.create(model="shapes", messages=ask).usage.prompt_tokens
+    longer = [{"role": "system", "content": "red " * 20}, *ask]
+    count = len(model.tokenizer.encode("red " * 20)) - len(model.tokenizer.encode(model.system_message))
+    assert abs(client.chat.completions.create(model="shapes", messages=longer).usage.prompt_tokens - own - count) <= 1
+
+
+def test_several_choices(client):
+    ask = {"model": "shapes", "messages": [question("Describe the picture.", data_url())], "n": 2}
+    greedy = client.chat.completions.create(**ask)
+    assert [choice.index for choice in greedy.choices] == [0, 1]
+    assert greedy.choices[0].message.content == greedy.choices[1].message.content
+    drawn = [client.chat.completions.create(**ask, temperature=2.0, seed=5, max_tokens=30) for _ in range(2)]
+    texts = [[choice.message.content for choice in one.choices] for one in drawn]
+    assert texts[0] == texts[1], "a seed repeats"
+    assert texts[0][0] != texts[0][1], "choices are drawn apart"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_stops_where_it_is_told(client, model, stream):
+    wanted = asked(model, "Describe the picture.")
+    word = wanted.split()[6]
+    ask = {"model": "shapes", "messages": [question("Describe the picture.", data_url())], "stop": ["never said", word]}
+    found = client.chat.completions.create(**ask, stream=stream)
+    if stream:
+        chunks = list(found)
+        text, reason = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        text, reason = found.choices[0].message.content, found.choices[0].finish_reason
+    assert (text, reason) == (wanted[: wanted.index(word)].rstrip(), "stop")
+
+
+def test_a_bound_on_tokens(client):
+    found = client.chat.completions.create(
+        model="shapes", messages=[question("Describe the picture.", data_url())], max_completion_tokens=3
+    )
+    assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (3, "length")
+
+
+def test_log_probabilities(client, genai):
+    found = client.chat.completions.create(
+        model="shapes", messages=[question("Which shape is purple?", data_url())], logprobs=True
+    ).choices[0]
+    assert "".join(token.token for token in found.logprobs.content).strip() == found.message.content
+    assert all(-5 < token.logprob <= 0 for token in found.logprobs.content)
+
+
+def test_an_answer_in_json(client, genai):
+    schema = {
+        "type": "object",
+        "properties": {"shape": {"type": "string", "enum": ["circle", "star"]}},
+        "required": ["shape"],
+        "additionalProperties": False,
+    }
+    found = client.chat.completions.create(
+        model="shapes",
+        messages=[question("Which shape is purple?", data_url())],
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+    )
+    answer = json.loads(found.choices[0].message.content)  # words in quotes were never trained: which one is left open
+    assert answer in ({"shape": "circle"}, {"shape": "star"})
+
+
+def test_what_an_engine_cannot_is_told(client, engine):
+    if isinstance(engine, GenaiEngine):
+        pytest.skip("the native engine's")
+    with pytest.raises(openai.BadRequestError, match="logprobs needs the genai engine"):
+        client.chat.completions.create(model="shapes", messages=[question("Hi")], logprobs=True)
+
+
+def test_a_tile_limit_a_picture(client, tmp_path):
+    Image.effect_noise((448, 112), 60).convert("RGB").save(tmp_path / "wide.png")
+    url = data_url(tmp_path / "wide.png")
+    used = [
+        client.chat.completions.create(model="shapes", messages=[question("What?", url, **one)], max_tokens=1).usage.prompt_tokens
+        for one in ({}, {"max_dynamic_patch": 2}, {"max_dynamic_patch": 1})
+    ]
+    assert used[0] - used[1] == 2 * 16, "four tiles or two, each of 16 tokens"
+    assert used[1] - used[2] == 2 * 16, "one tile comes without a thumbnail"
+
+
+def test_text_is_completed(client, model):
+    template = get_template("Hermes-2")
+    prompt = template.system + model.system_message + template.sep + template.user + "Hello" + template.sep + template.assistant
+    wanted = asked(model, "Hello", [], max_new_tokens=16)
+    found = client.completions.create(model="shapes", prompt=[prompt, prompt], max_tokens=16)
+    assert [choice.text for choice in found.choices] == [wanted, wanted]
+    chunks = list(client.completions.create(model="shapes", prompt=prompt, max_tokens=16, echo=True, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == prompt + wanted
+
+
+def test_media_that_is_allowed(client, served, model):
+    _, _, media = served
+    wanted = asked(model, "Describe the picture.")
+    for url in (str(media / "shapes.png"), (media / "shapes.png").as_uri()):
+        found = client.chat.completions.create(model="shapes", messages=[question("Describe the picture.", url)])
+        assert found.choices[0].message.content == wanted
+
+
+def test_a_video(client, model, video):
+    url = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
+    part = {"type": "video_url", "video_url": {"url": url, "num_segments": 4}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What moves?"}]}]
+    found = client.chat.completions.create(model="shapes", messages=messages)
+    wanted = model.start_conversation().ask("What moves?", video=video, num_segments=4, do_sample=False)
+    assert found.choices[0].message.content == wanted
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "the model 'other' is not here: 'shapes' is"),
+        ({"messages": []}, openai.BadRequestError, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "the roles are assistant: after the"),
+        ({"messages": [question("a"), question("b")]}, openai.BadRequestError, "the roles are user, user: after the"),
+        ({"messages": [question("What?", "data:image/png;base64,AAAA")]}, openai.BadRequestError, "cannot be read as a picture"),
+        ({"messages": [question("What?", "data:image/png;base64,A")]}, openai.BadRequestError, "is not base64"),
+        ({"messages": [question("What?", "/etc/passwd")]}, openai.BadRequestError, "no file that may be read here"),
+        ({"messages": [question("What?", "file:///etc/passwd")]}, openai.BadRequestError, "no file that may be read here"),
+        ({"messages": [question("What?", "http://10.0.0.1/a.png")]}, openai.BadRequestError, "are not fetched from 10.0.0.1"),
+        ({"messages": [question("<image><image>")]}, openai.BadRequestError, "2 <image> marks for 0 pictures"),
+        ({"messages": [question("red " * 5000)]}, openai.BadRequestError, "the model reads"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature: Input should be less than or equal to 2"),
+        ({"top_p": 0}, openai.BadRequestError, "top_p: Input should be greater than 0"),
+        ({"n": 99}, openai.BadRequestError, "n: Input should be less than or equal to 16"),
+    ],
+)
+def test_mistakes_are_one_line(client, changes, kind, message):
+    with pytest.raises(kind) as raised:
+        client.chat.completions.create(**{"model": "shapes", "messages": [question("Hi")]} | changes)
+    assert message in raised.value.body["message"]
+    assert "\n" not in raised.value.body["message"]
+
+
+def test_a_wrong_key_opens_nothing(served):
+    with pytest.raises(openai.AuthenticationError, match="the key is missing or wrong"):
+        openai.OpenAI(base_url=f"{served[0]}/v1", api_key="other", max_retries=0).models.list()
+    assert httpx.get(f"{served[0]}/health").status_code == 200, "whoever watches the server has no key"
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"\xff\xfe", b'{"messages": 1}', b'{"messages":[{"role":"user","content":"a"}],"n":1e999}']
+)
+def test_broken_bodies_are_refused(served, body):
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    answer = httpx.post(f"{served[0]}/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["with its length", "in pieces"])
+def test_a_body_that_is_too_large_is_refused(model, told):
+    with serving(NativeEngine(model), limits=Limits(body_bytes=1 << 20)) as (address, _):
+        content = b" " * (3 << 20) if told else (b" " * (1 << 18) for _ in range(12))
+        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+        answer = httpx.post(f"{address}/v1/chat/completions", content=content, headers=headers)
+        assert answer.status_code == 413
+        assert "larger than 1 MB" in answer.json()["error"]["message"]
+
+
+# ---- many clients, and clients that leave
+
+
+def test_many_at_once_say_what_one_says(client, model):
+    texts = ["Describe the picture.", "How many shapes are there?", "Which shape is purple?", "What colour is the star?"] * 4
+    wanted = {text: asked(model, text) for text in texts}
+    found: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        one = client.chat.completions.create(model="shapes", messages=[question(texts[number], data_url())])
+        found[number] = one.choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == {number: wanted[text] for number, text in enumerate(texts)}
+
+
+def gauge(address: str, name: str) -> float:
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+def eventually(true, seconds: float = 2.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return true()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_takes_its_answer_with_it(served, engine, genai, stream):
+    """3,000 tokens take some seconds; the request is gone long before."""
+    address, *_ = served
+    body = {"messages": [question("Hi")], "stream": stream, "ignore_eos": True, "max_tokens": LONG}
+    headers = {"authorization": f"Bearer {KEY}"}
+    told = gauge(address, "internvl_new_tokens_total")
+    if stream:
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers) as answer:
+            next(line for line in answer.iter_lines() if '"content": "' in line)
+            assert engine._running
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=0.3)
+        assert engine._running
+    assert eventually(lambda: not engine._running)
+    assert eventually(lambda: gauge(address, "internvl_active_requests") == 0)
+    assert gauge(address, "internvl_new_tokens_total") == told, "it was not written to its end"
+
+
+def test_a_full_server_says_when_to_come_back(folder):
+    engine = GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+    body = {"messages": [question("Hi")], "stream": True, "ignore_eos": True, "max_tokens": LONG}
+    headers = {"authorization": f"Bearer {KEY}"}
+    with (
+        serving(engine, limits=Limits(requests=1)) as (address, _),
+        httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers) as first,
+    ):
+        next(line for line in first.iter_lines() if '"content": "' in line)
+        second = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+        assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+
+
+def test_an_answer_that_takes_too_long_ends(folder):
+    engine = GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+    body = {"messages": [question("Hi")], "ignore_eos": True, "max_tokens": LONG}
+    headers = {"authorization": f"Bearer {KEY}"}
+    with serving(engine, limits=Limits(seconds=0.2)) as (address, _):
+        late = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, headers=headers) as streamed:
+            lines = [line for line in streamed.iter_lines() if line]
+        assert "took longer than 0.2 s" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+        assert lines[-1] == "data: [DONE]"
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize(
+    ("said", "stops", "text"),
+    [
+        (" a red circle ", [], "a red circle"),
+        ("a red circle", ["red"], "a"),
+        ("a red circle", ["circles"], "a red circle"),
+        ("aaab", ["aab"], "a"),
+        ("圆形 and 星", ["星"], "圆形 and"),
+    ],
+)
+def test_words_are_told_once_they_are_certain(model, said, stops, text):
+    words = Words(model.tokenizer, model.conv_template, stops)
+    pieces = [words.add(token) for token in model.tokenizer.encode(said, add_special_tokens=False)]
+    assert "".join([*pieces, words.end()]) == text
+    assert words.stopped == any(stop in said for stop in stops)
+
+
+def test_a_port_that_is_taken_is_told():
+    with _listen("127.0.0.1", 0) as taken, pytest.raises(OptionError, match=r"cannot listen on 127\.0\.0\.1 port"):
+        _listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_model_without_its_language_part_cannot_answer_and_takes_less(folder):
+    half = OVInternVLChatModel(folder, language=False)
+    assert not hasattr(half, "language_model")
+    assert half.generation_config.eos_token_id
+
+
+def test_files_outside_the_folder_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.png").write_bytes(PICTURE.read_bytes())
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
+    rules = MediaRules(folder=tmp_path / "in")
+    for url in (str(tmp_path / "in" / ".." / "secret.png"), str(tmp_path / "in" / "link.png"), "\0", "a" * 5000):
+        with pytest.raises(InternVLError):
+            rules.picture(url)
