@@ -205,19 +205,13 @@ def test_log_probabilities(client, genai):
 
 
 def test_an_answer_in_json(client, genai):
-    schema = {
-        "type": "object",
-        "properties": {"shape": {"type": "string", "enum": ["circle", "star"]}},
-        "required": ["shape"],
-        "additionalProperties": False,
-    }
+    schema = {"type": "string", "enum": ["circle", "star"]}  # an object may have as much white space as a model likes
     found = client.chat.completions.create(
         model="shapes",
         messages=[question("Which shape is purple?", data_url())],
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
     )
-    answer = json.loads(found.choices[0].message.content)  # words in quotes were never trained: which one is left open
-    assert answer in ({"shape": "circle"}, {"shape": "star"})
+    assert json.loads(found.choices[0].message.content) in ("circle", "star"), "words in quotes were never trained"
 
 
 def test_what_an_engine_cannot_is_told(client, engine):
@@ -360,13 +354,14 @@ def test_a_client_that_leaves_takes_its_answer_with_it(served, engine, genai, st
     headers = {"authorization": f"Bearer {KEY}"}
     told = gauge(address, "internvl_new_tokens_total")
     if stream:
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers) as answer:
-            next(line for line in answer.iter_lines() if '"content": "' in line)
-            assert engine._running
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert eventually(lambda: engine._running)
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=0.3)
-        assert engine._running
+        assert eventually(lambda: engine._running)
     assert eventually(lambda: not engine._running)
     assert eventually(lambda: gauge(address, "internvl_active_requests") == 0)
     assert gauge(address, "internvl_new_tokens_total") == told, "it was not written to its end"
@@ -378,10 +373,11 @@ def test_a_full_server_says_when_to_come_back(folder):
     headers = {"authorization": f"Bearer {KEY}"}
     with (
         serving(engine, limits=Limits(requests=1)) as (address, _),
-        httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers) as first,
+        httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60) as first,
     ):
-        next(line for line in first.iter_lines() if '"content": "' in line)
-        second = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+        lines = first.iter_lines()
+        next(lines)
+        second = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
 
 
@@ -390,9 +386,11 @@ def test_an_answer_that_takes_too_long_ends(folder):
     body = {"messages": [question("Hi")], "ignore_eos": True, "max_tokens": LONG}
     headers = {"authorization": f"Bearer {KEY}"}
     with serving(engine, limits=Limits(seconds=0.2)) as (address, _):
-        late = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+        late = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, headers=headers) as streamed:
+        with httpx.stream(
+            "POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, headers=headers, timeout=60
+        ) as streamed:
             lines = [line for line in streamed.iter_lines() if line]
         assert "took longer than 0.2 s" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
         assert lines[-1] == "data: [DONE]"

@@ -191,7 +191,7 @@ class _Streamer(StoppingCriteria):
         return torch.full((len(input_ids),), self.cancelled or self._words.stopped)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     handle: Any
     words: Words
@@ -293,24 +293,23 @@ class GenaiEngine(Engine):
                 try:
                     self._pipeline.step()
                 except Exception as error:  # a bug below: nobody waits for ever
-                    for request in self._take_running():
+                    over = [*self._running]
+                    for request in over:
+                        request.handle.cancel()
                         request.tell(Piece("", error=error))
+                    self._drop(over)
                     break
                 self._deliver()
             self._deliver()
 
-    def _take_running(self) -> list[_Request]:
-        with self._lock:
-            taken, self._running = self._running, []
-        return taken
-
     def _deliver(self) -> None:
-        left = []
-        for request in self._take_running():
-            if not request.cancelled and self._read(request):
-                left.append(request)
         with self._lock:
-            self._running = [*left, *self._running]
+            running = [*self._running]
+        self._drop([request for request in running if request.cancelled or not self._read(request)])
+
+    def _drop(self, over: list[_Request]) -> None:
+        with self._lock:
+            self._running = [request for request in self._running if request not in over]
 
     def _read(self, request: _Request) -> bool:
         """Tell what a request has to say; False when it is over."""
