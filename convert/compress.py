@@ -193,13 +193,13 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
 
 def check_group_size(widths: Iterable[int], group_size: int) -> None:
     """Raise OptionError when groups do not fill the rows of a matrix, which NNCF says only after a part was traced."""
-    sizes = [width for width in widths if group_size > 0 and width % group_size]
+    sizes = sorted(width for width in widths if group_size > 0 and width % group_size)
     if sizes:
         raise OptionError(_group_size_advice(sizes, group_size))
 
 
 def _group_size_advice(sizes: list[int], group_size: int) -> str:
-    """Names the first row that does not fit, and the largest group size that fits all of them."""
+    """Names a row that does not fit, and the largest group size that fits all of them."""
     fitting = next((g for g in (128, 64, 32, 16) if g < group_size and sizes and all(size % g == 0 for size in sizes)), None)
     what = f"a layer {sizes[0]} wide" if sizes else "a layer"
     first = f"--group-size {fitting} or " if fitting else ""

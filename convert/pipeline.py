@@ -95,8 +95,8 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
-    check_group_size(_row_widths(checkpoint, formats), options.group_size)
     check_space(final, _expected_bytes(checkpoint, formats))
+    check_group_size(_row_widths(checkpoint, formats), options.group_size)
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
         # 2) the tokenizer, beside the parts: it is Python's work, theirs is mostly not

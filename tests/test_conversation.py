@@ -21,7 +21,7 @@ from runtime.errors import NumericsError, OptionError, PictureError, PromptError
 from runtime.image import PictureTiles, Tiling
 from runtime.model import OVInternVLChatModel
 from runtime.part import equal_spans
-from runtime.prompt import render
+from runtime.prompt import get_template, render
 from runtime.stream import Statistics, stream_text
 from tests.conftest import shared
 
@@ -500,7 +500,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer):
             streamer.put(token[None])
         streamer.end()
 
-    pieces = list(stream_text(generate, tokenizer, "<|im_end|>", statistics, threading.Event(), lambda: None, None, []))
+    pieces = list(stream_text(generate, tokenizer, get_template("Hermes-2"), statistics, threading.Event(), lambda: None, None, []))
     assert "".join(pieces) == text.strip()
     assert not any("\ufffd" in piece for piece in pieces)
     assert statistics.new_tokens == len(ids)
