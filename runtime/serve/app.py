@@ -29,6 +29,7 @@ from runtime.errors import InternVLError
 from runtime.serve.engine import Engine, How, Piece
 from runtime.serve.protocol import ChatRequest, CompletionRequest, MediaRules, Writing, turns_of
 
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")  # that are counted by name
 COMPLETION_TOKENS = 16  # OpenAI's default where a text is completed
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -77,7 +78,7 @@ class Metrics:
 
 @dataclass
 class Prompt:
-    """A prompt that is ready for the engine, and what its answers say so far."""
+    """A prompt that is ready for the engine: token ids (1, T) and the pictures of its context tokens."""
 
     ids: Any
     pictures: list[Any]
@@ -254,7 +255,6 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="InternVL on OpenVINO", version=__version__, lifespan=life)
-    app.state.server = server
     app.add_middleware(Door, server=server)
 
     @app.exception_handler(Refused)
@@ -376,7 +376,7 @@ class Door:
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                known = scope["path"] if message["status"] not in (401, 404) else "other"
+                known = scope["path"] if scope["path"] in ROUTES else "other"
                 self._server.metrics.requests.labels(known, message["status"]).inc()
             await send(message)
 

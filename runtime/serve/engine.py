@@ -140,7 +140,7 @@ class NativeEngine(Engine):
         for name in ("presence_penalty", "frequency_penalty", "ignore_eos", "logprobs", "json_schema"):
             if getattr(how, name):
                 raise OptionError(f"{name} needs the genai engine: start the server with --engine genai")
-        streamer = _Streamer(Words(self.model.tokenizer, self.model.conv_template, how.stops), self.ends, how, tell)
+        streamer = _Streamer(Words(self.model.tokenizer, self.model.conv_template, how.stops), self.ends, tell)
         options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "do_sample": how.temperature > 0}
         if how.temperature > 0:
             options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
@@ -167,8 +167,8 @@ class NativeEngine(Engine):
 class _Streamer(StoppingCriteria):
     """transformers' streamer and stopping rule of one answer."""
 
-    def __init__(self, words: Words, ends: frozenset[int], how: How, tell: Callable[[Piece], None]):
-        self._words, self._ends, self._how, self._tell = words, ends, how, tell
+    def __init__(self, words: Words, ends: frozenset[int], tell: Callable[[Piece], None]):
+        self._words, self._ends, self._tell = words, ends, tell
         self._reason = "length"
         self.cancelled = False
 
@@ -243,6 +243,8 @@ class GenaiEngine(Engine):
             try:
                 embeds = self.model.embeddings_of(ids, pictures).numpy()  # (1, T, D)
                 with self._lock:
+                    if request.cancelled:  # while its pictures were looked at
+                        return
                     request.handle = self._pipeline.add_request(next(self._numbers), _tensor(embeds), config)
                     self._running.append(request)
                 self._work.set()
