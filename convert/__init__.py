@@ -39,6 +39,7 @@ class ConvertOptions:
     system_message: str | None = None  # None is the one the model was trained with
     adapter: str | None = None  # folder of a LoRA adapter to merge
     verify: bool = True  # compare the parts with the PyTorch path before the folder appears
+    serving: str | None = None  # ovms: the model folder lies in a repository for OpenVINO Model Server, which is the output
     force: bool = False  # replace an existing model folder
     revision: str | None = None  # of a hub repository: branch, tag or commit
     token: str | None = None  # hub access token; None uses the stored login
@@ -86,9 +87,10 @@ class ConvertOptions:
 def convert(source: str, output: str | Path | None = None, options: ConvertOptions | None = None) -> Summary:
     """Convert `source` (a checkpoint folder or a hub id) to the model folder `output`.
 
-    `output` None is the source's name and weight format in the current folder, like `InternVL2-1B-int4`. Returns what was
-    written. Raises InternVLError for anything wrong with the source, the options or the disk, and then leaves no folder;
-    DriftError when the result differs from the PyTorch path by more than its weight format allows.
+    `output` None is the source's name and weight format in the current folder, like `InternVL2-1B-int4`; with `serving` it is
+    `models`, and the model folder lies in it. Returns what was written. Raises InternVLError for anything wrong with the source,
+    the options or the disk, and then leaves no folder; DriftError when the result differs from the PyTorch path by more than its
+    weight format allows.
     """
     from convert.pipeline import run
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from convert import BACKUP_PRECISIONS, FORMATS, W8A8, ConvertOptions, convert
+from convert.serving import OVMS
 from runtime.errors import InternVLError
 
 EXIT_INTERRUPTED = 2
@@ -79,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=default.verify,
         help="compare every part with the PyTorch path; drift past the weight format's bound exits 1 (default: on)",
+    )
+    p.add_argument(
+        "--serving",
+        choices=(OVMS,),
+        help="OUTPUT is a model repository of OpenVINO Model Server (default: models), the folder in it",
     )
     p.add_argument("--force", action="store_true", help="replace OUTPUT when the new folder is whole")
     hub = p.add_argument_group("hub")

@@ -27,10 +27,12 @@ from convert.compress import bit_widths, check_group_size, compress
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
 from convert.scratch import Scratch
+from convert.serving import add_to_repository, check_repository, write_graph
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
 from convert.verify import Report, verify
 from runtime import __version__, memory
+from runtime.errors import OptionError
 from runtime.folder import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -49,6 +51,7 @@ LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16, W8A8: torch.float32}
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, "int8": 1.02, "int4": 0.70}  # int4: with its int8 head and scales
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
+DEFAULT_REPOSITORY = "models"
 
 
 @dataclass
@@ -79,8 +82,11 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     started = time.monotonic()
     memory.return_freed_memory()
     # 1) everything that can be wrong is found before any work
-    final = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{options.weight_format}")
+    name = f"{Path(source).resolve().name}-{options.weight_format}"
+    final = Path(output or name) if options.serving is None else Path(output or DEFAULT_REPOSITORY) / name
     check_target(final, force=options.force)
+    if options.serving is not None:
+        check_repository(final.parent)
     checkpoint = Checkpoint(
         resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir),
         name=Path(source).absolute().name,
@@ -89,6 +95,8 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
         adapter=Path(options.adapter) if options.adapter else None,
     )
     language_kind(checkpoint.config)
+    if options.serving is not None and checkpoint.config.has_visual_experts:
+        raise OptionError("OpenVINO Model Server does not feed visual experts: leave --serving out, python -m runtime serve does")
     if checkpoint.config.system_message is not None:
         print(f"system message: {checkpoint.config.system_message}", flush=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
@@ -117,6 +125,8 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             with _step("tokenizer"):
                 saved_tokenizer.result()
                 _write_configuration(checkpoint, tokenizer, work)
+                if options.serving is not None:
+                    write_graph(work)
         summary.seconds = time.monotonic() - started
         # 4) the proof
         if options.verify:
@@ -125,6 +135,8 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             print(*summary.report.lines(), sep="\n", flush=True)
             summary.report.raise_if_drifted()
             summary.verify_seconds = time.monotonic() - started - summary.seconds
+    if options.serving is not None:
+        add_to_repository(final.parent, name)
     summary.peak_bytes = memory.peak_bytes()
     return summary
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import InternVLError
+from runtime.folder import user_cache
 
 BUILT_IN = Path(__file__).parent / "shapes" / "checkpoint"
 WEIGHT_FORMAT = "int4"
@@ -49,8 +50,7 @@ def folder_of(folder: Path | None, checkpoint: str | None) -> Path:
 def built_in_folder() -> Path:
     """Where the built-in model is kept once it is converted: in the user's cache, by its weights."""
     weights = hashlib.sha1((BUILT_IN / "model.safetensors").read_bytes(), usedforsecurity=False).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "internvl-openvino" / f"shapes-{weights[:8]}-{WEIGHT_FORMAT}"
+    return user_cache() / f"shapes-{weights[:8]}-{WEIGHT_FORMAT}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,9 +10,14 @@ if TYPE_CHECKING:
     from runtime.errors import InternVLError as InternVLError
     from runtime.image import load_image as load_image
     from runtime.model import OVInternVLChatModel as OVInternVLChatModel
+    from runtime.serve.offline import GenerationConfig as GenerationConfig
+    from runtime.serve.offline import pipeline as pipeline
     from runtime.video import load_video as load_video
 
-_HOME = {"OVInternVLChatModel": "model", "load_image": "image", "load_video": "video", "InternVLError": "errors"}
+_HOME = {
+    **{"OVInternVLChatModel": "model", "load_image": "image", "load_video": "video", "InternVLError": "errors"},
+    **dict.fromkeys(("pipeline", "GenerationConfig"), "serve.offline"),
+}
 
 
 def __getattr__(name: str) -> Any:

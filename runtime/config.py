@@ -119,6 +119,11 @@ class InternVLConfig:
         """Class name that the checkpoint gives for its language model, e.g. `Qwen2ForCausalLM`."""
         return str((self.language.get("architectures") or ["(none)"])[0])
 
+    @property
+    def has_visual_experts(self) -> bool:
+        """Whether context tokens go through weights of their own (Mono-InternVL), which only our own runtime feeds."""
+        return self.language_architecture == "InternLM2VEForCausalLM"
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> InternVLConfig:
         """Read a parsed config.json.

@@ -54,6 +54,7 @@ class FeatureCache:
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
+        self.hits = self.misses = 0
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -62,6 +63,9 @@ class FeatureCache:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
+                self.hits += 1
+            else:
+                self.misses += 1
             return self._kept.get(key)
 
     def add(self, key: bytes, features: Tensor) -> None:

@@ -33,6 +33,11 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 
 
+def user_cache() -> Path:
+    """Where models are kept that nobody said a place for."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-openvino"
+
+
 def bytes_of(folder: Path, part: str) -> int:
     """Size of a part's two files (.xml and .bin) in bytes."""
     xml = folder / PART_FILES[part]

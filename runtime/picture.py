@@ -49,10 +49,10 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
     text = str(source)
     if text.startswith("data:"):
         return _decode(io.BytesIO(read_data_url(text)), "the data URL")
-    if text.lower().startswith(("http://", "https://")):
+    if is_web_address(text):
         if not allow_urls:
             raise PictureError("web addresses are not fetched here: send the picture itself")
-        return _decode(io.BytesIO(_fetch(text, None if allow_urls is True else allow_urls)), text)
+        return _decode(io.BytesIO(fetch(text, None if allow_urls is True else allow_urls)), text)
     try:
         with open(source, "rb") as file:
             return _decode(file, text)
@@ -117,7 +117,7 @@ def check_host(url: str, hosts: Collection[str]) -> None:
     """Raise PictureError unless an address is on one of these hosts."""
     host = urllib.parse.urlsplit(url).hostname or ""
     if host not in hosts:
-        raise PictureError(f"pictures are not fetched from {host or 'there'}: send the picture itself")
+        raise PictureError(f"media are not fetched from {host or 'there'}: send the data itself")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -131,8 +131,16 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(url: str, hosts: Collection[str] | None) -> bytes:
-    """Read a web address, within limits of size and time; redirects stay with http and https, and with `hosts` if there are any."""
+def is_web_address(text: str) -> bool:
+    """Whether something would have to be fetched."""
+    return text.lower().startswith(("http://", "https://"))
+
+
+def fetch(url: str, hosts: Collection[str] | None) -> bytes:
+    """Read a web address, within limits of size and time; redirects stay with http and https, and with `hosts` if there are any.
+
+    Raises PictureError.
+    """
     if hosts is not None:
         check_host(url, hosts)
     opener = urllib.request.OpenerDirector()

@@ -5,6 +5,8 @@ a client that leaves takes its answer with it.
 """
 
 import base64
+import functools
+import http.server
 import json
 import threading
 import time
@@ -24,7 +26,7 @@ from demo.shapes.scenes import make_scene
 from runtime.errors import InternVLError, OptionError
 from runtime.model import OVInternVLChatModel
 from runtime.prompt import get_template
-from runtime.serve import _listen
+from runtime.serve import _listen, make_server
 from runtime.serve.app import Limits, Rules, build_app
 from runtime.serve.engine import GenaiEngine, NativeEngine, Words
 from runtime.serve.protocol import MediaRules
@@ -259,6 +261,23 @@ def test_a_video(client, model, video):
     assert found.choices[0].message.content == wanted
 
 
+def test_media_of_a_host_that_is_allowed(client, model, video, tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURE.read_bytes())
+    (tmp_path / "a.mp4").write_bytes(video.read_bytes())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{files.server_port}"
+        found = client.chat.completions.create(model="shapes", messages=[question("Describe the picture.", f"{address}/a.png")])
+        assert found.choices[0].message.content == asked(model, "Describe the picture.")
+        part = {"type": "video_url", "video_url": {"url": f"{address}/a.mp4", "num_segments": 4}}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "What moves?"}]}]
+        found = client.chat.completions.create(model="shapes", messages=messages)
+        wanted = model.start_conversation().ask("What moves?", video=video, num_segments=4, do_sample=False)
+        assert found.choices[0].message.content == wanted
+        files.shutdown()
+
+
 # ---- mistakes
 
 
@@ -279,6 +298,9 @@ def test_a_video(client, model, video):
         ({"temperature": 3}, openai.BadRequestError, "temperature: Input should be less than or equal to 2"),
         ({"top_p": 0}, openai.BadRequestError, "top_p: Input should be greater than 0"),
         ({"n": 99}, openai.BadRequestError, "n: Input should be less than or equal to 16"),
+        ({"logprobs": True, "top_logprobs": 5}, openai.BadRequestError, "top_logprobs: not supported here: leave it out"),
+        ({"logit_bias": {"5": 100}}, openai.BadRequestError, "logit_bias: not supported here"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: not supported here"),
     ],
 )
 def test_mistakes_are_one_line(client, changes, kind, message):
@@ -314,6 +336,34 @@ def test_a_body_that_is_too_large_is_refused(model, told):
         assert "larger than 1 MB" in answer.json()["error"]["message"]
 
 
+def test_a_schema_that_cannot_be_followed_hurts_nobody_else(client, model, genai):
+    wanted = asked(model, "Describe the picture.")
+    stream = client.chat.completions.create(model="shapes", messages=[question("Describe the picture.", data_url())], stream=True)
+    text = next(stream).choices[0].delta.content
+    deep: dict = {"type": "string"}
+    for _ in range(100):
+        deep = {"type": "array", "items": deep}
+    bad = {"type": "no such type"}, {"$ref": "#/nothing"}, {"type": "string", "pattern": "("}, {"enum": []}, deep
+    for schema, reason in zip(bad, ("Unsupported type", "nothing", "parenthesis", "", "nested more than 40 deep"), strict=True):
+        wish = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match=f"the JSON schema .*{reason}"):
+            client.chat.completions.create(model="shapes", messages=[question("Hi")], response_format=wish)
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == wanted
+
+
+def test_an_answer_does_not_wait_for_the_network(served):
+    """With Nagle's algorithm on, 40 ms."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    times = []
+    with httpx.Client(base_url=served[0], headers=headers) as client:
+        for _ in range(20):
+            started = time.perf_counter()
+            client.post("/v1/chat/completions", json={"messages": []})
+            times.append(time.perf_counter() - started)
+    assert sorted(times)[10] < 0.03
+
+
 # ---- many clients, and clients that leave
 
 
@@ -344,6 +394,25 @@ def eventually(true, seconds: float = 2.0) -> bool:
     while not true() and time.monotonic() < deadline:
         time.sleep(0.02)
     return true()
+
+
+def test_what_prometheus_is_told(client, served, engine):
+    ask = {"model": "shapes", "messages": [question("Which shape is purple?", data_url())]}
+    client.chat.completions.create(**ask)
+    address = served[0]
+    names = ["requests_total", "active_requests", "waiting_requests", "first_token_seconds_count", "token_seconds_count"]
+    names += ["prompt_tokens_total", "new_tokens_total", "feature_cache_hits_total", "feature_cache_misses_total"]
+    told = httpx.get(f"{address}/metrics").text
+    assert all(f"internvl_{name}" in told for name in names)
+    assert ("internvl_kv_cache_used_ratio" in told) == isinstance(engine, GenaiEngine)
+    before = {name: gauge(address, f"internvl_{name}") for name in names[5:]}
+    answer = client.chat.completions.create(**ask)
+    after = {name: gauge(address, f"internvl_{name}") - value for name, value in before.items()}
+    assert after["prompt_tokens_total"] == answer.usage.prompt_tokens
+    assert after["new_tokens_total"] == answer.usage.completion_tokens
+    if isinstance(engine, GenaiEngine):  # the native engine's KV cache holds the picture: it is not looked up
+        assert (after["feature_cache_hits_total"], after["feature_cache_misses_total"]) == (1, 0)
+        assert gauge(address, "internvl_kv_cache_used_ratio") == 0, "nobody is answered"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -379,6 +448,44 @@ def test_a_full_server_says_when_to_come_back(folder):
         next(lines)
         second = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(folder, stream):
+    """One that is over in time is whole; the other is told why."""
+    app = build_app(GenaiEngine(OVInternVLChatModel(folder, language=False), 1), Rules("shapes", KEY))
+    server = make_server(app, stop_seconds=0.5)
+    listening = _listen("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/chat/completions"
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    headers = {"authorization": f"Bearer {KEY}"}
+    bodies = {
+        "long": {"messages": [question("Hi")], "stream": stream, "ignore_eos": True, "max_tokens": LONG},
+        "short": {"messages": [question("Describe the picture.", data_url())]},
+    }
+    found: dict[str, httpx.Response] = {}
+
+    def ask(name: str) -> None:
+        found[name] = httpx.post(address, json=bodies[name], headers=headers, timeout=60)
+
+    assert eventually(lambda: server.started, 30)
+    threads = [threading.Thread(target=ask, args=(name,)) for name in bodies]
+    for each in threads:
+        each.start()
+    assert eventually(lambda: app.state.answering() == 2, 30)
+    server.should_exit = True
+    for each in [*threads, thread]:
+        each.join(30)
+        assert not each.is_alive()
+    assert found["short"].json()["choices"][0]["finish_reason"] == "stop"
+    if stream:
+        lines = [line for line in found["long"].text.splitlines() if line]
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["message"] == "the server is being stopped"
+        assert lines[-1] == "data: [DONE]"
+    else:
+        assert found["long"].status_code == 503
+        assert found["long"].json()["error"]["message"] == "the server is being stopped"
 
 
 def test_an_answer_that_takes_too_long_ends(folder):

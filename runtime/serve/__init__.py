@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import OptionError
 
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
 STOP_SECONDS = 30  # for answers that are being written when the server is stopped
+LAST_WORDS_SECONDS = 3  # for the errors that end them
 
 
 def run(
@@ -33,8 +39,6 @@ def run(
             raise OptionError(f"{name} {value:g} is not positive")
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise OptionError(f"--allowed-local-media-path {allowed_local_media_path} is not a folder")
-    import uvicorn
-
     from runtime.model import OVInternVLChatModel
     from runtime.serve.app import Limits, Rules, build_app
     from runtime.serve.engine import GenaiEngine, NativeEngine
@@ -51,14 +55,29 @@ def run(
     )
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"serving {rules.model_name} at {where}/v1, documented at {where}/docs; Ctrl-C stops", flush=True)
-    config = uvicorn.Config(build_app(running, rules), log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
-    uvicorn.Server(config).run([listening])
+    make_server(build_app(running, rules)).run([listening])
+
+
+def make_server(app: FastAPI, stop_seconds: float = STOP_SECONDS) -> uvicorn.Server:
+    """A server that lets answers finish when it is stopped, for some seconds, and then ends them with an error."""
+    import asyncio
+
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(stop_seconds, app.state.stop)
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=math.ceil(stop_seconds) + LAST_WORDS_SECONDS))
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket there, before the model is opened: a port that is taken is told at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        made = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise OptionError(f"cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error})") from None
+    # named as TCP, or asyncio leaves Nagle's algorithm on and each answer waits 40 ms for an acknowledgement
+    return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())

@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import math
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,12 +20,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime import __version__
-from runtime.errors import InternVLError
-from runtime.serve.engine import Engine, How, Piece
+from runtime.errors import InternVLError, PromptError
+from runtime.serve.engine import Engine, How, Piece, how_of
 from runtime.serve.protocol import ChatRequest, CompletionRequest, MediaRules, Writing, turns_of
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")  # that are counted by name
@@ -62,14 +63,31 @@ class Refused(Exception):
         self.status, self.code, self.headers = status, code, headers
 
 
+class Caches(Collector):
+    """The counts that the caches themselves keep."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Prometheus'."""
+        cache, share = self._engine.model.feature_cache, self._engine.kv_cache_share
+        yield CounterMetricFamily("internvl_feature_cache_hits", "Pictures whose features were kept", value=cache.hits)
+        yield CounterMetricFamily("internvl_feature_cache_misses", "Pictures that the vision part looked at", value=cache.misses)
+        if share is not None:
+            yield GaugeMetricFamily("internvl_kv_cache_used_ratio", "Share of the KV cache that is in use", value=share)
+
+
 class Metrics:
     """What Prometheus is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(Caches(engine))
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("internvl_requests", "Requests by route and status", ["route", "status"], **own)
         self.active = Gauge("internvl_active_requests", "Requests that are answered or wait", **own)
+        self.waiting = Gauge("internvl_waiting_requests", "Requests whose first token has not come yet", **own)
         self.first_token = Histogram("internvl_first_token_seconds", "Until the first token", buckets=SECONDS, **own)
         self.token = Histogram("internvl_token_seconds", "A token after the first, mean of an answer", buckets=SECONDS, **own)
         self.prompt_tokens = Counter("internvl_prompt_tokens", "Tokens of prompts", **own)
@@ -97,8 +115,14 @@ class Server:
     """The routes' common work."""
 
     def __init__(self, engine: Engine, rules: Rules):
-        self.engine, self.rules, self.metrics = engine, rules, Metrics()
+        self.engine, self.rules, self.metrics = engine, rules, Metrics(engine)
         self.created, self.active = int(time.time()), 0
+        self._told: set[asyncio.Queue[tuple[int, Piece]]] = set()  # of the answers that are being written
+
+    def stop(self) -> None:
+        """End all answers with an error: the server must go. From the thread of the loop."""
+        for told in self._told:
+            told.put_nowait((0, Piece("", error=Refused(503, "the server is being stopped", "stopping"))))
 
     # what is asked
 
@@ -118,25 +142,20 @@ class Server:
     async def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text alone, as it is."""
         encoded = await asyncio.to_thread(self.engine.model.tokenizer, text, return_tensors="pt")
+        if not encoded["input_ids"].numel():
+            raise PromptError("the prompt is empty: write one")
         return Prompt(encoded["input_ids"], [])
 
     def how(self, ask: Writing, prompt: Prompt, most_tokens: int | None, **more: Any) -> How:
         """The request's wishes, then generation_config.json, then the defaults of `How`."""
-        model, config = self.engine.model, self.engine.model.generation_config
-        self.engine.model.check(prompt.ids, prompt.pictures, {})
-        room = (model.config.context_length or math.inf) - prompt.ids.shape[1]
-        sampled = bool(config.do_sample)
-        given: dict[str, tuple[Any, Any]] = {
-            "temperature": (config.temperature if sampled else 0.0, ask.temperature),
-            "top_p": (config.top_p if sampled else 1.0, ask.top_p),
-            "top_k": (config.top_k if sampled else 0, ask.top_k),
-            "min_p": (config.min_p if sampled else 0.0, ask.min_p),
-            "repetition_penalty": (config.repetition_penalty, ask.repetition_penalty),
-        }
-        chosen = {name: theirs if theirs is not None else ours for name, (ours, theirs) in given.items()}
-        return How(
-            max_new_tokens=int(min(most_tokens or config.max_new_tokens or 1024, room)),
-            **{name: value for name, value in chosen.items() if value is not None},
+        model = self.engine.model
+        model.check(prompt.ids, prompt.pictures, {})
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return how_of(
+            model.generation_config,
+            most_tokens,
+            model.config.context_length and model.config.context_length - prompt.ids.shape[1],
+            {name: getattr(ask, name) for name in names},
             presence_penalty=ask.presence_penalty,
             frequency_penalty=ask.frequency_penalty,
             seed=secrets.randbits(32) if ask.seed is None else ask.seed,
@@ -173,6 +192,8 @@ class Server:
             return tell
 
         cancels = []
+        self._told.add(told)
+        self.metrics.waiting.inc()
         try:
             for number in range(left):
                 prompt = prompts[number // count]
@@ -186,6 +207,7 @@ class Server:
                     if piece.error is not None:
                         raise piece.error
                     if first and piece.tokens:
+                        self.metrics.waiting.dec()
                         self.metrics.first_token.observe(time.perf_counter() - started)
                         first, begun = False, time.perf_counter()
                     tokens += len(piece.tokens)
@@ -197,6 +219,9 @@ class Server:
         except TimeoutError:
             raise Refused(504, f"the answer took longer than {self.rules.limits.seconds:g} s", "timeout") from None
         finally:
+            if first:
+                self.metrics.waiting.dec()
+            self._told.discard(told)
             for cancel in cancels:
                 cancel()
 
@@ -246,7 +271,10 @@ def problem(status: int, message: str, code: str, headers: dict[str, str] | None
 
 
 def build_app(engine: Engine, rules: Rules) -> FastAPI:
-    """The application over an engine, which it closes at its end."""
+    """The application over an engine, which it closes at its end.
+
+    `app.state.stop()` ends all answers, `app.state.answering()` counts them.
+    """
     server = Server(engine, rules)
 
     @asynccontextmanager
@@ -255,6 +283,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="InternVL on OpenVINO", version=__version__, lifespan=life)
+    app.state.stop, app.state.answering = server.stop, lambda: server.active
     app.add_middleware(Door, server=server)
 
     @app.exception_handler(Refused)
@@ -271,7 +300,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         if first["type"] == "json_invalid":
             return problem(400, f"the body is not JSON ({first['ctx']['error']})", "invalid_json")
         where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return problem(400, f"{where}: {first['msg']}", "invalid_value")
+        return problem(400, f"{where}: {first['msg'].removeprefix('Value error, ')}", "invalid_value")
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> JSONResponse:
@@ -299,10 +328,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         check_model(ask.model)
         async with server.place():
             prompt = await server.prompt_of(ask)
-            schema = None
-            if ask.response_format is not None and ask.response_format.type != "text":
-                given = ask.response_format.json_schema
-                schema = json.dumps(given.schema_ if given is not None else {"type": "object"})
+            schema = ask.response_format and ask.response_format.schema_text
             how = server.how(ask, prompt, ask.most_tokens, logprobs=ask.logprobs, json_schema=schema)
             frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": rules.model_name}
             if not ask.stream:

@@ -13,26 +13,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from runtime.errors import OptionError
 from runtime.image import PictureTiles
 from runtime.kv_cache import PREFILL_AT_ONCE
 from runtime.model import OVInternVLChatModel
 from runtime.prompt import Template
+from runtime.serve.grammar import SchemaCheck
 from runtime.stream import lead_ids
 
+DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
+SMALLEST = 1e-3  # of what may not be 0
 IDLE_SECONDS = 0.2  # how long the stepping thread waits for work before it looks whether it should end
 
 
 @dataclass(frozen=True)
 class How:
-    """How an answer is written. Temperature 0 takes the likeliest token."""
+    """How an answer is written. Temperature 0 takes the likeliest token, and so does one that single precision would make 0."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -47,6 +51,26 @@ class How:
     ignore_eos: bool = False
     logprobs: bool = False
     json_schema: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", self.temperature if self.temperature >= SMALLEST else 0.0)
+        for name in ("top_p", "repetition_penalty"):
+            object.__setattr__(self, name, max(getattr(self, name), SMALLEST))
+
+
+def how_of(config: GenerationConfig, most_tokens: int | None, room: int | None, wishes: dict[str, Any], **more: Any) -> How:
+    """Wishes that are not None, then generation_config.json, then `How`.
+
+    `wishes` are of temperature, top_p, top_k, min_p and repetition_penalty;
+    `room` is how many tokens the model can still read after the prompt; `more` are other fields of `How`.
+    """
+    own: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    if config.do_sample:
+        own |= {name: value for name in own if (value := getattr(config, name)) is not None}
+    own["repetition_penalty"] = config.repetition_penalty or 1.0
+    own |= {name: value for name, value in wishes.items() if value is not None}
+    most = most_tokens or config.max_new_tokens or DEFAULT_NEW_TOKENS
+    return How(int(min(most, inf if room is None else room)), **own, **more)
 
 
 @dataclass(frozen=True)
@@ -112,6 +136,7 @@ class Engine(ABC):
         self.model = model
         ends = model.generation_config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.kv_cache_share: float | None = None  # how much of the KV cache is in use, 0 to 1, where there is one for all
 
     @abstractmethod
     def start(
@@ -207,7 +232,7 @@ class GenaiEngine(Engine):
         super().__init__(model)
         import openvino_genai
 
-        if model.config.language_architecture == "InternLM2VEForCausalLM":
+        if model.config.has_visual_experts:
             raise OptionError("openvino_genai does not feed visual experts: start the server with --engine native")
         self._genai = openvino_genai
         scheduler = openvino_genai.SchedulerConfig()
@@ -215,6 +240,8 @@ class GenaiEngine(Engine):
         scheduler.max_num_batched_tokens = PREFILL_AT_ONCE
         place = model.language_placement
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(model.folder), scheduler, place.device, place.properties)
+        self.kv_cache_share = 0.0
+        self._check_schema = SchemaCheck(model.folder, model.config.language["vocab_size"])
         self._numbers = itertools.count()
         self._running: list[_Request] = []
         self._lock, self._work, self._closed = threading.Lock(), threading.Event(), False
@@ -241,6 +268,8 @@ class GenaiEngine(Engine):
             if request.cancelled:
                 return
             try:
+                if how.json_schema is not None:
+                    self._check_schema(how.json_schema)
                 embeds = self.model.embeddings_of(ids, pictures).numpy()  # (1, T, D)
                 with self._lock:
                     if request.cancelled:  # while its pictures were looked at
@@ -301,7 +330,9 @@ class GenaiEngine(Engine):
                         request.tell(Piece("", error=error))
                     self._drop(over)
                     break
+                self.kv_cache_share = self._pipeline.get_metrics().cache_usage / 100
                 self._deliver()
+            self.kv_cache_share = 0.0
             self._deliver()
 
     def _deliver(self) -> None:

@@ -6,6 +6,7 @@ no engine. Media are opened here, under the server's rules: data URLs always, we
 
 from __future__ import annotations
 
+import json
 import tempfile
 import urllib.parse
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from runtime.config import InternVLConfig
 from runtime.conversation import Exchange
 from runtime.errors import PictureError, PromptError
 from runtime.image import PictureTiles, Tiling
-from runtime.picture import open_picture, read_data_url
+from runtime.picture import fetch, is_web_address, open_picture, read_data_url
 from runtime.prompt import IMAGE_MARK, frame_marks, picture_marks
 from runtime.video import DEFAULT_SEGMENTS, read_frames
 
@@ -77,9 +78,25 @@ class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
 
+    @property
+    def schema_text(self) -> str | None:
+        """What the answer must fit, as JSON; None where it is free."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
+
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+def _refuse(value: Any) -> Any:
+    if value:
+        raise ValueError("not supported here: leave it out")
+    return value
+
+
+Nothing = Annotated[Any, AfterValidator(_refuse)]  # of OpenAI's; what would be ignored in silence is refused
 
 
 class Writing(BaseModel):
@@ -100,6 +117,7 @@ class Writing(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = False
+    logit_bias: Nothing = None
 
     @property
     def stops(self) -> list[str]:
@@ -112,6 +130,8 @@ class ChatRequest(Writing):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
+    top_logprobs: Nothing = None
+    tools: Nothing = None
     response_format: ResponseFormat | None = None
 
     @property
@@ -124,28 +144,37 @@ class CompletionRequest(Writing):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool = False
+    suffix: Nothing = None
 
 
 @dataclass(frozen=True)
 class MediaRules:
-    """What a client may have the server read: media it sends itself, and what the one who starts the server allows."""
+    """What a client may have the server read: media it sends itself, and what the one who starts the server allows.
+
+    `trusted` is who runs the model on his own machine: everything may be read.
+    """
 
     domains: frozenset[str] = frozenset()
     folder: Path | None = None
+    trusted: bool = False
 
     def picture(self, url: str) -> Image.Image:
         """Open the picture of a data URL, a web address or a file. Raises PictureError."""
-        if url.startswith("data:") or url.lower().startswith(("http://", "https://")):
-            return open_picture(url, allow_urls=self.domains)
+        if url.startswith("data:") or is_web_address(url):
+            return open_picture(url, allow_urls=self.trusted or self.domains)
         return open_picture(self.file(url))
 
     def frames(self, url: str, count: int) -> list[Image.Image]:
-        """Frames of the video of a data URL or a file. Raises PictureError, VideoError."""
-        if not url.startswith("data:"):
+        """Frames of the video of a data URL, a web address or a file. Raises PictureError, VideoError."""
+        if is_web_address(url):
+            data = fetch(url, None if self.trusted else self.domains)
+        elif url.startswith("data:"):
+            data = read_data_url(url)
+        else:
             return read_frames(self.file(url), count)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "video"
-            file.write_bytes(read_data_url(url))
+            file.write_bytes(data)
             return read_frames(file, count)
 
     def file(self, url: str) -> Path:
@@ -153,6 +182,8 @@ class MediaRules:
         parts = urllib.parse.urlsplit(url) if url.startswith("file:") else None
         path = Path(urllib.parse.unquote(parts.path) if parts else url)
         try:
+            if self.trusted:
+                return path
             if self.folder is not None and path.resolve().is_relative_to(self.folder.resolve()):
                 return path
         except (OSError, ValueError, RuntimeError):  # no name of a file
