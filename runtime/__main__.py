@@ -1,4 +1,4 @@
-"""python -m runtime {chat,benchmark,serve,info} FOLDER: ask a model folder, measure it, serve it, or look what it holds."""
+"""python -m runtime {chat,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, or see what it holds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from runtime.chat import Conversation
 
 DEFAULT_NEW_TOKENS = 256
+AUTO = "auto"
 COMMANDS = """/image FILE    a picture for the next question; may be said several times
 /video FILE    a video for the next question
 /reset         forget the conversation
@@ -43,7 +44,12 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask; <image> marks where a picture stands")
     chat.add_argument("--image", metavar="FILE", action="append", default=[], help="picture or its URL; may be given several times")
     chat.add_argument("--video", metavar="FILE", help="video, of which 8 frames are shown to the model")
-    chat.add_argument("--max-tiles", type=int, metavar="N", help="tiles a picture at most (default: the model's, often 12)")
+    chat.add_argument(
+        "--max-tiles", type=tiles_or_auto, metavar="N", help="tiles a picture at most, or auto (default: the model's, often 12)"
+    )
+    chat.add_argument(
+        "--first-token", type=float, default=5, metavar="SECONDS", help="with --max-tiles auto, after tune (default: %(default)g)"
+    )
     chat.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
     chat.add_argument("--json", action="store_true", help="print the answer and its statistics as one JSON object")
     writing = chat.add_argument_group("how it writes")
@@ -91,9 +97,19 @@ def parser() -> argparse.ArgumentParser:
     )
     allowed.add_argument("--allowed-local-media-path", metavar="FOLDER", type=Path, help="read media there (default: nowhere)")
 
+    tune = commands.add_parser("tune", help="find the fastest settings of this machine and keep them in the folder")
+    tune.add_argument("folder", metavar="FOLDER", type=Path, help="model folder")
+    tune.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
+    tune.add_argument("--reset", action="store_true", help="forget what was found, for all devices")
+
     info = commands.add_parser("info", help="what a model folder holds")
     info.add_argument("folder", metavar="FOLDER", type=Path, help="model folder")
     return p
+
+
+def tiles_or_auto(text: str) -> int | str:
+    """The value of --max-tiles."""
+    return text if text == AUTO else int(text)
 
 
 def show_progress(stage: str, done: int, total: int) -> None:
@@ -150,13 +166,15 @@ def say(conversation: Conversation, question: str, **options: Any) -> None:
     print(conversation.statistics, file=sys.stderr)
 
 
-def chat(question: str | None, image: list[str], video: str | None, max_tiles: int | None, **options: Any) -> None:
+def chat(question: str | None, image: list[str], video: str | None, max_tiles: int | str | None, **options: Any) -> None:
     """One question and its answer, or a conversation when there is no question."""
     writing = {**writing_options(**options), "max_new_tokens": options["max_new_tokens"]}
     if question is not None and not question.strip():
         raise OptionError("the question is empty: write one, or leave it out to chat")
     if question is None and options["json"]:
         raise OptionError("--json answers one question: give it")
+    if max_tiles == AUTO:
+        max_tiles = affordable_tiles(**options)
     conversation = open_model(**options).start_conversation(options["system"])
     if options["seed"] is not None:
         import torch
@@ -171,6 +189,22 @@ def chat(question: str | None, image: list[str], video: str | None, max_tiles: i
         print(json.dumps({"answer": answer, **conversation.statistics.as_dict()}, ensure_ascii=False))
     else:
         say(conversation, question, **asked)
+
+
+def affordable_tiles(folder: Path, device: str, vision_device: str | None, first_token: float, **_: Any) -> int:
+    """The tile limit of a time to the first token, by what tune measured. Raises OptionError where it did not."""
+    import openvino as ov
+
+    from runtime.config import InternVLConfig, read_config
+    from runtime.settings import settings_of, tiles_within
+
+    check_folder(folder)
+    found = settings_of(folder, ov.Core(), device)
+    if found is None or vision_device not in (None, device):
+        raise OptionError(f"--max-tiles auto needs to know how fast {device} is: run  python -m runtime tune {folder}  first")
+    tiles = tiles_within(found, first_token, InternVLConfig.from_dict(read_config(folder / CONFIG_FILE)))
+    print(f"up to {tiles} tiles a picture, for a first token within {first_token:g} s", file=sys.stderr)
+    return tiles
 
 
 def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input) -> None:
@@ -252,6 +286,38 @@ def serve(**options: Any) -> None:
     run(**options)
 
 
+def tune(folder: Path, device: str, reset: bool) -> None:
+    """Measure, keep, and say what it brings; or forget it."""
+    from runtime.settings import reset as forget
+
+    check_folder(folder)
+    if reset:
+        print("forgotten: the defaults are back" if forget(folder) else "nothing was tuned here")
+        return
+    from runtime.tune import tune as find
+
+    found = find(folder, device, show_trial)
+    clear_progress()
+    for trial in found["tried"]:
+        said = f"{trial['gain']:+.0%}" if "gain" in trial else f"refused ({trial['refused']})"
+        print(f"{trial['part']:<10}{trial['candidate']:<34}{said}")
+    for part, properties in found["parts"].items():
+        chosen = ", ".join(f"{name}={value}" for name, value in properties.items()) or "the default"
+        print(f"{part}: {chosen}" + (f", {found['gain'][part]:.0%} less time" if properties else ""))
+    seconds = found["seconds"]
+    print(
+        f"a tile {seconds['tile']:.3f} s, a prompt token {1000 * seconds['prompt_token']:.2f} ms, "
+        f"a new token {1000 * seconds['token']:.1f} ms; {found['agreement']:.0%} of the greedy tokens are the default's"
+    )
+    print(json.dumps({name: found[name] for name in ("parts", "seconds", "gain", "agreement")}))
+
+
+def show_trial(what: str, done: int, total: int) -> None:
+    """One line on a terminal that says what is being tried."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{done} of {total}: {what} ", end="", file=sys.stderr, flush=True)
+
+
 def info(folder: Path) -> None:
     """Print what a model folder holds."""
     from runtime.config import InternVLConfig, read_config
@@ -276,7 +342,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags of pictures that are read all the same
     try:
-        commands: dict[str, Callable[..., None]] = {"chat": chat, "benchmark": benchmark, "serve": serve, "info": info}
+        commands: dict[str, Callable[..., None]] = {
+            "chat": chat,
+            "benchmark": benchmark,
+            "serve": serve,
+            "tune": tune,
+            "info": info,
+        }
         commands[options.pop("command")](**options)
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ Property names: openvinotoolkit/openvino src/inference/include/openvino/runtime/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,11 +66,13 @@ def place_parts(
     cache_dir: str | Path | None = None,
     ov_config: Mapping[str, Any] | None = None,
     part_config: Mapping[str, Mapping[str, Any]] | None = None,
+    tuned: Callable[[str, str], Mapping[str, Any]] = lambda part, device: {},
 ) -> dict[str, Placement]:
     """The device and the properties of every part.
 
-    `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `ov_config` holds properties
-    for all parts and `part_config` for single ones; both win over what is chosen here.
+    `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `tuned` says what was found best
+    for a part on a device, unless precision is asked for. `ov_config` holds properties for all parts and `part_config` for single
+    ones; both win over what is chosen here.
     Raises DeviceError for a device that is not here, OptionError for an unknown precision or part.
     """
     if precision not in PRECISIONS:
@@ -84,6 +86,8 @@ def place_parts(
     for part, name in devices.items():
         check_device(core, name)
         properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide_vision and part == "vision")
+        if precision == "default":
+            properties |= tuned(part, name)
         placed[part] = Placement(part, name, properties | dict(ov_config or {}) | dict((part_config or {}).get(part, {})))
     return placed
 

@@ -31,6 +31,7 @@ DETOKENIZER_FILE = "openvino_detokenizer.xml"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
+TUNED_FILE = "tuned.json"  # what python -m runtime tune found, by device
 
 
 def user_cache() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from runtime.errors import ModelFolderError, OptionError
 from runtime.folder import CONFIG_FILE, GENERATION_CONFIG_FILE, check_folder
 from runtime.kv_cache import KVCache
 from runtime.language import LOOKUP, NO_LOOKUP, OVLanguageModel
+from runtime.settings import tuned_properties
 from runtime.stream import Progress
 
 PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more fall out of the processor's caches, fewer are more calls
@@ -39,7 +40,7 @@ class OVInternVLChatModel(ChatModel):
     of the PyTorch path. `cache_dir` keeps compiled models (on a GPU by default in the folder). `ov_config` holds OpenVINO
     properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and
     `reuse_kv` off makes stateless calls compute their whole prompt. `language` off leaves the language part to somebody else:
-    prompts can be made and embedded, and not answered.
+    prompts can be made and embedded, and not answered. `tuned` off ignores what python -m runtime tune found for the devices.
     Raises ModelFolderError for a folder that is not whole or not converted, DeviceError for a device that is not there.
     """
 
@@ -56,6 +57,7 @@ class OVInternVLChatModel(ChatModel):
         feature_cache_bytes: int = FEATURE_CACHE_BYTES,
         reuse_kv: bool = True,
         language: bool = True,
+        tuned: bool = True,
     ):
         self.folder = folder = Path(model_dir)
         check_folder(folder)
@@ -79,6 +81,7 @@ class OVInternVLChatModel(ChatModel):
             cache_dir=cache_dir,
             ov_config=ov_config,
             part_config=part_config,
+            tuned=partial(tuned_properties, folder, core) if tuned else lambda part, device: {},
         )
         width = self.config.language["hidden_size"]
         self._text = StatelessPart(folder, core, placed["text_embeddings"], width)

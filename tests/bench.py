@@ -1,8 +1,9 @@
-"""python -m tests.bench: what a conversion at full size takes, in wall time and peak memory.
+"""python -m tests.bench: conversion and answers at full size, beside openvino_genai and optimum-intel, in one run.
 
-Makes a random checkpoint of a published shape once and keeps it; converts it in processes of their own, several times. With
---beside COMMAND, another converter is run between ours, so that both see the same machine; {checkpoint} and {output} in it are
-filled in. Ends with a line of JSON.
+Makes a random checkpoint of a published shape once and keeps it; converts it; then every peer answers in a process of its own,
+taking turns at each figure, so that all see the same machine. Beside them stand the machine's own ceilings. Prints a Markdown
+table, writes the figures as JSON and, with --plot, the ratios as bars. With --beside COMMAND another converter runs between
+ours; {checkpoint} and {output} in it are filled in.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from tests.checkpoints import CONFIGS, make_checkpoint
 
 CACHE = Path(tempfile.gettempdir()) / "internvl-openvino-bench"
+SIZES = {1: (448, 448), 7: (1200, 800), 13: (1000, 750)}  # pictures that are cut into so many tiles
+NEW_TOKENS, BATCH_TOKENS = 32, 32
+LONG_WORDS = 4000  # two tokens each: about 8,000
+Runs = dict[str, dict[str, list[dict[str, float]]]]  # of a figure, of a peer
 
 
-def measure(command: list[str], output: Path) -> dict[str, float]:
+def timed(command: list[str], output: Path) -> dict[str, float]:
     """Run once; wall seconds and peak resident memory in GB of the process, imports included."""
     shutil.rmtree(output, ignore_errors=True)
     # a child of its own: a peak is kept for the largest child of a process
@@ -42,33 +51,269 @@ def measure(command: list[str], output: Path) -> dict[str, float]:
     return {"seconds": seconds, "peak_gb": kilobytes * 1024 / 1e9}
 
 
+class Peer:
+    """A process of tests.bench_peers."""
+
+    def __init__(self, name: str, folder: Path, cache: Path | None = None):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.bench_peers", name, str(folder), *([str(cache)] if cache else [])]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.load = self._read()["load"]
+
+    def do(self, task: str, **arguments: Any) -> dict[str, float]:
+        """Have something done; returns its figures."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{shlex.join(map(str, self._process.args))} ended early")  # type: ignore[arg-type]
+
+
+def ceilings() -> dict[str, float]:
+    """What this machine can do at best, in a process of its own: bytes read and operations a second."""
+    code = """
+import json, time, torch
+def best(run, work, repeats=5):
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter(); run(); times.append(time.perf_counter() - started)
+    return work / min(times)
+big = torch.ones(1 << 28)
+found = {"read_bytes": best(lambda: big.sum(), big.nbytes)}
+n = 2048
+for name, kind in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+    a = torch.ones(n, n, dtype=kind)
+    found[name] = best(lambda: a @ a, 2 * n**3, 5 if name == "f32" else 2)
+a = torch.ones(n, n, dtype=torch.int8)
+found["int8"] = best(lambda: torch._int_mm(a, a), 2 * n**3, 2)
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def floors(checkpoint: Path, folder: Path, found: dict[str, float]) -> dict[str, float]:
+    """The least that a tile, a prompt token and a written token can take under these ceilings, in seconds."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    vision, language = config["vision_config"], config["llm_config"]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    layer = 2 * patches * (4 * width * width + 2 * width * inner) + 4 * patches * patches * width
+    rate = max(found["f32"], found["bf16"])
+    d, heads, groups = language["hidden_size"], language["num_attention_heads"], language["num_key_value_heads"]
+    weights = language["num_hidden_layers"] * (2 * d * d + 2 * d * d * groups // heads + 3 * d * language["intermediate_size"])
+    kv = 2 * language["num_hidden_layers"] * groups * (d // heads)  # bytes a token at 8 bits
+    read = (folder / "openvino_language_model.bin").stat().st_size
+    return {
+        "tile": vision["num_hidden_layers"] * layer / rate,
+        "prompt_token": 2 * weights / rate,
+        **{
+            f"token_{name}": (read + kv * tokens) / found["read_bytes"]
+            for name, tokens in (("0.3k", 300), ("3.4k", 3400), ("8k", 8000))
+        },
+    }
+
+
+def pictures(folder: Path) -> dict[int, Path]:
+    """Smooth random pictures of the sizes."""
+    made = {}
+    for tiles, (width, height) in SIZES.items():
+        made[tiles] = folder / f"{tiles}.png"
+        pixels = np.random.default_rng(tiles).integers(0, 255, (height // 50, width // 50, 3), np.uint8)
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(made[tiles])
+    return made
+
+
+def answers(folder: Path, work: Path, repeats: int, names: list[str]) -> Runs:
+    """All figures of all peers."""
+    runs: Runs = {}
+
+    def note(figure: str, name: str, found: dict[str, float]) -> None:
+        runs.setdefault(figure, {}).setdefault(name, []).append(found)
+        print(figure, name, json.dumps({key: round(value, 4) for key, value in found.items()}), flush=True)
+
+    images = pictures(work)
+    for number in range(repeats):
+        for name in names:
+            note("load", name, fresh(name, folder))
+            if number == 0:
+                fresh(name, folder, work / f"cache-{name}")  # which fills it
+            note("load cached", name, fresh(name, folder, work / f"cache-{name}"))
+    peers = {name: Peer(name, folder) for name in names}
+    for peer in peers.values():
+        peer.do("first", image=str(images[1]), tokens=4)  # what is done once
+    for tiles, image in images.items():
+        for number in range(repeats):
+            for name, peer in peers.items():
+                if name == "optimum" and number > 1 and tiles > 1:
+                    continue  # the slowest by far
+                note(f"{tiles} tiles", name, peer.do("first", image=str(image), tokens=NEW_TOKENS))
+                if name == "ours":
+                    note(f"{tiles} tiles again", name, peer.do("first", image=str(image), tokens=4, again=True))
+    for name, peer in peers.items():
+        note("peak", name, peer.do("peak"))
+    if "optimum" in peers:
+        peers.pop("optimum").close()
+    long = "red ball " * LONG_WORDS
+    for figure, text, image in (("chat 3.4k", "Describe this picture.", str(images[13])), ("chat 8k", long, None)):
+        for peer in peers.values():
+            peer.do("begin", text=text, image=image, tokens=4)
+        for number in range(repeats):
+            for name, peer in peers.items():
+                note(figure, name, peer.do("turn", text=f"What is {number}?", image=None, tokens=NEW_TOKENS))
+    for _ in range(repeats):
+        for name, peer in peers.items():
+            note("batch of 8", name, peer.do("batch", image=str(images[1]), tokens=BATCH_TOKENS))
+    for peer in peers.values():
+        peer.close()
+    return runs
+
+
+def fresh(name: str, folder: Path, cache: Path | None = None) -> dict[str, float]:
+    """How long a new process takes to open the folder."""
+    peer = Peer(name, folder, cache)
+    peer.close()
+    return {"seconds": peer.load}
+
+
+def medians(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each figure, peer and key."""
+    return {
+        figure: {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in peers.items()}
+        for figure, peers in runs.items()
+    }
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | None, str]]:
+    """(figure, value of each peer, floor, unit); for throughput more is better."""
+    m, low = found["medians"], found["floors"]
+    made: list[tuple[str, dict[str, float], float | None, str]] = []
+
+    def add(title: str, figure: str, key: str, floor: float | None = None, unit: str = "s") -> None:
+        values = {name: peer[key] for name, peer in m[figure].items() if key in peer}
+        made.append((title, values, floor, unit))
+
+    add("opening the folder", "load", "seconds")
+    add("opening with compiled models kept", "load cached", "seconds")
+    for tiles in SIZES:
+        floor = tiles * low["tile"]
+        prompt = m[f"{tiles} tiles"]["ours"]["prompt_tokens"] * low["prompt_token"]
+        add(f"first token, {tiles} tiles", f"{tiles} tiles", "first_token", floor + prompt)
+        add(f"of it vision, {tiles} tiles", f"{tiles} tiles", "vision", floor)
+        add(f"of it prefill, {tiles} tiles", f"{tiles} tiles", "prefill", prompt)
+    add("time a token, 0.3k context", "1 tiles", "token", low["token_0.3k"], "ms")
+    add("time a token, 3.4k context", "13 tiles", "token", low["token_3.4k"], "ms")
+    add("time a token, 8k context", "chat 8k", "token", low["token_8k"], "ms")
+    add("next turn, first token, 3.4k", "chat 3.4k", "first_token")
+    add("next turn, first token, 8k", "chat 8k", "first_token")
+    again = {"ours": m["13 tiles again"]["ours"]["first_token"], "genai": m["13 tiles"].get("genai", {}).get("first_token")}
+    made.append(("same picture again, 13 tiles", {name: value for name, value in again.items() if value}, None, "s"))
+    add("eight prompts of one tile at once", "batch of 8", "tokens_a_second", None, "tokens/s")
+    add("peak resident memory", "peak", "peak_gb", None, "GB")
+    return made
+
+
+def ratio(values: dict[str, float], unit: str) -> float | None:
+    """Ours to openvino_genai's."""
+    return values["ours"] / values["genai"] if "genai" in values else None
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Markdown."""
+    names = found["peers"]
+    lines = ["| | " + " | ".join(names) + " | ours to genai | ours to the floor |", "|" + " --- |" * (len(names) + 3)]
+    for title, values, floor, unit in rows(found):
+        scale = 1000 if unit == "ms" else 1
+        cells = [f"{values[name] * scale:.{1 if unit == 'ms' else 2}f} {unit}" if name in values else "" for name in names]
+        share = ratio(values, unit)
+        ends = [f"{share:.2f}" if share else "", f"{values['ours'] / floor:.1f}" if floor else ""]
+        lines.append("| " + " | ".join([title, *cells, *ends]) + " |")
+    return lines
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """The ratios as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [(title, share, unit) for title, values, _, unit in rows(found) if (share := ratio(values, unit))]
+    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(bars) + 1))
+    shares = [1 / share if unit == "tokens/s" else share for _, share, unit in bars]
+    axes.barh([title for title, *_ in bars], shares, color=["#2a7" if share <= 1.05 else "#c55" for share in shares])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ours to openvino_genai's: below 1 is faster or smaller")
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGS, default="InternVL2-1B", help="shape (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="folder with the model's real tokenizer (default: a tiny one)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each figure (default: %(default)s)")
+    parser.add_argument("--conversions", type=int, default=3, help="runs of each converter (default: %(default)s)")
     parser.add_argument("--beside", metavar="COMMAND", help="another converter to run between ours")
-    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave our model folder there")
+    parser.add_argument("--peers", default="ours,genai,optimum", help="whose answers are timed (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("build/bench.json"), help="(default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="bars of the ratios")
     options = parser.parse_args()
-    checkpoint, output = CACHE / options.model, CACHE / "output"
+    checkpoint, folder = CACHE / options.model, CACHE / f"{options.model}-int4"
     if not (checkpoint / "config.json").exists():
         make_checkpoint(checkpoint, options.model, tokenizer=options.tokenizer)
-    ours = [sys.executable, "-m", "convert", str(checkpoint), str(output), "--no-verify"]
-    commands = {"ours": ours}
+    commands = {"ours": [sys.executable, "-m", "convert", str(checkpoint), str(folder), "--no-verify"]}
+    other = CACHE / "beside"
     if options.beside:
-        commands["beside"] = shlex.split(options.beside.format(checkpoint=checkpoint, output=output))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for _ in range(options.repeats):
+        commands["beside"] = shlex.split(options.beside.format(checkpoint=checkpoint, output=other))
+    conversions: Runs = {"conversion": {name: [] for name in commands}}
+    for _ in range(options.conversions):
         for name, command in commands.items():
-            runs[name].append(measure(command, output))
-            print(f"{name:<8} {runs[name][-1]['seconds']:6.1f} s  {runs[name][-1]['peak_gb']:.2f} GB", flush=True)
-    shutil.rmtree(output, ignore_errors=True)
-    if options.keep:
-        measure([str(options.keep) if part == str(output) else part for part in ours], options.keep)
-    medians = {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
-    for name, median in medians.items():
-        print(f"{name:<8} median {median['seconds']:.1f} s, peak {median['peak_gb']:.2f} GB")
-    print(json.dumps({"model": options.model, "machine": platform.processor() or platform.machine(), "medians": medians}))
+            conversions["conversion"][name].append(timed(command, folder if name == "ours" else other))
+            print("conversion", name, json.dumps(conversions["conversion"][name][-1]), flush=True)
+    found: dict[str, Any] = {"model": options.model, "machine": machine(), "peers": options.peers.split(",")}
+    found["ceilings"] = ceilings()
+    found["floors"] = floors(checkpoint, folder, found["ceilings"])
+    with tempfile.TemporaryDirectory() as work:
+        runs = answers(folder, Path(work), options.repeats, found["peers"])
+    found |= {"runs": conversions | runs, "medians": medians(conversions | runs)}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found["machine"]), json.dumps({name: f"{value:.3g}" for name, value in found["ceilings"].items()}))
+    for name, median in found["medians"]["conversion"].items():
+        print(f"conversion, {name}: {median['seconds']:.1f} s, peak {median['peak_gb']:.2f} GB")
+    print(*table(found), sep="\n")
+    if options.plot:
+        plot(found, options.plot)
+
+
+def machine() -> dict[str, str]:
+    """What it ran on."""
+    from importlib.metadata import version
+
+    import openvino as ov
+
+    names = ("openvino", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers")
+    return {
+        "processor": str(ov.Core().get_property("CPU", "FULL_DEVICE_NAME")),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""python -m pytest tests/test_tune.py
+
+Settings of a machine: found by measuring, kept in the folder, taken where they fit and nowhere else; the tiles that a time allows.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import openvino as ov
+import pytest
+
+from runtime import tune
+from runtime.__main__ import main
+from runtime.config import InternVLConfig, read_config
+from runtime.errors import DeviceError, ModelFolderError, OptionError
+from runtime.model import OVInternVLChatModel
+from runtime.settings import keep, machine, reset, settings_of, tiles_within
+
+ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "demo" / "examples" / "shapes.png"
+SECONDS = {"tile": 0.1, "prompt_token": 0.001, "token": 0.01}
+
+
+@pytest.fixture
+def folder(converted, tmp_path):
+    """A model folder of its own."""
+    return shutil.copytree(
+        converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False), tmp_path / "shapes"
+    )
+
+
+def kept(folder: Path, **changes) -> dict:
+    """Settings that say one thread a part, as if they had been found here."""
+    core = ov.Core()
+    found = {"machine": machine(core, "CPU"), "parts": {part: {"INFERENCE_NUM_THREADS": 1} for part in ("vision", "language")}}
+    found |= {"seconds": SECONDS} | changes
+    keep(folder, "CPU", found)
+    return found
+
+
+def threads(folder: Path, **options) -> list[int]:
+    """Of the vision and the language part."""
+    model = OVInternVLChatModel(folder, **options)
+    return [part._compiled.get_property("INFERENCE_NUM_THREADS") for part in (model._vision, model.language_model)]
+
+
+def test_what_was_found_is_used(folder):
+    assert threads(folder, tuned=False) != [1, 1], "this test needs two cores"
+    kept(folder)
+    assert threads(folder) == [1, 1]
+
+
+def test_the_callers_own_properties_win(folder):
+    kept(folder)
+    assert threads(folder, ov_config={"INFERENCE_NUM_THREADS": 2}) == [2, 2]
+    assert threads(folder, part_config={"vision": {"INFERENCE_NUM_THREADS": 2}}) == [2, 1]
+
+
+@pytest.mark.parametrize("changes", [{"processor": "another one"}, {"openvino": "2020.1"}])
+def test_another_machine_takes_nothing(folder, changes):
+    kept(folder, machine=machine(ov.Core(), "CPU") | changes)
+    assert settings_of(folder, ov.Core(), "CPU") is None
+    assert threads(folder) != [1, 1]
+
+
+def test_precision_accuracy_takes_nothing(folder):
+    kept(folder)
+    assert threads(folder, precision="accuracy") != [1, 1]
+
+
+def test_devices_are_kept_apart_and_forgotten_together(folder):
+    found = kept(folder)
+    keep(folder, "GPU", {"parts": {}})
+    assert settings_of(folder, ov.Core(), "CPU") == found
+    assert settings_of(folder, ov.Core(), "CPU.7") is None
+    assert reset(folder)
+    assert not reset(folder)
+    assert settings_of(folder, ov.Core(), "CPU") is None
+
+
+def test_a_broken_file_is_told(folder):
+    (folder / "tuned.json").write_text("{")
+    with pytest.raises(OptionError, match="--reset removes it"):
+        OVInternVLChatModel(folder)
+    assert main(["tune", str(folder), "--reset"]) == 0
+    OVInternVLChatModel(folder)
+
+
+def test_it_measures_the_parts_and_says_what_was_refused(folder, monkeypatch):
+    monkeypatch.setattr(tune, "LEAST_SECONDS", 0.3)
+    plans = [("one thread", {"INFERENCE_NUM_THREADS": 1}), ("nonsense", {"NO_SUCH_PROPERTY": 1})]
+    monkeypatch.setattr(tune, "candidates", lambda core, device: iter(plans))
+    heard: list[tuple] = []
+    found = tune.tune(folder, report=lambda *told: heard.append(told))
+    assert found == settings_of(folder, ov.Core(), "CPU")
+    assert [trial["candidate"] for trial in found["tried"]] == ["one thread", "nonsense"] * 2
+    assert all("NO_SUCH_PROPERTY" in trial["refused"] for trial in found["tried"][1::2])
+    assert all(found["seconds"][name] > 0 for name in ("tile", "prompt_token", "token"))
+    assert 0 <= found["agreement"] <= 1
+    assert [told[1] for told in heard] == list(range(heard[-1][2]))
+    assert found["parts"].keys() == {"vision", "language"}
+
+
+def test_a_gain_must_show_twice(folder, monkeypatch):
+    """A candidate that is slow only when it is looked at again does not stay."""
+    gains = iter([0.5, 0.0, 0.5, 0.4])  # vision: found and lost; language: found and found again
+    monkeypatch.setattr(tune, "candidates", lambda core, device: iter([("one thread", {"INFERENCE_NUM_THREADS": 1})]))
+    monkeypatch.setattr(tune, "_beside", lambda one, other, config: (next(gains), one(), other()))
+    found = tune.tune(folder)
+    assert found["parts"] == {"vision": {}, "language": {"INFERENCE_NUM_THREADS": 1}}
+    assert found["gain"] == {"vision": 0.0, "language": 0.4}
+    assert found["agreement"] == 1, "threads change no token of this model"
+
+
+def test_what_is_worth_a_try_is_known_to_this_device(folder):
+    core = ov.Core()
+    model = core.read_model(folder / "openvino_vision_embeddings_model.xml")
+    plans = dict(tune.candidates(core, "CPU"))
+    assert len(plans) >= 5
+    for properties in plans.values():
+        core.compile_model(model, "CPU", properties)
+
+
+@pytest.mark.parametrize(("seconds", "tiles"), [(0.01, 1), (0.35, 2), (1.0, 7), (1.4, 11), (100, 12)])
+def test_tiles_that_fit_into_a_time(folder, seconds, tiles):
+    """A tile takes 0.1 s and 16 tokens of 1 ms, and there is a thumbnail."""
+    config = InternVLConfig.from_dict(read_config(folder / "config.json") | {"max_dynamic_patch": 12})
+    assert (config.use_thumbnail, config.tokens_per_tile) == (True, 16)
+    assert tiles_within({"seconds": SECONDS}, seconds, config) == tiles
+
+
+def test_a_time_that_is_none_is_told(folder):
+    with pytest.raises(OptionError, match="positive number of seconds"):
+        tiles_within({"seconds": SECONDS}, 0, InternVLConfig.from_dict(read_config(folder / "config.json")))
+
+
+def test_the_command_line(folder, capsys, monkeypatch):
+    ask = ["chat", str(folder), "Which shape is purple?", "--image", str(PICTURE), "--max-tiles", "auto"]
+    assert main(ask) == OptionError.exit_code
+    assert f"run  python -m runtime tune {folder}  first" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "LEAST_SECONDS", 0.1)
+    started = time.perf_counter()
+    assert main(["tune", str(folder)]) == 0
+    assert time.perf_counter() - started < 120
+    out = capsys.readouterr().out.splitlines()
+    found = json.loads(out[-1])
+    assert any(line.startswith("vision    threads on performance cores") for line in out)
+    assert found["parts"] == settings_of(folder, ov.Core(), "CPU")["parts"]
+    assert main([*ask, "--first-token", "0.000001"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "circle\n"
+    assert "up to 1 tiles a picture" in told.err
+    assert main(["tune", str(folder), "--reset"]) == 0
+    assert "the defaults are back" in capsys.readouterr().out
+    assert main(["tune", str(folder), "--reset"]) == 0
+    assert "nothing was tuned here" in capsys.readouterr().out
+
+
+def test_what_cannot_be_tuned(tmp_path, folder):
+    with pytest.raises(ModelFolderError, match="is not there"):
+        tune.tune(tmp_path / "none")
+    with pytest.raises(DeviceError, match="there is no device NPU9 here"):
+        tune.tune(folder, "NPU9")
