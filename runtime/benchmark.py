@@ -47,7 +47,8 @@ def benchmark(
     runs: list[dict[str, float]] = []
     counts: dict[str, int] = {}
     for number in range(warm_up + repeats):
-        model.feature_cache.clear()
+        conversation = other = None  # their KV caches would be taken over
+        model.forget()
         conversation = model.start_conversation()
         conversation.ask(QUESTION, images=[source], max_tiles=max_tiles, **exactly)
         first = conversation.statistics

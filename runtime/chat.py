@@ -89,6 +89,13 @@ class ChatModel(ABC):
         """A KV cache for one conversation, or None where each call computes its whole prompt."""
         return None
 
+    def give_back(self, cache: Any) -> None:  # noqa: B027  a backend may keep none
+        """A conversation is over that had this KV cache."""
+
+    def forget(self) -> None:
+        """Drop what is kept for prompts that may come again; conversations keep what is theirs."""
+        self.feature_cache.clear()
+
     def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[Any]:
         """A KV cache for one stateless call with a prompt of these keys (T,)."""
         return nullcontext()
@@ -317,7 +324,10 @@ class ChatModel(ABC):
             rows = torch.cat([each.flatten(0, 1) for each in features]) if features else None
             return self._generate_batch(ids, mask, rows, progress=progress, **options)
         keys = self._keys(ids[0], pictures)
-        with nullcontext(cache) if cache is not None else self.lend_cache(keys) as cache:
+        with (
+            nullcontext(cache) if cache is not None else self.lend_cache(keys) as cache,
+            nullcontext() if cache is None else cache.busy,
+        ):
             statistics.reused_tokens = reused = cache.keep(keys) if cache is not None else 0
             rows, statistics.encoded_tiles = self._rows_after(ids[0], reused, pictures, progress)
             embeds = self.merge(ids[:, reused:], rows)

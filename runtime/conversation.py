@@ -6,6 +6,7 @@ Knows turns; prompts, pictures and tokens are the chat model's, which it is star
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Conversation:
         self.turns: list[Exchange] = []
         self.statistics: Statistics | None = None  # of the last answer
         self._model, self._system, self._cache = model, system, model.new_cache()
+        weakref.finalize(self, model.give_back, self._cache).atexit = False
         self._tokenizer = model.tokenizer  # read from its file now, not when somebody waits for an answer
         self._busy = threading.Lock()
         self._cancelled = threading.Event()

@@ -1,9 +1,9 @@
 """KV caches of the language part, two kinds behind one set of calls: pages of our own, and OpenVINO's state.
 
 On a CPU the attention of the saved part is turned into paged attention when it is opened: measured on the 1B shape, a prompt of
-3,380 tokens takes two thirds of the time and half of the memory, and a cache that holds more than a new prompt wants is simply
-shortened. Other devices keep the part's own state. Knows embeddings, logits and the key of each token; nothing of sampling, prompts
-or pictures.
+3,380 tokens takes two thirds of the time and half of the memory, a cache that holds more than a new prompt wants is simply
+shortened, and one that holds less copies pages of another one. Other devices keep the part's own state. Knows embeddings, logits
+and the key of each token; nothing of sampling, prompts or pictures.
 Pages: Kwon et al. 2023, arXiv:2309.06180; inputs as openvinotoolkit/openvino src/core/src/op/paged_attention.cpp names them.
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import openvino as ov
@@ -23,17 +25,28 @@ from runtime.stream import Cancelled, Progress
 
 PREFILL_AT_ONCE = 2048  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
 FIRST_PAGES = 32
+LEAST_ADOPTED = 64  # tokens that are worth the copy
 LAST_POSITION = "last_position"  # our input of the paged part: which tokens the head sees
 
 
 class KVCache(ABC):
     """What the tokens of one conversation, or of the rows of one batch, have left behind.
 
-    Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time.
+    Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time,
+    the one that holds `busy`. `siblings` are the caches over the same weights, this one among them once it is made.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None, window: int | None = None):
+    def __init__(
+        self,
+        compiled: ov.CompiledModel,
+        plain_length: int | None = None,
+        window: int | None = None,
+        siblings: WeakSet[KVCache] | None = None,
+    ):
         self._plain_length, self._window = plain_length, window
+        self._siblings: WeakSet[KVCache] = WeakSet() if siblings is None else siblings
+        self._siblings.add(self)
+        self.busy = Lock()
         self._request = compiled.create_infer_request()
         self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
         self._keys = np.zeros(0, np.int64)
@@ -52,11 +65,15 @@ class KVCache(ABC):
     def keep(self, keys: np.ndarray) -> int:
         """Keep what a prompt with these keys (T,) begins with, forget the rest, and expect its other tokens.
 
-        Returns the number of tokens kept.
+        Where an idle sibling holds much more of the prompt, that is copied. Returns the number of tokens kept.
         """
+        self._adopt(keys)
         kept = self._cut(self.shared_with(keys))
         self._keys, self._coming = self._keys[:kept], keys[kept:]
         return kept
+
+    def _adopt(self, keys: np.ndarray) -> None:  # noqa: B027  a state cannot be copied in part
+        """Take over what a sibling holds of a prompt with these keys (T,), if it is worth it."""
 
     def feed(
         self,
@@ -172,8 +189,8 @@ class StatefulCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None, window: int | None = None):
-        super().__init__(compiled, plain_length, window)
+    def __init__(self, compiled: ov.CompiledModel, **options: Any):
+        super().__init__(compiled, **options)
         self._clear()
 
     def _clear(self) -> None:
@@ -252,8 +269,8 @@ class PagedCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel, plain_length: int | None = None, window: int | None = None):
-        super().__init__(compiled, plain_length, window)
+    def __init__(self, compiled: ov.CompiledModel, **options: Any):
+        super().__init__(compiled, **options)
         ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
         self._shapes = {
             name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()
@@ -294,6 +311,30 @@ class PagedCache(KVCache):
         self._release(self._tables[0][pages:])
         self._tables, self._lengths = [self._tables[0][:pages]], [length]
         return length
+
+    def _adopt(self, keys: np.ndarray) -> None:
+        """Whole pages only: a page's scales are those of all of its tokens."""
+        others = [cache for cache in [*self._siblings] if isinstance(cache, PagedCache) and cache is not self]
+        for donor in sorted(others, key=lambda cache: -cache.shared_with(keys)):
+            if donor.shared_with(keys) < self.shared_with(keys) + LEAST_ADOPTED:
+                return
+            if donor.busy.acquire(blocking=False):
+                try:
+                    self._copy_from(donor, keys)
+                finally:
+                    donor.busy.release()
+                return
+
+    def _copy_from(self, donor: PagedCache, keys: np.ndarray) -> None:
+        count = donor.shared_with(keys) // self._page
+        self._cut(0)
+        table = [self._take() for _ in range(count)]
+        for name in self._shapes:
+            theirs, ours = donor._request.get_tensor(name), self._request.get_tensor(name)
+            for source, target in zip(donor._tables[0], table, strict=False):
+                _pages_of(theirs, source, source + 1).copy_to(_pages_of(ours, target, target + 1))
+        self._tables, self._lengths = [table], [count * self._page]
+        self._keys = keys[: count * self._page].copy()
 
     def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         rows, count = mask.shape

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import openvino as ov
@@ -55,9 +56,14 @@ class OVLanguageModel(GenerationMixin):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
         model = read_part(core, folder, "language", config["hidden_size"])
         self._compiled = compile_part(core, self._cache_kind.adapt(model), placement)
-        self._embed, self._cache_options = embed, {"plain_length": plain_length, "window": window}
+        self._embed = embed
+        self._cache_options: dict[str, Any] = {
+            "plain_length": plain_length,
+            "window": window,
+            "siblings": WeakSet() if reuse else None,
+        }
         self._idle: list[KVCache] = []  # least recently used first
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a conversation may end, and give its cache back, anywhere
         self._most_idle = IDLE_CACHES if reuse else 0
         self.config = PretrainedConfig(**{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")})
         self.generation_config = generation_config
@@ -84,8 +90,18 @@ class OVLanguageModel(GenerationMixin):
         try:
             yield cache
         finally:
-            with self._lock:
-                self._idle = [*self._idle, cache][-self._most_idle :] if self._most_idle else []
+            self.give_back(cache)
+
+    def give_back(self, cache: KVCache) -> None:
+        """Somebody needs a cache no more: keep it among the idle ones, whose prompts may come again."""
+        with self._lock:
+            if len(cache) and self._most_idle:
+                self._idle = [*self._idle, cache][-self._most_idle :]
+
+    def forget(self) -> None:
+        """Drop the idle caches."""
+        with self._lock:
+            self._idle.clear()
 
     def can_generate(self) -> bool:
         return True

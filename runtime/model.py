@@ -133,6 +133,13 @@ class OVInternVLChatModel(ChatModel):
     def new_cache(self) -> KVCache:
         return self.language_model.new_cache()
 
+    def give_back(self, cache: KVCache) -> None:
+        self.language_model.give_back(cache)
+
+    def forget(self) -> None:
+        super().forget()
+        self.language_model.forget()
+
     def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[KVCache]:
         return self.language_model.lend_cache(keys)
 

@@ -32,7 +32,7 @@ class Ours:
     def first(self, image: Path, tokens: int, *, again: bool = False) -> dict[str, float]:
         """A picture that was never seen, or with `again` one that was."""
         if not again:
-            self.model.feature_cache.clear()
+            self.model.forget()
         talk = self.model.start_conversation()
         times: list[float] = []
 
@@ -41,7 +41,7 @@ class Ours:
                 times.append(time.perf_counter())
 
         started = time.perf_counter()
-        talk.ask(QUESTION, images=[image], max_new_tokens=tokens, do_sample=False, progress=progress)
+        talk.ask(SECOND_QUESTION if again else QUESTION, images=[image], max_new_tokens=tokens, do_sample=False, progress=progress)
         told = talk.statistics
         vision = times[0] - started
         return figures(told.first_token_seconds, told.token_seconds, told.prompt_tokens) | {
@@ -65,7 +65,7 @@ class Ours:
         """Eight questions about a picture of one tile each; the features are not kept between them."""
         from runtime import load_image
 
-        self.model.feature_cache.clear()
+        self.model.forget()
         started = time.perf_counter()
         tile = load_image(image, input_size=self.model.config.tile_size, max_num=1)
         noise = [tile + 1e-4 * number for number in range(len(BATCH))]  # eight different pictures

@@ -3,6 +3,7 @@
 Conversations: the same text as the reference that computes every prompt anew, and nothing computed twice.
 """
 
+import gc
 import threading
 import time
 
@@ -195,8 +196,80 @@ def test_stateless_calls_reuse_the_common_prefix_and_answer_the_same(folder, ref
         assert answer == reference.chat(*arguments, history=edited, num_patches_list=[3, 2])
 
 
+@pytest.fixture
+def pages(folder, monkeypatch):
+    """A model on a plain CPU, whose prompts are short here."""
+    monkeypatch.setattr(runtime.kv_cache, "LEAST_ADOPTED", 16)
+    return OVInternVLChatModel(folder, ov_config=EXACT)
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["while the other is there", "after it has gone"])
+def test_a_picture_that_another_conversation_knows_is_not_computed_again(pages, reference, gone):
+    first = pages.start_conversation()
+    first.ask("What is it?", images=[picture(1)], **OPTIONS)
+    told = first.turns[0].answer
+    if gone:
+        del first
+        gc.collect()
+    second = pages.start_conversation()
+    answer = second.ask("How large is it?", images=[picture(1)], **OPTIONS)
+    assert answer == reference.start_conversation().ask("How large is it?", images=[picture(1)], **OPTIONS)
+    page = second._cache._page
+    common = second.statistics.prompt_tokens - len(pages.tokenizer("How large is it?")["input_ids"]) - 20
+    assert second.statistics.reused_tokens % page == 0
+    assert second.statistics.reused_tokens > common - page
+    assert second.statistics.encoded_tiles == 0
+    if not gone:  # what is shared was copied: both go on for themselves
+        theirs = reference.start_conversation()
+        theirs.turns = [Exchange(turn.question, turn.answer, turn.pictures) for turn in first.turns]
+        assert first.ask("Why?", **OPTIONS) == theirs.ask("Why?", **OPTIONS)
+        assert first.turns[0].answer == told
+        assert first.statistics.reused_tokens > first.statistics.prompt_tokens - 40
+
+
+def test_a_cache_that_is_at_work_is_left_alone(pages):
+    first = pages.start_conversation()
+    first.ask("What is it?", images=[picture(1)], **OPTIONS)
+    with first._cache.busy:
+        second = pages.start_conversation()
+        second.ask("What is it?", images=[picture(1)], **OPTIONS)
+        assert second.statistics.reused_tokens == 0
+    third = pages.start_conversation()
+    third.ask("What is it?", images=[picture(1)], **OPTIONS)
+    assert third.statistics.reused_tokens > 0
+    assert third.turns[0].answer == second.turns[0].answer == first.turns[0].answer
+
+
+def test_nothing_is_taken_over_where_reuse_is_off(folder, monkeypatch):
+    monkeypatch.setattr(runtime.kv_cache, "LEAST_ADOPTED", 16)
+    model = OVInternVLChatModel(folder, ov_config=EXACT, reuse_kv=False)
+    for _ in range(2):
+        conversation = model.start_conversation()
+        conversation.ask("What is it?", images=[picture(1)], **OPTIONS)
+        assert conversation.statistics.reused_tokens == 0
+
+
+def test_few_common_tokens_are_not_worth_a_copy(folder, monkeypatch):
+    monkeypatch.setattr(runtime.kv_cache, "LEAST_ADOPTED", 1000)
+    model = OVInternVLChatModel(folder, ov_config=EXACT)
+    model.start_conversation().ask("What?", **OPTIONS)
+    conversation = model.start_conversation()
+    conversation.ask("Why?", **OPTIONS)
+    assert conversation.statistics.reused_tokens == 0
+
+
+def test_what_is_kept_can_be_forgotten(pages):
+    for _ in range(2):
+        pages.forget()
+        conversation = pages.start_conversation()
+        conversation.ask("What is it?", images=[picture(1)], **OPTIONS)
+        assert (conversation.statistics.reused_tokens, conversation.statistics.encoded_tiles) == (0, 3)
+        del conversation
+        gc.collect()
+
+
 def test_a_picture_goes_through_the_vision_part_once(model):
-    model.feature_cache.clear()
+    model.forget()
     model.start_conversation().ask("What?", images=[picture(5)], max_new_tokens=2)
     again = model.start_conversation()
     again.ask("Something else?", images=[picture(5), picture(5)], max_new_tokens=2)
@@ -250,7 +323,7 @@ def test_keys_tell_pictures_apart_and_rows_of_one():
 
 def test_a_long_prompt_is_prefilled_in_pieces(model, reference, monkeypatch):
     monkeypatch.setattr(runtime.kv_cache, "PREFILL_AT_ONCE", 7)
-    model.feature_cache.clear()
+    model.forget()
     stages = []
     conversation = model.start_conversation()
     answer = conversation.ask("What?", images=picture(1), progress=lambda *stage: stages.append(stage), **OPTIONS)
@@ -305,7 +378,7 @@ def test_an_answer_is_cancelled_from_another_thread_and_the_conversation_goes_on
 
 def test_an_answer_is_cancelled_before_its_first_word(model):
     conversation = model.start_conversation()
-    model.feature_cache.clear()
+    model.forget()
 
     def progress(stage, done, total):
         conversation.cancel()
