@@ -73,7 +73,7 @@ class Ours:
 
         config = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         self.model.batch_chat(self.model.tokenizer, torch.cat(noise), BATCH, config, num_patches_list=[1] * len(BATCH))
-        return {"tokens_a_second": tokens * len(BATCH) / (time.perf_counter() - started)}
+        return throughput(tokens, time.perf_counter() - started)
 
 
 class Genai:
@@ -121,7 +121,7 @@ class Genai:
         started = time.perf_counter()
         images = [[pixels(image)] for _ in BATCH]
         self.batching.generate(BATCH, images=images, generation_config=[self.config(tokens) for _ in BATCH])
-        return {"tokens_a_second": tokens * len(BATCH) / (time.perf_counter() - started)}
+        return throughput(tokens, time.perf_counter() - started)
 
 
 class Optimum:
@@ -158,6 +158,10 @@ class Optimum:
 
 def figures(first: float, token: float | None, prompt_tokens: int) -> dict[str, float]:
     return {"first_token": first, "token": token or 0.0, "prompt_tokens": prompt_tokens}
+
+
+def throughput(tokens: int, seconds: float) -> dict[str, float]:
+    return {"tokens_a_second": tokens * len(BATCH) / seconds, "seconds": seconds}
 
 
 def pixels(image: Path) -> Any:

@@ -52,6 +52,11 @@ LATER_KINDS = {"grid": 0.25, "row": 0.05, "chart": 0.04, "compare": 0.35, "motio
 LAST = 5.77  # level from which clips and print, the last to be learnt, have these shares, and every clip holds two shapes
 LAST_KINDS = LATER_KINDS | {"text": 0.45, "small_text": 0.12, "compare": 0.15, "motion": 0.5, "page": 0.25, "forms": 0.15}
 
+COUNTING = 7.73  # level from which scenes of many alike shapes are frequent, and what is most frequent in them is asked for
+COUNTING_KINDS = LAST_KINDS | {"grid": 0.45, "forms": 0.3, "motion": 0.35, "page": 0.2, "small_text": 0.15}
+
+CHANGES = ((COUNTING, COUNTING_KINDS), (LAST, LAST_KINDS), (LATER, LATER_KINDS))
+
 STARTS = {
     "row": 0.1,
     "chart": 0.2,
@@ -176,16 +181,17 @@ class Maker:
     def items(self, count: int, cells: list[int]) -> list[Item]:
         """Shapes for the cells; often few colours or few shapes, so that there is something to count."""
         colours, shapes = list(COLOURS), list(SHAPES)
-        if self.rng.random() < 0.4:
+        few = 0.6 if self.level >= COUNTING else 0.4
+        if self.rng.random() < few:
             colours = self.rng.sample(colours, 2)
-        if self.rng.random() < 0.4:
+        if self.rng.random() < few:
             shapes = self.rng.sample(shapes, 2)
         pick = self.rng.choice
         return [Item(pick(shapes), pick(colours), pick(list(SIZES)), cell) for cell in cells[:count]]
 
-    def grid_items(self, most: int) -> list[Item]:
+    def grid_items(self, most: int, least: int = 1) -> list[Item]:
         while True:
-            cells = self.rng.sample(range(9), self.rng.randint(1, most))
+            cells = self.rng.sample(range(9), self.rng.randint(least, most))
             items = self.items(len(cells), sorted(cells))
             if in_split(repr(items), self.split):
                 return items
@@ -274,7 +280,7 @@ class Maker:
     # kinds of scene: each returns (canvases, groups)
 
     def grid(self) -> Made:
-        items = self.grid_items(self.upto(1, 5))
+        items = self.grid_items(self.upto(1, 5), 3 if self.level >= COUNTING and self.rng.random() < 0.6 else 1)
         shape = self.rng.random() if self.level >= 0.5 else 0
         columns, rows = (1, 1) if shape < 0.9 else (2, 1) if shape < 0.94 else (1, 2) if shape < 0.98 else (2, 2)
         return [self.draw_grid(items, columns, rows)], [group for group in self.about_items(items) if group[0].answer]
@@ -305,6 +311,10 @@ class Maker:
             asked = self.rng.choice(said) if self.rng.random() < 0.8 else self.rng.choice(list(table))
             question = self.say(key, **{field_name: self.name(table, asked)})
             groups.append([Turn("count", question, str(said.count(asked)))])
+            if self.level >= COUNTING:
+                asked = max(said, key=said.count)
+                question = self.say(key, **{field_name: self.name(table, asked)})
+                groups.append([Turn("count", question, str(said.count(asked)))])
         if self.level >= DRILL and self.rng.random() < 0.5:
             groups.append(self.exercise("colour_counts", {self.name(COLOURS, name): str(colours.count(name)) for name in colours}))
         elif self.level >= DRILL:
@@ -638,7 +648,7 @@ def make_scene(
     """The scene number `index`; kind and language are drawn unless given."""
     rng = random.Random(f"{seed}/{split}/{index}")
     known = [name for name in KINDS if level >= STARTS.get(name, 0)]
-    shares = KINDS | (LAST_KINDS if level >= LAST else LATER_KINDS if level >= LATER else {})
+    shares = KINDS | next((kinds for start, kinds in CHANGES if level >= start), {})
     drawn = rng.choices(known, [shares[name] for name in known])[0]
     spoken = "zh" if rng.random() < 0.3 else "en"
     kind, language = kind or drawn, language or spoken

@@ -72,7 +72,7 @@ PRESETS = {"cpu": Sizes(), "gpu": Sizes(256, 512, 5, 8, 256, 512, 4, 8, 2)}  # g
 class TrainOptions:
     """One training run."""
 
-    samples: int = 464_000  # scenes, with several questions each
+    samples: int = 576_000  # scenes, with several questions each
     seed: int = 1
     preset: str = "cpu"
     batch: int = 32  # scenes a step
