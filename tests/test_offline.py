@@ -118,8 +118,8 @@ def test_how_it_writes(pipe, wanted):
     word = wanted[text].split()[6]
     assert pipe((text, PICTURE), GenerationConfig(stop_words=[word])).text == wanted[text][: wanted[text].index(word)].rstrip()
     assert pipe((text, PICTURE), GenerationConfig(do_sample=True, top_k=1)).text == wanted[text], "LMDeploy's way to be greedy"
-    drawn = [pipe([(text, PICTURE)] * 2, GenerationConfig(do_sample=True, temperature=2.0, random_seed=5)) for _ in range(2)]
-    assert [each.text for each in drawn[0]] == [each.text for each in drawn[1]]
+    drawn = [pipe([text] * 2, GenerationConfig(do_sample=True, temperature=2.0, random_seed=5)) for _ in range(2)]
+    assert [each.text for each in drawn[0]] == [each.text for each in drawn[1]], "without a picture it is unsure, but repeatable"
     assert drawn[0][0].text != drawn[0][1].text
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 STOP_SECONDS = 30  # for answers that are being written when the server is stopped
+KEEP_ALIVE_SECONDS = 75  # of idle connections; a client that uses one as it is closed sees an error
 LAST_WORDS_SECONDS = 3  # for the errors that end them
 
 
@@ -69,7 +70,8 @@ def make_server(app: FastAPI, stop_seconds: float = STOP_SECONDS) -> uvicorn.Ser
             asyncio.get_running_loop().call_later(stop_seconds, app.state.stop)
             await super().shutdown(sockets)
 
-    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=math.ceil(stop_seconds) + LAST_WORDS_SECONDS))
+    last = math.ceil(stop_seconds) + LAST_WORDS_SECONDS
+    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=last, timeout_keep_alive=KEEP_ALIVE_SECONDS))
 
 
 def _listen(host: str, port: int) -> socket.socket:

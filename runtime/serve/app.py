@@ -317,7 +317,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response()
+        return Response(status_code=200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

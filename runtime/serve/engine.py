@@ -8,30 +8,35 @@ other. Knows no HTTP and no JSON.
 from __future__ import annotations
 
 import itertools
+import pickle
+import subprocess
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
-from runtime.errors import OptionError
+from runtime.errors import DeviceError, OptionError
 from runtime.image import PictureTiles
 from runtime.kv_cache import PREFILL_AT_ONCE
 from runtime.model import OVInternVLChatModel
+from runtime.part import last_line
 from runtime.prompt import Template
+from runtime.serve import worker
 from runtime.serve.grammar import SchemaCheck
 from runtime.stream import lead_ids
 
 DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
+LAST_SECONDS = 5.0  # for the last words of the process that answers
 SMALLEST = 1e-3  # of what may not be 0
-IDLE_SECONDS = 0.2  # how long the stepping thread waits for work before it looks whether it should end
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,11 @@ class Engine(ABC):
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self.kv_cache_share: float | None = None  # how much of the KV cache is in use, 0 to 1, where there is one for all
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer."""
+        return True
+
     @abstractmethod
     def start(
         self, ids: torch.Tensor, pictures: Sequence[PictureTiles], how: How, tell: Callable[[Piece], None]
@@ -218,36 +228,38 @@ class _Streamer(StoppingCriteria):
 
 @dataclass(eq=False)
 class _Request:
-    handle: Any
     words: Words
     tell: Callable[[Piece], None]
-    cancelled: bool = False
 
 
 class GenaiEngine(Engine):
-    """openvino_genai's continuous batching over our embeddings: paged attention, many requests in every step."""
+    """openvino_genai's continuous batching over our embeddings, in a process of its own: many requests in every step."""
 
     def __init__(self, model: OVInternVLChatModel, cache_gb: int):
-        """`model` is opened without its language part; `cache_gb` bounds the KV cache of all requests."""
+        """`model` is opened without its language part; `cache_gb` bounds the KV cache of all requests. Raises DeviceError."""
         super().__init__(model)
-        import openvino_genai
-
         if model.config.has_visual_experts:
             raise OptionError("openvino_genai does not feed visual experts: start the server with --engine native")
-        self._genai = openvino_genai
-        scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size, scheduler.enable_prefix_caching = cache_gb, False  # it compares ids, and gets embeddings
-        scheduler.max_num_batched_tokens = PREFILL_AT_ONCE
-        place = model.language_placement
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(model.folder), scheduler, place.device, place.properties)
-        self.kv_cache_share = 0.0
         self._check_schema = SchemaCheck(model.folder, model.config.language["vocab_size"])
+        self.kv_cache_share = 0.0
         self._numbers = itertools.count()
-        self._running: list[_Request] = []
-        self._lock, self._work, self._closed = threading.Lock(), threading.Event(), False
+        self._running: dict[int, _Request] = {}
+        self._lock = threading.Lock()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
-        self._thread = threading.Thread(target=self._step_on, name="answers", daemon=True)
+        command = [sys.executable, "-m", worker.__name__]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        place = model.language_placement
+        self._send(worker.Setup(str(model.folder.resolve()), place.device, place.properties, cache_gb, PREFILL_AT_ONCE))
+        answer = self._receive()
+        if answer != "ready":
+            said = last_line(answer) if isinstance(answer, Exception) else "its process ended"
+            raise DeviceError(f"openvino_genai cannot open {model.folder} on {place.device} ({said})")
+        self._thread = threading.Thread(target=self._listen, name="answers", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def start(
         self, ids: torch.Tensor, pictures: Sequence[PictureTiles], how: How, tell: Callable[[Piece], None]
@@ -260,118 +272,94 @@ class GenaiEngine(Engine):
                     f"the prompt has {ids.shape[1]} tokens; past {plain} this model turns positions in another way, which "
                     "openvino_genai does not do in pieces: start the server with --engine native"
                 )
-        words = Words(self.model.tokenizer, self.model.conv_template, how.stops)
-        request = _Request(None, words, tell)
-        config = self._config(how)
+        request = _Request(Words(self.model.tokenizer, self.model.conv_template, how.stops), tell)
+        number, cancelled = next(self._numbers), threading.Event()
 
         def begin() -> None:
-            if request.cancelled:
+            if cancelled.is_set():
                 return
             try:
                 if how.json_schema is not None:
                     self._check_schema(how.json_schema)
                 embeds = self.model.embeddings_of(ids, pictures).numpy()  # (1, T, D)
                 with self._lock:
-                    if request.cancelled:  # while its pictures were looked at
+                    if cancelled.is_set():  # while its pictures were looked at
                         return
-                    request.handle = self._pipeline.add_request(next(self._numbers), _tensor(embeds), config)
-                    self._running.append(request)
-                self._work.set()
+                    self._running[number] = request
+                    self._send(worker.Start(number, embeds, asdict(how), self.ends))
             except Exception as error:
+                self._drop(number)
                 tell(Piece("", error=error))
 
         def cancel() -> None:
-            request.cancelled = True
-            with self._lock:
-                if request.handle is not None:
-                    request.handle.cancel()
-            self._work.set()
+            cancelled.set()
+            self._give_up(number)
 
         self._encoder.submit(begin)
         return cancel
 
     def close(self) -> None:
         self._encoder.shutdown(cancel_futures=True)
-        self._closed = True
-        self._work.set()
-        self._thread.join()
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._thread.join(LAST_SECONDS)
 
-    def _config(self, how: How) -> Any:
-        config = self._genai.GenerationConfig()
-        config.max_new_tokens, config.ignore_eos = how.max_new_tokens, how.ignore_eos
-        if not how.ignore_eos:
-            config.eos_token_id, config.stop_token_ids = min(self.ends), set(self.ends)
-        config.do_sample = how.temperature > 0
-        if how.temperature > 0:
-            config.temperature, config.top_p, config.rng_seed = how.temperature, how.top_p, how.seed
-            if how.top_k:
-                config.top_k = how.top_k
-            config.min_p = how.min_p
-        config.repetition_penalty = how.repetition_penalty
-        config.presence_penalty, config.frequency_penalty = how.presence_penalty, how.frequency_penalty
-        config.logprobs = int(how.logprobs)
-        if how.json_schema is not None:
-            config.structured_output_config = self._genai.StructuredOutputConfig(json_schema=how.json_schema)
-        config.validate()
-        return config
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        worker.send(message, self._process.stdin)  # type: ignore[arg-type]
 
-    def _step_on(self) -> None:
-        while not self._closed:
-            if not self._work.wait(IDLE_SECONDS):
-                continue
-            self._work.clear()
-            while not self._closed and self._pipeline.has_non_finished_requests():
-                try:
-                    self._pipeline.step()
-                except Exception as error:  # a bug below: nobody waits for ever
-                    over = [*self._running]
-                    for request in over:
-                        request.handle.cancel()
-                        request.tell(Piece("", error=error))
-                    self._drop(over)
-                    break
-                self.kv_cache_share = self._pipeline.get_metrics().cache_usage / 100
-                self._deliver()
-            self.kv_cache_share = 0.0
-            self._deliver()
+    def _receive(self) -> Any:
+        """The next message, None when there are no more."""
+        try:
+            return pickle.load(self._process.stdout)  # type: ignore[arg-type]
+        except (EOFError, OSError, pickle.UnpicklingError):  # it has ended, perhaps in the middle of a message
+            return None
 
-    def _deliver(self) -> None:
+    def _drop(self, number: int) -> _Request | None:
         with self._lock:
-            running = [*self._running]
-        self._drop([request for request in running if request.cancelled or not self._read(request)])
+            return self._running.pop(number, None)
 
-    def _drop(self, over: list[_Request]) -> None:
-        with self._lock:
-            self._running = [request for request in self._running if request not in over]
+    def _give_up(self, number: int) -> None:
+        with self._lock, suppress(OSError):  # it may have ended
+            if self._running.pop(number, None) is not None:
+                self._send(worker.Cancel(number))
 
-    def _read(self, request: _Request) -> bool:
-        """Tell what a request has to say; False when it is over."""
-        reasons = self._genai.GenerationFinishReason
-        while request.handle.can_read():
-            for output in request.handle.read().values():
-                text, tokens = "", []
-                for token, logprob in zip(output.generated_ids, output.generated_log_probs, strict=True):
-                    if token not in self.ends and not request.words.stopped:
-                        text += request.words.add(token)
-                        tokens.append((token, logprob))
-                over = output.finish_reason != reasons.NONE
-                if over or request.words.stopped:
-                    if not over:
-                        request.handle.stop()
-                    text += request.words.end()
-                    reason = "length" if output.finish_reason == reasons.LENGTH and not request.words.stopped else "stop"
-                    request.tell(Piece(text, tuple(tokens), reason))
-                    return False
-                request.tell(Piece(text, tuple(tokens)))
-        if request.handle.get_status() == self._genai.GenerationStatus.IGNORED:
-            request.tell(
-                Piece("", error=OptionError("the prompt does not fit the KV cache: start the server with a larger --cache-size"))
-            )
-            return False
-        return True
+    def _listen(self) -> None:
+        while (news := self._receive()) is not None:
+            self.kv_cache_share = news.cache_share
+            for number in {*news.tokens, *news.over, *news.failed}:
+                request = self._running.get(number)
+                if request is not None:
+                    self._tell(number, request, news)
+            if not self._running:
+                self.kv_cache_share = 0.0
+        for number, request in [*self._running.items()]:
+            self._drop(number)
+            request.tell(Piece("", error=RuntimeError("the process that answers has ended")))
 
-
-def _tensor(array: np.ndarray) -> Any:
-    import openvino as ov
-
-    return ov.Tensor(np.ascontiguousarray(array))
+    def _tell(self, number: int, request: _Request, news: worker.News) -> None:
+        if number in news.failed:
+            self._drop(number)
+            request.tell(Piece("", error=RuntimeError(news.failed[number])))
+            return
+        reason = news.over.get(number)
+        if reason == "ignored":
+            self._drop(number)
+            error = OptionError("the prompt does not fit the KV cache: start the server with a larger --cache-size")
+            request.tell(Piece("", error=error))
+            return
+        text, tokens = "", []
+        for token, logprob in news.tokens.get(number, []):
+            if token not in self.ends and not request.words.stopped:
+                text += request.words.add(token)
+                tokens.append((token, logprob))
+        if reason is None and not request.words.stopped:
+            request.tell(Piece(text, tuple(tokens)))
+            return
+        if reason is None:
+            self._give_up(number)
+        self._drop(number)
+        text += request.words.end()
+        request.tell(Piece(text, tuple(tokens), "stop" if request.words.stopped or reason is None else reason))

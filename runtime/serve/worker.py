@@ -1,0 +1,189 @@
+"""python -m runtime.serve.worker: a process in which openvino_genai answers, step by step, for the engine that started it.
+
+A process of its own, because openvino_genai holds Python's lock while it computes a step: in the server's process nobody else would
+be heard in the meantime. Pickled messages come on standard input and go to standard output. Knows embeddings and token ids.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+OVER = ("stop", "length", "ignored")  # how an answer may end; ignored: its prompt does not fit the KV cache
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the process opens."""
+
+    folder: str
+    device: str
+    properties: dict[str, Any]
+    cache_gb: int
+    tokens_at_once: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Begin an answer after these embeddings (1, T, D) float32."""
+
+    number: int
+    embeds: np.ndarray
+    wish: dict[str, Any]  # fields of engine.How
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Give an answer up."""
+
+    number: int
+
+
+@dataclass
+class News:
+    """What one step brought: of each answer its new tokens with their log probabilities, and how it ended or failed."""
+
+    tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    over: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    cache_share: float = 0.0
+
+
+class Worker:
+    """The pipeline and the answers that it is writing."""
+
+    def __init__(self, setup: Setup):
+        import openvino_genai
+
+        self._genai = openvino_genai
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size, scheduler.enable_prefix_caching = setup.cache_gb, False  # it compares ids, and gets embeddings
+        scheduler.max_num_batched_tokens = setup.tokens_at_once
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(setup.folder, scheduler, setup.device, setup.properties)
+        self._handles: dict[int, Any] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return not self._handles and not self._pipeline.has_non_finished_requests()
+
+    def take(self, message: Start | Cancel, news: News) -> None:
+        """Begin or give up an answer."""
+        import openvino as ov
+
+        if isinstance(message, Cancel):
+            handle = self._handles.pop(message.number, None)
+            if handle is not None:
+                handle.cancel()
+            return
+        try:
+            config = self._config(message)
+            self._handles[message.number] = self._pipeline.add_request(message.number, ov.Tensor(message.embeds), config)
+        except RuntimeError as error:
+            news.failed[message.number] = str(error)
+
+    def step(self, news: News) -> None:
+        """Let every answer go on by a token, or read on in a prompt."""
+        try:
+            if self._pipeline.has_non_finished_requests():
+                self._pipeline.step()
+        except RuntimeError as error:  # a bug below: nobody waits for ever
+            for number, handle in self._handles.items():
+                handle.cancel()
+                news.failed[number] = str(error)
+            self._handles.clear()
+            return
+        for number, handle in [*self._handles.items()]:
+            self._read(number, handle, news)
+        news.cache_share = self._pipeline.get_metrics().cache_usage / 100 if self._handles else 0.0
+
+    def _read(self, number: int, handle: Any, news: News) -> None:
+        reasons = self._genai.GenerationFinishReason
+        while number in self._handles and handle.can_read():
+            for output in handle.read().values():
+                told = zip(output.generated_ids, output.generated_log_probs, strict=True)
+                news.tokens.setdefault(number, []).extend(told)
+                if output.finish_reason != reasons.NONE:
+                    news.over[number] = "length" if output.finish_reason == reasons.LENGTH else "stop"
+                    self._handles.pop(number, None)
+        if number in self._handles and handle.get_status() == self._genai.GenerationStatus.IGNORED:
+            news.over[number] = "ignored"
+            del self._handles[number]
+
+    def _config(self, message: Start) -> Any:
+        how, config = message.wish, self._genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos = how["max_new_tokens"], how["ignore_eos"]
+        if not how["ignore_eos"]:
+            config.eos_token_id, config.stop_token_ids = min(message.ends), set(message.ends)
+        config.do_sample = how["temperature"] > 0
+        if config.do_sample:
+            config.temperature, config.top_p, config.rng_seed = how["temperature"], how["top_p"], how["seed"]
+            if how["top_k"]:
+                config.top_k = how["top_k"]
+            config.min_p = how["min_p"]
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+            setattr(config, name, how[name])
+        config.logprobs = int(how["logprobs"])
+        if how["json_schema"] is not None:
+            config.structured_output_config = self._genai.StructuredOutputConfig(json_schema=how["json_schema"])
+        config.validate()
+        return config
+
+
+def send(message: Any, out: BinaryIO) -> None:
+    """One message to the other side."""
+    pickle.dump(message, out, protocol=pickle.HIGHEST_PROTOCOL)
+    out.flush()
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the engine says when it is over
+    given, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # what a library forks wants to close it, and would wait for the thread that reads
+    os.dup2(2, 1)  # whatever prints
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                inbox.put(pickle.load(given))
+        except (EOFError, OSError):
+            inbox.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    setup = inbox.get()
+    try:
+        worker = Worker(setup)
+    except RuntimeError as error:
+        send(error, out)
+        return
+    send("ready", out)
+    while True:
+        news = News()
+        while worker.idle or not inbox.empty():
+            message = inbox.get()
+            if message is None:
+                send(None, out)  # not by the end of the pipe alone: a forked process may hold it
+                return
+            worker.take(message, news)
+            if news.failed:
+                break
+        worker.step(news)
+        if news.tokens or news.over or news.failed:
+            send(news, out)
+
+
+if __name__ == "__main__":
+    from runtime.serve import worker  # under its own name, by which messages are pickled
+
+    worker.main()
