@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import queue
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from runtime.serve.grammar import SchemaCheck
 from runtime.stream import lead_ids
 
 DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
+ENDED = "the process that answers has ended"
 LAST_SECONDS = 5.0  # for the last words of the process that answers
 SMALLEST = 1e-3  # of what may not be 0
 
@@ -246,10 +248,13 @@ class GenaiEngine(Engine):
         self._running: dict[int, _Request] = {}
         self._lock = threading.Lock()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ended = False
         command = [sys.executable, "-m", worker.__name__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         place = model.language_placement
-        self._send(worker.Setup(str(model.folder.resolve()), place.device, place.properties, cache_gb, PREFILL_AT_ONCE))
+        threading.Thread(target=self._write, name="prompts", daemon=True).start()
+        self._outbox.put(worker.Setup(str(model.folder.resolve()), place.device, place.properties, cache_gb, PREFILL_AT_ONCE))
         answer = self._receive()
         if answer != "ready":
             said = last_line(answer) if isinstance(answer, Exception) else "its process ended"
@@ -285,8 +290,10 @@ class GenaiEngine(Engine):
                 with self._lock:
                     if cancelled.is_set():  # while its pictures were looked at
                         return
+                    if self._ended:
+                        raise RuntimeError(ENDED)
                     self._running[number] = request
-                    self._send(worker.Start(number, embeds, asdict(how), self.ends))
+                    self._outbox.put(worker.Start(number, embeds, asdict(how), self.ends))
             except Exception as error:
                 self._drop(number)
                 tell(Piece("", error=error))
@@ -300,15 +307,17 @@ class GenaiEngine(Engine):
 
     def close(self) -> None:
         self._encoder.shutdown(cancel_futures=True)
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
+        self._outbox.put(None)
         self._process.wait()
         self._thread.join(LAST_SECONDS)
 
-    def _send(self, message: Any) -> None:
+    def _write(self) -> None:
+        """Hand messages over, in a thread: the process takes none while it computes a step, and nobody should wait for that."""
         assert self._process.stdin is not None
-        worker.send(message, self._process.stdin)  # type: ignore[arg-type]
+        with suppress(OSError):  # it has ended
+            while (message := self._outbox.get()) is not None:
+                worker.send(message, self._process.stdin)  # type: ignore[arg-type]
+            self._process.stdin.close()
 
     def _receive(self) -> Any:
         """The next message, None when there are no more."""
@@ -322,9 +331,8 @@ class GenaiEngine(Engine):
             return self._running.pop(number, None)
 
     def _give_up(self, number: int) -> None:
-        with self._lock, suppress(OSError):  # it may have ended
-            if self._running.pop(number, None) is not None:
-                self._send(worker.Cancel(number))
+        if self._drop(number) is not None:
+            self._outbox.put(worker.Cancel(number))
 
     def _listen(self) -> None:
         while (news := self._receive()) is not None:
@@ -335,9 +343,11 @@ class GenaiEngine(Engine):
                     self._tell(number, request, news)
             if not self._running:
                 self.kv_cache_share = 0.0
-        for number, request in [*self._running.items()]:
-            self._drop(number)
-            request.tell(Piece("", error=RuntimeError("the process that answers has ended")))
+        with self._lock:
+            self._ended, left = True, [*self._running.values()]
+            self._running.clear()
+        for request in left:
+            request.tell(Piece("", error=RuntimeError(ENDED)))
 
     def _tell(self, number: int, request: _Request, news: worker.News) -> None:
         if number in news.failed:
