@@ -484,7 +484,8 @@ def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(folde
     app = build_app(GenaiEngine(OVInternVLChatModel(folder, language=False), 1), Rules("shapes", KEY))
     server = make_server(app, stop_seconds=0.5)
     listening = _listen("127.0.0.1", 0)
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/chat/completions"
+    port = listening.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/v1/chat/completions"
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     headers = {"authorization": f"Bearer {KEY}"}
@@ -501,7 +502,7 @@ def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(folde
     threads = [threading.Thread(target=ask, args=(name,)) for name in bodies]
     for each in threads:
         each.start()
-    assert eventually(lambda: app.state.answering() == 2, 30)
+    assert eventually(lambda: gauge(f"http://127.0.0.1:{port}", "internvl_active_requests") == 2, 30)
     server.should_exit = True
     for each in [*threads, thread]:
         each.join(30)

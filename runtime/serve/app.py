@@ -271,10 +271,7 @@ def problem(status: int, message: str, code: str, headers: dict[str, str] | None
 
 
 def build_app(engine: Engine, rules: Rules) -> FastAPI:
-    """The application over an engine, which it closes at its end.
-
-    `app.state.stop()` ends all answers, `app.state.answering()` counts them.
-    """
+    """The application over an engine, which it closes at its end. `app.state.stop()` ends all answers."""
     server = Server(engine, rules)
 
     @asynccontextmanager
@@ -283,7 +280,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="InternVL on OpenVINO", version=__version__, lifespan=life)
-    app.state.stop, app.state.answering = server.stop, lambda: server.active
+    app.state.stop = server.stop
     app.add_middleware(Door, server=server)
 
     @app.exception_handler(Refused)

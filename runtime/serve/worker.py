@@ -16,8 +16,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-OVER = ("stop", "length", "ignored")  # how an answer may end; ignored: its prompt does not fit the KV cache
-
 
 @dataclass(frozen=True)
 class Setup:
