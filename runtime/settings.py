@@ -1,6 +1,7 @@
 """What `python -m runtime tune` found for a model folder: kept in its `tuned.json`, by device.
 
-Counts only on the processor and the OpenVINO on which it was found. Knows how to read, write and forget it, and how many tiles it allows; measures nothing.
+Counts only on the processor and the OpenVINO on which it was found. Knows how to read, write and forget it, and how many tiles it
+allows; measures nothing.
 """
 
 from __future__ import annotations
