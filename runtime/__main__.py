@@ -109,7 +109,10 @@ def parser() -> argparse.ArgumentParser:
 
 def tiles_or_auto(text: str) -> int | str:
     """The value of --max-tiles."""
-    return text if text == AUTO else int(text)
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def show_progress(stage: str, done: int, total: int) -> None:

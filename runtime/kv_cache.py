@@ -26,6 +26,7 @@ from runtime.stream import Cancelled, Progress
 PREFILL_AT_ONCE = 2048  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
 FIRST_PAGES = 32
 LEAST_ADOPTED = 64  # tokens that are worth the copy
+_SIBLINGS = Lock()  # a set must not grow in one thread while another one reads it
 LAST_POSITION = "last_position"  # our input of the paged part: which tokens the head sees
 
 
@@ -45,7 +46,8 @@ class KVCache(ABC):
     ):
         self._plain_length, self._window = plain_length, window
         self._siblings: WeakSet[KVCache] = WeakSet() if siblings is None else siblings
-        self._siblings.add(self)
+        with _SIBLINGS:
+            self._siblings.add(self)
         self.busy = Lock()
         self._request = compiled.create_infer_request()
         self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
@@ -314,7 +316,8 @@ class PagedCache(KVCache):
 
     def _adopt(self, keys: np.ndarray) -> None:
         """Whole pages only: a page's scales are those of all of its tokens."""
-        others = [cache for cache in [*self._siblings] if isinstance(cache, PagedCache) and cache is not self]
+        with _SIBLINGS:
+            others = [cache for cache in self._siblings if isinstance(cache, PagedCache) and cache is not self]
         for donor in sorted(others, key=lambda cache: -cache.shared_with(keys)):
             if donor.shared_with(keys) < self.shared_with(keys) + LEAST_ADOPTED:
                 return

@@ -58,6 +58,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def shapes(converted) -> Path:
+    """The built-in model in int8: answers as the reference does, and is there in seconds; do not change it."""
+    return converted(Path(__file__).parents[1] / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False)
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory):
     """The tiny random checkpoint of a name of tests/checkpoints.py, made once a session; do not change it."""
     root = tmp_path_factory.mktemp("checkpoints")

@@ -37,9 +37,8 @@ MADE_UP = 40  # of each route
 
 
 @pytest.fixture(scope="module")
-def address(converted):
-    folder = converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False)
-    with serving(GenaiEngine(OVInternVLChatModel(folder, language=False), 1), limits=Limits(body_bytes=4 << 20)) as (address, _):
+def address(shapes):
+    with serving(GenaiEngine(OVInternVLChatModel(shapes, language=False), 1), limits=Limits(body_bytes=4 << 20)) as (address, _):
         yield address
 
 

@@ -25,18 +25,13 @@ QUESTIONS = ["Describe the picture.", "Which shape is purple?", "How many shapes
 
 
 @pytest.fixture(scope="module")
-def folder(converted):
-    return converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return OVInternVLChatModel(folder)
+def model(shapes):
+    return OVInternVLChatModel(shapes)
 
 
 @pytest.fixture(scope="module", params=["genai", "native"])
-def pipe(request, folder):
-    with pipeline(folder, engine=request.param, cache_size=1) as made:
+def pipe(request, shapes):
+    with pipeline(shapes, engine=request.param, cache_size=1) as made:
         yield made
 
 
@@ -186,7 +181,7 @@ def test_what_cannot_be_opened(tmp_path):
         pipeline(tmp_path, engine="other")
 
 
-def test_a_hub_id_is_converted_once_and_a_failure_is_told(folder, monkeypatch, tmp_path, capfd):
+def test_a_hub_id_is_converted_once_and_a_failure_is_told(shapes, monkeypatch, tmp_path, capfd):
     """The hub is not asked: its client is told to stay offline."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -197,7 +192,7 @@ def test_a_hub_id_is_converted_once_and_a_failure_is_told(folder, monkeypatch, t
     place = tmp_path / "internvl-openvino" / "nobody--nothing-int4"
     assert not place.exists()
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.symlink_to(folder)
+    place.symlink_to(shapes)
     with pipeline("nobody/nothing", cache_size=1) as pipe:
         assert pipe("Hello").text
 

@@ -39,13 +39,8 @@ LONG = 3000
 
 
 @pytest.fixture(scope="module")
-def folder(converted):
-    return converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return OVInternVLChatModel(folder)
+def model(shapes):
+    return OVInternVLChatModel(shapes)
 
 
 @contextmanager
@@ -68,8 +63,8 @@ def serving(engine, **rules):
 
 
 @pytest.fixture(scope="module", params=["genai", "native"])
-def engine(request, folder, model):
-    return NativeEngine(model) if request.param == "native" else GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+def engine(request, shapes, model):
+    return NativeEngine(model) if request.param == "native" else GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
 
 
 @pytest.fixture(scope="module")
@@ -438,8 +433,8 @@ def test_a_client_that_leaves_takes_its_answer_with_it(served, engine, genai, st
     assert gauge(address, "internvl_new_tokens_total") == told, "it was not written to its end"
 
 
-def test_a_full_server_says_when_to_come_back(folder):
-    engine = GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+def test_a_full_server_says_when_to_come_back(shapes):
+    engine = GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
     body = {"messages": [question("Hi")], "stream": True, "ignore_eos": True, "max_tokens": LONG}
     headers = {"authorization": f"Bearer {KEY}"}
     with (
@@ -452,8 +447,8 @@ def test_a_full_server_says_when_to_come_back(folder):
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
 
 
-def test_the_loss_of_the_engines_process_is_told(folder):
-    engine = GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+def test_the_loss_of_the_engines_process_is_told(shapes):
+    engine = GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
     body = {"messages": [question("Hi")], "stream": True, "ignore_eos": True, "max_tokens": LONG}
     headers = {"authorization": f"Bearer {KEY}"}
     with serving(engine) as (address, _):
@@ -468,9 +463,9 @@ def test_the_loss_of_the_engines_process_is_told(folder):
         assert httpx.post(f"{address}/v1/chat/completions", json=body | {"stream": False}, headers=headers).status_code == 500
 
 
-def test_an_interrupt_from_the_keyboard_leaves_the_engines_process(folder):
+def test_an_interrupt_from_the_keyboard_leaves_the_engines_process(shapes):
     """Ctrl-C goes to all processes of a terminal; answers have time to finish."""
-    engine = GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+    engine = GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
     engine._process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert engine.alive
@@ -479,9 +474,9 @@ def test_an_interrupt_from_the_keyboard_leaves_the_engines_process(folder):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(folder, stream):
+def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(shapes, stream):
     """One that is over in time is whole; the other is told why."""
-    app = build_app(GenaiEngine(OVInternVLChatModel(folder, language=False), 1), Rules("shapes", KEY))
+    app = build_app(GenaiEngine(OVInternVLChatModel(shapes, language=False), 1), Rules("shapes", KEY))
     server = make_server(app, stop_seconds=0.5)
     listening = _listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
@@ -517,8 +512,8 @@ def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(folde
         assert found["long"].json()["error"]["message"] == "the server is being stopped"
 
 
-def test_an_answer_that_takes_too_long_ends(folder):
-    engine = GenaiEngine(OVInternVLChatModel(folder, language=False), 1)
+def test_an_answer_that_takes_too_long_ends(shapes):
+    engine = GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
     body = {"messages": [question("Hi")], "ignore_eos": True, "max_tokens": LONG}
     headers = {"authorization": f"Bearer {KEY}"}
     with serving(engine, limits=Limits(seconds=0.2)) as (address, _):
@@ -557,8 +552,8 @@ def test_a_port_that_is_taken_is_told():
         _listen("127.0.0.1", taken.getsockname()[1])
 
 
-def test_a_model_without_its_language_part_cannot_answer_and_takes_less(folder):
-    half = OVInternVLChatModel(folder, language=False)
+def test_a_model_without_its_language_part_cannot_answer_and_takes_less(shapes):
+    half = OVInternVLChatModel(shapes, language=False)
     assert not hasattr(half, "language_model")
     assert half.generation_config.eos_token_id
 

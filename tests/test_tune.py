@@ -24,11 +24,9 @@ SECONDS = {"tile": 0.1, "prompt_token": 0.001, "token": 0.01}
 
 
 @pytest.fixture
-def folder(converted, tmp_path):
+def folder(shapes, tmp_path):
     """A model folder of its own."""
-    return shutil.copytree(
-        converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int8", verify=False), tmp_path / "shapes"
-    )
+    return shutil.copytree(shapes, tmp_path / "shapes")
 
 
 def kept(folder: Path, **changes) -> dict:
