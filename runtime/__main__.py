@@ -303,16 +303,28 @@ def tune(folder: Path, device: str, reset: bool) -> None:
     clear_progress()
     for trial in found["tried"]:
         said = f"{trial['gain']:+.0%}" if "gain" in trial else f"refused ({trial['refused']})"
-        print(f"{trial['part']:<10}{trial['candidate']:<34}{said}")
+        print(f"{trial['stage']:<10}{trial['candidate']:<42}{said}")
     for part, properties in found["parts"].items():
         chosen = ", ".join(f"{name}={value}" for name, value in properties.items()) or "the default"
         print(f"{part}: {chosen}" + (f", {found['gain'][part]:.0%} less time" if properties else ""))
+    second = found["decode"]
+    if second:
+        told = ", ".join(f"{name}={value}" for name, value in second["properties"].items())
+        print(
+            f"decode: single tokens have weights of their own, {second['file']}{', ' if told else ''}{told}: "
+            f"{found['gain']['decode']:.0%} less time, {second['bytes'] / 1e9:.2f} GB more memory"
+        )
+    else:
+        print("decode: the default, by the same weights as the prompt")
     seconds = found["seconds"]
     print(
         f"a tile {seconds['tile']:.3f} s, a prompt token {1000 * seconds['prompt_token']:.2f} ms, "
         f"a new token {1000 * seconds['token']:.1f} ms; {found['agreement']:.0%} of the greedy tokens are the default's"
     )
-    print(json.dumps({name: found[name] for name in ("parts", "seconds", "gain", "agreement")}))
+    if found["accuracy"]:
+        right = found["accuracy"]
+        print(f"right answers of the built-in model: {right['tuned']:.1%}, with the defaults {right['default']:.1%}")
+    print(json.dumps({name: found[name] for name in ("parts", "decode", "seconds", "gain", "agreement", "accuracy")}))
 
 
 def show_trial(what: str, done: int, total: int) -> None:

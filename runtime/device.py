@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.errors import DeviceError, OptionError
-from runtime.folder import PARTS
+from runtime.folder import PART_FILES, PARTS
 
 COMBINING = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices made of others, which may follow after a colon
 PRECISIONS = ("default", "accuracy")
@@ -27,11 +27,17 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one part runs."""
+    """Where one part runs, and from which file of the model folder where that is not the part's own."""
 
     part: str
     device: str
     properties: dict[str, Any]
+    other_file: str | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of its .xml file."""
+        return self.other_file or PART_FILES[self.part]
 
 
 def check_device(core: Core, device: str) -> None:
@@ -67,12 +73,14 @@ def place_parts(
     ov_config: Mapping[str, Any] | None = None,
     part_config: Mapping[str, Mapping[str, Any]] | None = None,
     tuned: Callable[[str, str], Mapping[str, Any]] = lambda part, device: {},
+    decode: Callable[[str], tuple[str, Mapping[str, Any]] | None] = lambda device: None,
 ) -> dict[str, Placement]:
     """The device and the properties of every part.
 
     `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `tuned` says what was found best
-    for a part on a device, unless precision is asked for. `ov_config` holds properties for all parts and `part_config` for single
-    ones; both win over what is chosen here.
+    for a part on a device, and `decode` the file and properties of a second compilation of the language part, for single tokens,
+    which is then placed as "decode"; neither is asked where a precision is. `ov_config` holds properties for all parts and
+    `part_config` for single ones; both win over what is chosen here.
     Raises DeviceError for a device that is not here, OptionError for an unknown precision or part.
     """
     if precision not in PRECISIONS:
@@ -82,13 +90,17 @@ def place_parts(
         raise OptionError(f"part_config names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     # Rows of the embedding table go to host memory anyway: looking them up on a GPU would only add a round trip a token.
     devices = {"text_embeddings": "CPU", "vision": vision_device or device, "language": device}
-    placed = {}
+    placed, own = {}, {part: dict(ov_config or {}) | dict((part_config or {}).get(part, {})) for part in PARTS}
     for part, name in devices.items():
         check_device(core, name)
         properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide_vision and part == "vision")
         if precision == "default":
             properties |= tuned(part, name)
-        placed[part] = Placement(part, name, properties | dict(ov_config or {}) | dict((part_config or {}).get(part, {})))
+        placed[part] = Placement(part, name, properties | own[part])
+    second = decode(device) if precision == "default" else None
+    if second is not None:
+        file, more = second
+        placed["decode"] = Placement("language", device, placed["language"].properties | dict(more) | own["language"], file)
     return placed
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runtime.device import Placement
 from runtime.image import PictureTiles
-from runtime.part import compile_part, equal_spans, infer, leave_file, read_part
+from runtime.part import compile_part, equal_spans, infer, leave_file, read_part, threads_of
 from runtime.stream import Progress
 
 FEATURE_CACHE_BYTES = 256 << 20  # 22 pictures of 13 tiles for a 1B model
@@ -29,11 +29,11 @@ class StatelessPart:
     """One part without memory of its own, one input and one output, that several threads may call."""
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int):
-        self._compiled = compile_part(core, read_part(core, folder, placement.part, width), placement)
+        self._compiled = compile_part(core, read_part(core, folder, placement, width), placement)
         self._request = self._compiled.create_infer_request()
         self._input = self._compiled.input().get_any_name()
         self._lock = threading.Lock()
-        self._leave_file: Callable[[], None] | None = partial(leave_file, folder, placement.part)
+        self._leave_file: Callable[[], None] | None = partial(leave_file, folder, placement)
 
     def __call__(self, values: Tensor) -> Tensor:
         with self._lock:
@@ -42,6 +42,11 @@ class StatelessPart:
                 self._leave_file()
                 self._leave_file = None
             return torch.from_numpy(self._request.get_output_tensor().data.copy())
+
+    @property
+    def threads(self) -> int:
+        """How many it computes with."""
+        return threads_of(self._compiled)
 
     def rest(self) -> None:
         """Give back the memory of intermediate results until the next call."""

@@ -29,9 +29,12 @@ PARTS = tuple(PART_FILES)
 TOKENIZER_FILE = "openvino_tokenizer.xml"
 DETOKENIZER_FILE = "openvino_detokenizer.xml"
 CONFIG_FILE = "config.json"
+TOKENIZER_JSON_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 TUNED_FILE = "tuned.json"  # what python -m runtime tune found, by device
+DECODE_FILE = "tuned_decode.xml"  # a language part for single tokens, where tune found it worth its memory
 
 
 def user_cache() -> Path:

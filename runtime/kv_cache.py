@@ -254,7 +254,11 @@ class StatefulCache(KVCache):
 
 
 class PagedCache(KVCache):
-    """Pages of keys and values in our own memory, and a table of pages a row; rows share pages that are full."""
+    """Pages of keys and values in our own memory, and a table of pages a row; rows share pages that are full.
+
+    Where `decode` is given, steps of one token a row and guesses run there, over the same pages: the part compiled another way,
+    since a prompt and a single token are not fastest in the same one.
+    """
 
     @staticmethod
     def adapt(model: ov.Model) -> ov.Model:
@@ -271,24 +275,22 @@ class PagedCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel, **options: Any):
+    def __init__(self, compiled: ov.CompiledModel, decode: ov.CompiledModel | None = None, **options: Any):
         super().__init__(compiled, **options)
-        ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
-        self._shapes = {
-            name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()
-        }
+        self._shapes = page_shapes(compiled)
+        self._decode = self._request if decode is None else decode.create_infer_request()
         self._page = next(shape[1] for name, (_, shape) in self._shapes.items() if name.startswith("value_cache"))  # tokens a page
         self._pages = 0
         self._tables: list[list[int]] = [[]]
         self._lengths = [0]
         self._free: list[int] = []
         self._uses: list[int] = []  # rows that a page belongs to
-        self._layout: dict[str, np.ndarray] = {}
-        self._told: tuple[list[int], list[list[int]], bool] = ([], [], False)  # what the request has been given
+        self._layouts: dict[ov.InferRequest, tuple[Any, dict[str, np.ndarray]]] = {}  # what each request has been given
         self._grow(FIRST_PAGES)
 
     def cancel(self) -> None:
-        self._request.cancel()  # pages count only once they are written
+        for request in self._requests():  # pages count only once they are written
+            request.cancel()
 
     def reorder(self, rows: Sequence[int]) -> None:
         tables = [[*self._tables[row]] for row in rows]
@@ -400,20 +402,25 @@ class PagedCache(KVCache):
         }
         if self._routed:
             inputs[VISUAL_MASK] = visual.reshape(-1, 1)
-        if self._told != (counts, tables, every):  # most tokens change neither
+        request = self._decode if every or max(counts) == 1 else self._request  # guesses are to be what single steps give
+        told, _ = self._layouts.get(request, (None, None))
+        if told != (counts, tables, every):  # most tokens change neither
             ends = np.cumsum([0, *counts])
-            self._layout = {  # the request reads these arrays until it is given others
+            layout = {  # the request reads these arrays until it is given others
                 "subsequence_begins": ends.astype(np.int32),
                 LAST_POSITION: np.arange(ends[-1], dtype=np.int32) if every else (ends[1:] - 1).astype(np.int32),
                 "block_indices": np.concatenate(tables).astype(np.int32),
                 "block_indices_begins": np.cumsum([0, *map(len, tables)]).astype(np.int32),
             }
-            inputs |= self._layout
-            self._told = (counts, [[*table] for table in tables], every)
-        infer(self._request, inputs)
+            inputs |= layout
+            self._layouts[request] = ((counts, [[*table] for table in tables], every), layout)
+        infer(request, inputs)
         for row, length in zip(rows, lengths, strict=True):
             self._lengths[row] = length
-        return self._request.get_tensor("logits").data
+        return request.get_tensor("logits").data
+
+    def _requests(self) -> list[ov.InferRequest]:
+        return [self._request] if self._decode is self._request else [self._request, self._decode]
 
     def _take(self) -> int:
         if not self._free:
@@ -433,7 +440,8 @@ class PagedCache(KVCache):
             tensor = ov.Tensor(kind, ov.Shape([pages, *shape]))
             if self._pages:
                 self._request.get_tensor(name).copy_to(_pages_of(tensor, 0, self._pages))
-            self._request.set_tensor(name, tensor)
+            for request in self._requests():
+                request.set_tensor(name, tensor)
         self._free = [*range(pages - 1, self._pages - 1, -1), *self._free]
         self._uses += [0] * (pages - self._pages)
         self._pages = pages
@@ -442,6 +450,12 @@ class PagedCache(KVCache):
         for name in self._shapes:
             tensor = self._request.get_tensor(name)
             _pages_of(tensor, source, source + 1).copy_to(_pages_of(tensor, target, target + 1))
+
+
+def page_shapes(compiled: ov.CompiledModel) -> dict[str, tuple[ov.Type, list[int]]]:
+    """Type and shape of a page of each cache input of a paged part."""
+    ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
+    return {name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()}
 
 
 def _pages_of(tensor: ov.Tensor, start: int, end: int) -> ov.Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -21,9 +22,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.device import Placement
-from runtime.errors import OptionError
-from runtime.kv_cache import KVCache, PagedCache, StatefulCache
-from runtime.part import compile_part, leave_file, read_part
+from runtime.errors import DeviceError, InternVLError, OptionError
+from runtime.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
+from runtime.part import compile_part, leave_file, read_part, threads_of
 from runtime.stream import Progress
 
 LOOKUP = "prompt_lookup_num_tokens"  # transformers' name
@@ -52,12 +53,18 @@ class OVLanguageModel(GenerationMixin):
         plain_length: int | None,
         window: int | None,
         reuse: bool,
+        decode: Placement | None = None,
     ):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
-        model = read_part(core, folder, "language", config["hidden_size"])
-        self._compiled = compile_part(core, self._cache_kind.adapt(model), placement)
+        width = config["hidden_size"]
+        self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
         self._embed = embed
-        self._cache_options: dict[str, Any] = {
+        second: dict[str, Any] = {}
+        if decode is not None and self._cache_kind is PagedCache:
+            second = {
+                "decode": _compile_decode(core, PagedCache.adapt(read_part(core, folder, decode, width)), decode, self._compiled)
+            }
+        self._cache_options: dict[str, Any] = second | {
             "plain_length": plain_length,
             "window": window,
             "siblings": WeakSet() if reuse else None,
@@ -68,9 +75,23 @@ class OVLanguageModel(GenerationMixin):
         self.config = PretrainedConfig(**{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")})
         self.generation_config = generation_config
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        # Weights are packed when a part first runs: better now than while somebody waits, and their file can leave memory.
-        self.new_cache().feed(np.zeros((1, 1, config["hidden_size"]), np.float32), np.ones((1, 1), np.int64), np.zeros(1))
-        leave_file(folder, "language")
+        # Weights are packed when a part first runs: now, while somebody writes a question or a picture is read, and their file can
+        # leave memory. A prompt that comes sooner waits for it in OpenVINO's own queue.
+        threading.Thread(target=self._warm_up, args=(folder, placement, decode, width)).start()
+
+    def _warm_up(self, folder: Path, placement: Placement, decode: Placement | None, width: int) -> None:
+        with suppress(InternVLError, RuntimeError):  # the first prompt meets it again, where somebody hears of it
+            cache = self.new_cache()
+            for count in (2, 1):  # a prompt and a token
+                cache.feed(np.zeros((1, count, width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
+            for placed in (placement, decode):
+                if placed is not None:
+                    leave_file(folder, placed)
+
+    @property
+    def threads(self) -> int:
+        """How many it computes with."""
+        return threads_of(self._compiled)
 
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""
@@ -224,6 +245,15 @@ class OVLanguageModel(GenerationMixin):
     def _reorder_cache(self, past_key_values: KVCache, beam_idx: Tensor) -> KVCache:
         past_key_values.reorder(beam_idx.tolist())
         return past_key_values
+
+
+def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
+    """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
+    pages = {"KV_CACHE_PRECISION": prefill.get_property("KV_CACHE_PRECISION")}
+    compiled = compile_part(core, model, replace(placement, properties=placement.properties | pages))
+    if page_shapes(compiled) != page_shapes(prefill):
+        raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
+    return compiled
 
 
 def look_up(ids: np.ndarray, most: int) -> np.ndarray:

@@ -13,29 +13,29 @@ import openvino as ov
 
 from runtime.device import Placement
 from runtime.errors import DeviceError, ModelFolderError
-from runtime.folder import PART_FILES
 from runtime.memory import leave_mapped
 
 VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
+THREADS = "INFERENCE_NUM_THREADS"
 
 
-def read_part(core: ov.Core, folder: Path, part: str, width: int) -> ov.Model:
+def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> ov.Model:
     """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read.
 
     Also when its embeddings do not have the `width` D of the language model: then its file is another model's.
     """
+    file = folder / placement.file
     try:
-        model = core.read_model(folder / PART_FILES[part])
+        model = core.read_model(file)
     except RuntimeError as error:
         raise ModelFolderError(
-            f"{folder / PART_FILES[part]} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; "
-            "convert the checkpoint again"
+            f"{file} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; convert the checkpoint again"
         ) from error
-    port = model.input("inputs_embeds") if part == "language" else model.output()
+    port = model.input("inputs_embeds") if placement.part == "language" else model.output()
     found = port.partial_shape[-1]
     if found.is_static and found.get_length() != width:
         raise ModelFolderError(
-            f"{folder / PART_FILES[part]} has embeddings of width {found}, config.json says {width}: the folder mixes two models; "
+            f"{file} has embeddings of width {found}, config.json says {width}: the folder mixes two models; "
             "convert the checkpoint again"
         )
     return model
@@ -52,6 +52,11 @@ def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.Com
         ) from error
 
 
+def threads_of(compiled: ov.CompiledModel) -> int:
+    """How many threads a compiled part computes with; 0 on devices that have none."""
+    return compiled.get_property(THREADS) if THREADS in compiled.get_property("SUPPORTED_PROPERTIES") else 0
+
+
 def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
     """Run a compiled part on these inputs by name; outputs stay in the request until its next run.
 
@@ -64,9 +69,9 @@ def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
     request.infer(share_outputs=True)
 
 
-def leave_file(folder: Path, part: str) -> None:
+def leave_file(folder: Path, placement: Placement) -> None:
     """Let the weights of a part's file leave memory: a device packs them into memory of its own when it first runs."""
-    leave_mapped((folder / PART_FILES[part]).with_suffix(".bin"))
+    leave_mapped((folder / placement.file).with_suffix(".bin"))
 
 
 def equal_spans(total: int, most: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ import openvino as ov
 
 from runtime.config import InternVLConfig
 from runtime.errors import OptionError
-from runtime.folder import TUNED_FILE
+from runtime.folder import DECODE_FILE, TUNED_FILE
 
 
 def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | None:
@@ -31,7 +31,8 @@ def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | No
 def reset(folder: Path) -> bool:
     """Forget what was found, of all devices; False when there was nothing."""
     there = (folder / TUNED_FILE).exists()
-    (folder / TUNED_FILE).unlink(missing_ok=True)
+    for file in (folder / TUNED_FILE, folder / DECODE_FILE, (folder / DECODE_FILE).with_suffix(".bin")):
+        file.unlink(missing_ok=True)
     return there
 
 
@@ -53,6 +54,12 @@ def tuned_properties(folder: Path, core: ov.Core, part: str, device: str) -> dic
     """OpenVINO properties of a part on a device; none where nothing was found."""
     found = settings_of(folder, core, device)
     return dict(found["parts"].get(part, {})) if found else {}
+
+
+def tuned_decode(folder: Path, core: ov.Core, device: str) -> tuple[str, dict[str, Any]] | None:
+    """File and properties of a second compilation of the language part for single tokens; None where none was worth it."""
+    found = (settings_of(folder, core, device) or {}).get("decode")
+    return (found["file"], found["properties"]) if found and (folder / found["file"]).exists() else None
 
 
 def keep(folder: Path, device: str, settings: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from tests.checkpoints import CONFIGS, make_checkpoint
 CACHE = Path(tempfile.gettempdir()) / "internvl-openvino-bench"
 SIZES = {1: (448, 448), 7: (1200, 800), 13: (1000, 750)}  # pictures that are cut into so many tiles
 NEW_TOKENS, BATCH_TOKENS = 32, 32
-LONG_REPEATS, LONG_SECONDS = 3, 30  # a figure that takes longer is measured so often, or a slow machine needs hours
+LOADS, LONG_REPEATS, LONG_SECONDS = 3, 2, 30  # a figure that takes longer is measured so often, or a slow machine needs hours
 LONG_WORDS = 4000  # two tokens each: about 8,000
+TUNED = "tuned"  # ours, after `python -m runtime tune`; left out where settings change nothing
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # of a figure, of a peer
 
 
@@ -60,7 +61,7 @@ class Peer:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.load = self._read()["load"]
+        self.load = self._read()
 
     def do(self, task: str, **arguments: Any) -> dict[str, float]:
         """Have something done; returns its figures."""
@@ -86,20 +87,24 @@ def ceilings() -> dict[str, float]:
     """What this machine can do at best, in a process of its own: bytes read and operations a second."""
     code = """
 import json, time, torch
-def best(run, work, repeats=5):
+def seconds(run):
     run()
     times = []
-    for _ in range(repeats):
+    for _ in range(5):
         started = time.perf_counter(); run(); times.append(time.perf_counter() - started)
-    return work / min(times)
+    return min(times)
+def rate(kind, multiply):
+    n = 256  # as large as takes a moment: without instructions for a type it is hundreds of times slower
+    while True:
+        a = torch.ones(n, n, dtype=kind)
+        took = seconds(lambda: multiply(a, a))
+        if n == 2048 or took > 0.05:
+            return 2 * n**3 / took
+        n *= 2
 big = torch.ones(1 << 28)
-found = {"read_bytes": best(lambda: big.sum(), big.nbytes)}
-n = 2048
-for name, kind in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-    a = torch.ones(n, n, dtype=kind)
-    found[name] = best(lambda: a @ a, 2 * n**3, 5 if name == "f32" else 2)
-a = torch.ones(n, n, dtype=torch.int8)
-found["int8"] = best(lambda: torch._int_mm(a, a), 2 * n**3, 2)
+found = {"read_bytes": big.nbytes / seconds(lambda: big.sum())}
+found["f32"], found["bf16"] = rate(torch.float32, torch.matmul), rate(torch.bfloat16, torch.matmul)
+found["int8"] = rate(torch.int8, torch._int_mm)
 print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -128,48 +133,49 @@ def floors(checkpoint: Path, folder: Path, found: dict[str, float]) -> dict[str,
     }
 
 
-def pictures(folder: Path) -> dict[int, Path]:
-    """Smooth random pictures of the sizes."""
-    made = {}
-    for tiles, (width, height) in SIZES.items():
-        made[tiles] = folder / f"{tiles}.png"
-        pixels = np.random.default_rng(tiles).integers(0, 255, (height // 50, width // 50, 3), np.uint8)
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(made[tiles])
-    return made
+def picture(folder: Path, tiles: int, number: int) -> Path:
+    """A smooth random picture that is cut into so many tiles; another one for each number, for peers may know the last."""
+    width, height = SIZES[tiles]
+    file = folder / f"{tiles}-{number}.png"
+    pixels = np.random.default_rng([tiles, number]).integers(0, 255, (height // 50, width // 50, 3), np.uint8)
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file)
+    return file
 
 
-def answers(folder: Path, work: Path, repeats: int, names: list[str]) -> Runs:
-    """All figures of all peers."""
+def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
+    """All figures of all peers, by the folder of each."""
     runs: Runs = {}
 
     def note(figure: str, name: str, found: dict[str, float]) -> None:
         runs.setdefault(figure, {}).setdefault(name, []).append(found)
         print(figure, name, json.dumps({key: round(value, 4) for key, value in found.items()}), flush=True)
 
-    images = pictures(work)
-    for number in range(repeats):
-        for name in names:
+    for number in range(min(repeats, LOADS)):
+        for name, folder in folders.items():
+            if name == TUNED:
+                continue
             note("load", name, fresh(name, folder))
             if number == 0:
                 fresh(name, folder, work / f"cache-{name}")  # which fills it
             note("load cached", name, fresh(name, folder, work / f"cache-{name}"))
-    peers = {name: Peer(name, folder) for name in names}
+    peers = {name: Peer(name, folder) for name, folder in folders.items()}
     for peer in peers.values():
-        peer.do("first", image=str(images[1]), tokens=4)  # what is done once
-    for tiles, image in images.items():
+        peer.do("first", image=str(picture(work, 1, repeats)), tokens=4)  # what is done once
+    for tiles in SIZES:
         for number in range(repeats):
+            image = str(picture(work, tiles, number))
             for name, peer in peers.items():
-                if enough(runs, f"{tiles} tiles", name, number, "first_token"):
+                if (name == TUNED and tiles > 1) or enough(runs, f"{tiles} tiles", name, number, "first_token"):
                     continue
-                note(f"{tiles} tiles", name, peer.do("first", image=str(image), tokens=NEW_TOKENS))
-                if name == "ours":
-                    note(f"{tiles} tiles again", name, peer.do("first", image=str(image), tokens=4, again=True))
+                note(f"{tiles} tiles", name, peer.do("first", image=image, tokens=NEW_TOKENS))
+                if name in ("ours", "genai"):
+                    note(f"{tiles} tiles again", name, peer.do("first", image=image, tokens=4, again=True))
     for name, peer in peers.items():
         note("peak", name, peer.do("peak"))
     if "optimum" in peers:
         peers.pop("optimum").close()
     long = "red ball " * LONG_WORDS
-    for figure, text, image in (("chat 3.4k", "Describe this picture.", str(images[13])), ("chat 8k", long, None)):
+    for figure, text, image in (("chat 3.4k", "Describe this picture.", str(picture(work, 13, 0))), ("chat 8k", long, None)):
         for peer in peers.values():
             peer.do("begin", text=text, image=image, tokens=4)
         for number in range(repeats):
@@ -177,8 +183,8 @@ def answers(folder: Path, work: Path, repeats: int, names: list[str]) -> Runs:
                 note(figure, name, peer.do("turn", text=f"What is {number}?", image=None, tokens=NEW_TOKENS))
     for number in range(repeats):
         for name, peer in peers.items():
-            if not enough(runs, "batch of 8", name, number, "seconds"):
-                note("batch of 8", name, peer.do("batch", image=str(images[1]), tokens=BATCH_TOKENS))
+            if name != TUNED and not enough(runs, "batch of 8", name, number, "seconds"):
+                note("batch of 8", name, peer.do("batch", image=str(picture(work, 1, number)), tokens=BATCH_TOKENS))
     for peer in peers.values():
         peer.close()
     return runs
@@ -190,10 +196,10 @@ def enough(runs: Runs, figure: str, name: str, number: int, key: str) -> bool:
 
 
 def fresh(name: str, folder: Path, cache: Path | None = None) -> dict[str, float]:
-    """How long a new process takes to open the folder."""
+    """How long a new process takes to import what it needs and to open the folder."""
     peer = Peer(name, folder, cache)
     peer.close()
-    return {"seconds": peer.load}
+    return peer.load | {"seconds": sum(peer.load.values())}
 
 
 def medians(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
@@ -213,8 +219,9 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | Non
         values = {name: peer[key] for name, peer in m[figure].items() if key in peer}
         made.append((title, values, floor, unit))
 
-    add("opening the folder", "load", "seconds")
-    add("opening with compiled models kept", "load cached", "seconds")
+    add("opening the folder", "load", "open")
+    add("opening with compiled models kept", "load cached", "open")
+    add("opening in a new process, imports and all", "load cached", "seconds")
     for tiles in SIZES:
         floor = tiles * low["tile"]
         prompt = m[f"{tiles} tiles"]["ours"]["prompt_tokens"] * low["prompt_token"]
@@ -222,12 +229,11 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | Non
         add(f"of it vision, {tiles} tiles", f"{tiles} tiles", "vision", floor)
         add(f"of it prefill, {tiles} tiles", f"{tiles} tiles", "prefill", prompt)
     add("time a token, 0.3k context", "1 tiles", "token", low["token_0.3k"], "ms")
-    add("time a token, 3.4k context", "13 tiles", "token", low["token_3.4k"], "ms")
+    add("time a token, 3.4k context", "chat 3.4k", "token", low["token_3.4k"], "ms")
     add("time a token, 8k context", "chat 8k", "token", low["token_8k"], "ms")
     add("next turn, first token, 3.4k", "chat 3.4k", "first_token")
     add("next turn, first token, 8k", "chat 8k", "first_token")
-    again = {"ours": m["13 tiles again"]["ours"]["first_token"], "genai": m["13 tiles"].get("genai", {}).get("first_token")}
-    made.append(("same picture again, 13 tiles", {name: value for name, value in again.items() if value}, None, "s"))
+    add("same picture, another question, 13 tiles", "13 tiles again", "first_token")
     add("eight prompts of one tile at once", "batch of 8", "tokens_a_second", None, "tokens/s")
     add("peak resident memory", "peak", "peak_gb", None, "GB")
     return made
@@ -277,7 +283,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each figure (default: %(default)s)")
     parser.add_argument("--conversions", type=int, default=3, help="runs of each converter (default: %(default)s)")
     parser.add_argument("--beside", metavar="COMMAND", help="another converter to run between ours")
-    parser.add_argument("--peers", default="ours,genai,optimum", help="whose answers are timed (default: %(default)s)")
+    parser.add_argument("--peers", default=f"ours,{TUNED},genai,optimum", help="whose answers are timed (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, default=Path("build/bench.json"), help="(default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="bars of the ratios")
     options = parser.parse_args()
@@ -296,8 +302,11 @@ def main() -> None:
     found: dict[str, Any] = {"model": options.model, "machine": machine(), "peers": options.peers.split(",")}
     found["ceilings"] = ceilings()
     found["floors"] = floors(checkpoint, folder, found["ceilings"])
+    folders = dict.fromkeys(found["peers"], folder)
+    if TUNED in folders:
+        folders[TUNED] = tuned_copy(folder)
     with tempfile.TemporaryDirectory() as work:
-        runs = answers(folder, Path(work), options.repeats, found["peers"])
+        runs = answers(folders, Path(work), options.repeats)
     found |= {"runs": conversions | runs, "medians": medians(conversions | runs)}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -307,6 +316,18 @@ def main() -> None:
     print(*table(found), sep="\n")
     if options.plot:
         plot(found, options.plot)
+
+
+def tuned_copy(folder: Path) -> Path:
+    """A copy of the model folder with the settings that are best here."""
+    copy = folder.with_name(f"{folder.name}-{TUNED}")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "runtime", "tune", str(copy)], capture_output=True, text=True, check=True
+    )
+    print(done.stdout, flush=True)
+    return copy
 
 
 def machine() -> dict[str, str]:

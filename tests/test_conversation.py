@@ -4,10 +4,12 @@ Conversations: the same text as the reference that computes every prompt anew, a
 """
 
 import gc
+import shutil
 import threading
 import time
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from PIL import Image
@@ -19,10 +21,12 @@ from convert.reference.model import InternVLChatModel
 from runtime.conversation import Exchange
 from runtime.embeddings import FeatureCache, encode_pictures, keys_of
 from runtime.errors import NumericsError, OptionError, PictureError, PromptError
+from runtime.folder import PART_FILES
 from runtime.image import PictureTiles, Tiling
 from runtime.model import OVInternVLChatModel
 from runtime.part import equal_spans
 from runtime.prompt import get_template, render
+from runtime.settings import keep, machine
 from runtime.stream import Statistics, stream_text
 from tests.conftest import shared
 
@@ -44,10 +48,20 @@ def reference(tiny):
     return InternVLChatModel.from_checkpoint(Checkpoint(tiny("tiny-qwen2")))
 
 
-@pytest.fixture(scope="module", params=["CPU", "HETERO:CPU"], ids=["pages", "state"])
-def model(request, folder):
-    """On a plain CPU the KV cache is pages of our own, elsewhere it is OpenVINO's state."""
-    return OVInternVLChatModel(folder, request.param, ov_config=EXACT)
+@pytest.fixture(scope="module", params=["CPU", "twice", "HETERO:CPU"], ids=["pages", "pages, single tokens apart", "state"])
+def model(request, folder, tmp_path_factory):
+    """On a plain CPU the KV cache is pages of our own, elsewhere it is OpenVINO's state.
+
+    Over the pages, the language part may be compiled twice: for prompts and for single tokens.
+    """
+    if request.param != "twice":
+        return OVInternVLChatModel(folder, request.param, ov_config=EXACT)
+    own = shutil.copytree(folder, tmp_path_factory.mktemp("twice") / "model")
+    second = {"file": PART_FILES["language"], "properties": {}}
+    keep(own, "CPU", {"machine": machine(ov.Core(), "CPU"), "parts": {}, "decode": second})
+    made = OVInternVLChatModel(own, ov_config=EXACT)
+    assert "decode" in made.language_model._cache_options
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
-from runtime.device import check_device, place_parts
+from runtime.device import Placement, check_device, place_parts
 from runtime.errors import DeviceError, ModelFolderError, OptionError
 from runtime.folder import PARTS
 from runtime.model import OVInternVLChatModel
@@ -160,5 +160,5 @@ def test_a_broken_part_is_told(tiny, converted, tmp_path):
 def test_a_part_of_another_model_is_told(tiny, converted, part):
     folder = converted(tiny("tiny-qwen2"), weight_format="fp32")
     with pytest.raises(ModelFolderError, match=r"has embeddings of width 64, config\.json says 96: the folder mixes two models"):
-        read_part(ov.Core(), folder, part, 96)
-    assert read_part(ov.Core(), folder, part, 64)
+        read_part(ov.Core(), folder, Placement(part, "CPU", {}), 96)
+    assert read_part(ov.Core(), folder, Placement(part, "CPU", {}), 64)
