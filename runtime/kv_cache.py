@@ -34,7 +34,7 @@ class KVCache(ABC):
     """What the tokens of one conversation, or of the rows of one batch, have left behind.
 
     Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time,
-    the one that holds `busy`. `siblings` are the caches over the same weights, this one among them once it is made.
+    the one that holds `busy`. `siblings` are the caches over the same weights that can be copied from, this one too when made.
     """
 
     def __init__(
@@ -46,8 +46,6 @@ class KVCache(ABC):
     ):
         self._plain_length, self._window = plain_length, window
         self._siblings: WeakSet[KVCache] = WeakSet() if siblings is None else siblings
-        with _SIBLINGS:
-            self._siblings.add(self)
         self.busy = Lock()
         self._request = compiled.create_infer_request()
         self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
@@ -287,6 +285,8 @@ class PagedCache(KVCache):
         self._uses: list[int] = []  # rows that a page belongs to
         self._layouts: dict[ov.InferRequest, tuple[Any, dict[str, np.ndarray]]] = {}  # what each request has been given
         self._grow(FIRST_PAGES)
+        with _SIBLINGS:  # now that it is whole: others may ask it at once
+            self._siblings.add(self)
 
     def cancel(self) -> None:
         for request in self._requests():  # pages count only once they are written

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from runtime.device import Placement
-from runtime.errors import DeviceError, InternVLError, OptionError
+from runtime.errors import DeviceError, OptionError
 from runtime.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
 from runtime.part import compile_part, leave_file, read_part, threads_of
 from runtime.stream import Progress
@@ -75,18 +75,13 @@ class OVLanguageModel(GenerationMixin):
         self.config = PretrainedConfig(**{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")})
         self.generation_config = generation_config
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        # Weights are packed when a part first runs: now, while somebody writes a question or a picture is read, and their file can
-        # leave memory. A prompt that comes sooner waits for it in OpenVINO's own queue.
-        threading.Thread(target=self._warm_up, args=(folder, placement, decode, width)).start()
-
-    def _warm_up(self, folder: Path, placement: Placement, decode: Placement | None, width: int) -> None:
-        with suppress(InternVLError, RuntimeError):  # the first prompt meets it again, where somebody hears of it
-            cache = self.new_cache()
-            for count in (2, 1):  # a prompt and a token
-                cache.feed(np.zeros((1, count, width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
-            for placed in (placement, decode):
-                if placed is not None:
-                    leave_file(folder, placed)
+        # Weights are packed when a part first runs: better now than while somebody waits, and their file can leave memory.
+        cache = self.new_cache()
+        for count in (2, 1):  # a prompt and a token
+            cache.feed(np.zeros((1, count, width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
+        for placed in (placement, decode):
+            if placed is not None:
+                leave_file(folder, placed)
 
     @property
     def threads(self) -> int:

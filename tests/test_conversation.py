@@ -254,6 +254,22 @@ def test_a_cache_that_is_at_work_is_left_alone(pages):
     assert third.turns[0].answer == second.turns[0].answer == first.turns[0].answer
 
 
+def test_a_cache_is_asked_only_when_it_is_whole(pages, monkeypatch):
+    """A conversation begins in one thread while another one asks."""
+    first = pages.start_conversation()
+    first.ask("What is it?", images=[picture(1)], **OPTIONS)
+    grow, seen = runtime.kv_cache.PagedCache._grow, []
+
+    def look(cache, count):
+        seen.append(cache in first._cache._siblings)
+        grow(cache, count)
+
+    monkeypatch.setattr(runtime.kv_cache.PagedCache, "_grow", look)
+    second = pages.new_cache()
+    assert seen == [False]
+    assert second in first._cache._siblings
+
+
 def test_nothing_is_taken_over_where_reuse_is_off(folder, monkeypatch):
     monkeypatch.setattr(runtime.kv_cache, "LEAST_ADOPTED", 16)
     model = OVInternVLChatModel(folder, ov_config=EXACT, reuse_kv=False)
