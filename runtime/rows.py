@@ -65,6 +65,8 @@ def _rows(integers: np.ndarray, points: np.ndarray, scales: np.ndarray, shape: t
     for start in range(0, shape[0], ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         exact = ((integers[part] - points[part]) * scales[part]).reshape(-1, shape[1])
-        found[part] = np.maximum(np.abs(exact).max(1, keepdims=True) / MOST, np.finfo(np.float16).tiny)
+        wanted = np.maximum(np.abs(exact).max(1, keepdims=True) / MOST, np.finfo(np.float16).smallest_subnormal)
+        rounded = wanted.astype(np.float16)  # up, or the largest weight would be cut
+        found[part] = np.where(rounded < wanted, np.nextafter(rounded, np.float16(np.inf)), rounded)
         values[part] = np.clip(np.rint(exact / found[part].astype(np.float32)), -MOST, MOST)
     return values, found

@@ -27,9 +27,9 @@ import torch
 from transformers import GenerationConfig
 
 from runtime.config import InternVLConfig, read_config
-from runtime.device import Placement, place_parts
+from runtime.device import COMBINING, Placement, place_parts
 from runtime.embeddings import StatelessPart
-from runtime.errors import InternVLError, ModelFolderError
+from runtime.errors import DeviceError, InternVLError, ModelFolderError
 from runtime.folder import CONFIG_FILE, DECODE_FILE, PART_FILES, TUNED_FILE, bytes_of, check_folder, check_space, save_model
 from runtime.language import OVLanguageModel
 from runtime.part import read_part
@@ -45,7 +45,7 @@ TRIED_FILE = ".tuned_decode.xml"  # before it is known to be worth keeping
 RULER_QUESTIONS = 1000
 RULER = "demo.shapes"  # what knows right answers to a thousand questions, if the folder is the model of its own checkpoint
 Report = Callable[[str, int, int], None]  # what is tried, done, total
-Plans = dict[str, tuple[dict[str, Any], Callable[[], "_Trial"]]]  # properties and trial of each candidate
+Plans = dict[str, tuple[dict[str, Any], Callable[[], "_Trial"]]]  # what is kept of each candidate if it wins, and its trial
 
 
 def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, total: None) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, 
     if not os.access(folder, os.W_OK):
         raise ModelFolderError(f"{folder} cannot be written, and what tune finds is kept there: copy it to a place of your own")
     core = ov.Core()
+    if device.partition(":")[0] in COMBINING:
+        raise DeviceError(f"{device} is made of other devices: tune one, like {core.available_devices[0]}")
     config = InternVLConfig.from_dict(read_config(folder / CONFIG_FILE))
     placed = place_parts(core, folder, device)
     trial = partial(_Trial, folder, core, config)
@@ -132,7 +134,7 @@ def _contest(
     found: dict[str, Any],
     tell: Callable[[str, int], None],
 ) -> dict[str, Any] | None:
-    """The properties of the candidate that wins twice, None for the default's; adds to "tried", "gain" and "seconds" of `found`."""
+    """What is kept of the candidate that wins twice, None for the default; adds to "tried", "gain" and "seconds" of `found`."""
     done = len(found["tried"]) + len(found["gain"])
     best, gain = "", 0.0
     found["seconds"] |= default()
@@ -175,6 +177,8 @@ def _tune_decode(
 ) -> dict[str, Any] | None:
     """Whether single tokens are better computed by a part of their own: its file, properties and bytes."""
     offered = [*candidates(core, language.device, "decode")]
+    if not offered:  # what a processor keeps here is not this device's
+        return None
     if any("rows" in more for _, more in offered):
         check_space(folder, 2 * bytes_of(folder, "language"))
         model = read_part(core, folder, language, config.language["hidden_size"])
@@ -184,20 +188,21 @@ def _tune_decode(
         del model
     plans: Plans = {}
     for name, more in offered:
+        file = TRIED_FILE if "rows" in more else PART_FILES["language"]
         properties = {key: value for key, value in more.items() if key != "rows"}
-        second = replace(_with(language, properties), other_file=TRIED_FILE if "rows" in more else None)
-        plans[name] = more, partial(trial, language, second)
+        second = replace(_with(language, properties), other_file=file)
+        plans[name] = {"file": file, "properties": properties}, partial(trial, language, second)
     chosen = hold("decode", trial(language), plans) if plans else None
     for target in _both(folder / DECODE_FILE):
         target.unlink(missing_ok=True)
     if chosen is None:
         return None
-    if "rows" in chosen:
+    size = (folder / chosen["file"]).with_suffix(".bin").stat().st_size
+    if chosen["file"] == TRIED_FILE:
+        chosen = chosen | {"file": DECODE_FILE}
         for source, target in zip(_both(folder / TRIED_FILE), _both(folder / DECODE_FILE), strict=True):
             source.replace(target)
-    file = DECODE_FILE if "rows" in chosen else PART_FILES["language"]
-    properties = {key: value for key, value in chosen.items() if key != "rows"}
-    return {"file": file, "properties": properties, "bytes": (folder / file).with_suffix(".bin").stat().st_size}
+    return chosen | {"bytes": size}
 
 
 class _Trial:

@@ -65,6 +65,19 @@ def test_a_weight_changes_by_half_a_step_of_its_row(kind, asymmetric, groups):
     assert [[*op.get_output_shape(0)] for op in constants] == [[ROWS, WIDTH]]
 
 
+def test_small_rows_keep_their_steps():
+    """Their scales are below what float16 holds with all of its digits."""
+    model, _ = compressed(ov.Type.i8, groups=False, asymmetric=False)
+    small = opset.constant(np.full((ROWS, 1), 3e-6, np.float16))
+    multiply = next(op for op in model.get_ops() if op.get_type_name() == "Multiply")
+    multiply.input(1).replace_source_output(small.output(0))
+    model.validate_nodes_and_infer_types()
+    eye = np.eye(WIDTH, dtype=np.float32)
+    before = run(model, eye)
+    assert to_int8_rows(model) == 1
+    assert np.abs(run(model, eye) - before).max() <= 0.55 * np.abs(before).max() / 127
+
+
 def test_rows_of_nothing_stay_nothing():
     model, _ = compressed(ov.Type.i8, groups=False, asymmetric=False)
     constant = next(op for op in model.get_ops() if op.get_type_name() == "Constant" and op.get_element_type() == ov.Type.i8)

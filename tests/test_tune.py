@@ -14,6 +14,7 @@ import pytest
 from runtime import tune
 from runtime.__main__ import main
 from runtime.config import InternVLConfig, read_config
+from runtime.device import Placement
 from runtime.errors import DeviceError, ModelFolderError, OptionError
 from runtime.model import OVInternVLChatModel
 from runtime.settings import keep, machine, reset, settings_of, tiles_within
@@ -189,6 +190,21 @@ def test_single_tokens_may_use_the_parts_own_file(folder, monkeypatch):
     assert "decode" in model.language_model._cache_options
     assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
     assert found["agreement"] == 1
+
+
+def test_another_device_leaves_the_processors_part_alone(folder):
+    for suffix in (".xml", ".bin"):
+        shutil.copy((folder / "openvino_language_model.xml").with_suffix(suffix), folder / f"tuned_decode{suffix}")
+    gpu = Placement("language", "GPU", {})
+    config = InternVLConfig.from_dict(read_config(folder / "config.json"))
+    assert tune._tune_decode(folder, ov.Core(), gpu, config, pytest.fail, pytest.fail) is None
+    assert (folder / "tuned_decode.xml").exists()
+
+
+@pytest.mark.parametrize("device", ["AUTO", "HETERO:CPU"])
+def test_devices_made_of_others_are_not_tuned(folder, device):
+    with pytest.raises(DeviceError, match=f"{device} is made of other devices: tune one, like CPU"):
+        tune.tune(folder, device)
 
 
 def test_a_folder_that_cannot_be_written_is_told(folder, monkeypatch):
