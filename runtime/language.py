@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -76,12 +77,26 @@ class OVLanguageModel(GenerationMixin):
         self.generation_config = generation_config
         self.device, self.dtype = torch.device("cpu"), torch.float32
         # Weights are packed when a part first runs: better now than while somebody waits, and their file can leave memory.
+        with_weights = [placed for placed in (placement, decode) if placed is not None]
+        beside = ThreadPoolExecutor(1)  # while a picture is read and looked at
+        self._packed = beside.submit(self._pack, folder, with_weights, width)
+        beside.shutdown(wait=False)
+
+    def _pack(self, folder: Path, placed: list[Placement], width: int) -> None:
         cache = self.new_cache()
         for count in (2, 1):  # a prompt and a token
             cache.feed(np.zeros((1, count, width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
-        for placed in (placement, decode):
-            if placed is not None:
-                leave_file(folder, placed)
+        for each in placed:
+            leave_file(folder, each)
+
+    def wait(self) -> None:
+        """Until weights are packed; generate does. Raises what went wrong."""
+        self._packed.result()
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """transformers' generate."""
+        self.wait()
+        return super().generate(*args, **options)  # type: ignore[misc]
 
     @property
     def threads(self) -> int:

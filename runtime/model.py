@@ -178,7 +178,7 @@ class OVInternVLChatModel(ChatModel):
         if getattr(config, LOOKUP, None):  # transformers' own way needs a cache of its own kind
             options["generation_config"] = config = copy.copy(config)
             setattr(config, LOOKUP, None)
-        return self.language_model.generate(  # type: ignore[misc]
+        return self.language_model.generate(
             lookup_tokens=lookup_tokens,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

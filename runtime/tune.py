@@ -230,6 +230,7 @@ class _Trial:
                 reuse=False,
                 decode=decode,
             )
+            language.wait()
             self.threads = language.threads
             embeds = 0.02 * rng.standard_normal((1, PROMPT_TOKENS + NEW_TOKENS, width)).astype(np.float32)
             self._run = lambda: _language_seconds(language, embeds)

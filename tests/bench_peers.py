@@ -28,6 +28,7 @@ class Ours:
 
         self.imported = time.perf_counter()
         self.model = OVInternVLChatModel(folder, cache_dir=cache)
+        _ = self.model.tokenizer  # the peer reads its own when it opens
         self.talk = self.model.start_conversation()
 
     def first(self, image: Path, tokens: int, *, again: bool = False) -> dict[str, float]:
