@@ -30,8 +30,8 @@ notebook: setup  ## run the tutorial from top to bottom, offline, on the built-i
 	mkdir -p build
 	$(BIN)/jupyter execute notebooks/internvl_openvino.ipynb --output=$(CURDIR)/build/internvl_openvino.ipynb
 
-bench: setup  ## conversion and answers at full size beside openvino_genai and optimum-intel (half an hour or more, 4 GB of disk)
-	$(BIN)/python -m tests.bench --plot docs/benchmark.svg
+bench: setup  ## conversion and answers at full size beside openvino_genai and optimum-intel (an hour on two cores, 4 GB of disk)
+	$(BIN)/python -m tests.bench --json docs/benchmark.json --plot docs/benchmark.svg
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
@@ -25,7 +26,7 @@ from runtime.stream import Cancelled, Progress
 
 PREFILL_AT_ONCE = 2048  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
 FIRST_PAGES = 32
-LEAST_ADOPTED = 64  # tokens that are worth the copy
+LEAST_ADOPTED = 32  # tokens that are worth the copy: the beginning that all prompts of a template share is about so long
 _SIBLINGS = Lock()  # a set must not grow in one thread while another one reads it
 LAST_POSITION = "last_position"  # our input of the paged part: which tokens the head sees
 
@@ -47,7 +48,7 @@ class KVCache(ABC):
         self._plain_length, self._window = plain_length, window
         self._siblings: WeakSet[KVCache] = WeakSet() if siblings is None else siblings
         self.busy = Lock()
-        self._request = compiled.create_infer_request()
+        self._compiled = compiled
         self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
         self._keys = np.zeros(0, np.int64)
         self._coming = np.zeros(0, np.int64)  # keys of the prompt that is being fed
@@ -193,8 +194,14 @@ class StatefulCache(KVCache):
         super().__init__(compiled, **options)
         self._clear()
 
+    @cached_property
+    def _request(self) -> ov.InferRequest:
+        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
+        return self._compiled.create_infer_request()
+
     def _clear(self) -> None:
-        self._request.reset_state()
+        if "_request" in vars(self):
+            self._request.reset_state()
         self._slots = 0
         self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
         self._order = np.zeros(1, np.int32)
@@ -275,8 +282,9 @@ class PagedCache(KVCache):
 
     def __init__(self, compiled: ov.CompiledModel, decode: ov.CompiledModel | None = None, **options: Any):
         super().__init__(compiled, **options)
+        self._compiled_decode = decode
         self._shapes = page_shapes(compiled)
-        self._decode = self._request if decode is None else decode.create_infer_request()
+        self._tensors: dict[str, ov.Tensor] = {}  # the pages, by input
         self._page = next(shape[1] for name, (_, shape) in self._shapes.items() if name.startswith("value_cache"))  # tokens a page
         self._pages = 0
         self._tables: list[list[int]] = [[]]
@@ -287,6 +295,25 @@ class PagedCache(KVCache):
         self._grow(FIRST_PAGES)
         with _SIBLINGS:  # now that it is whole: others may ask it at once
             self._siblings.add(self)
+
+    @cached_property
+    def _prefill(self) -> ov.InferRequest:
+        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
+        return self._over_pages(self._compiled)
+
+    @cached_property
+    def _decode(self) -> ov.InferRequest:
+        return self._prefill if self._compiled_decode is None else self._over_pages(self._compiled_decode)
+
+    def _over_pages(self, compiled: ov.CompiledModel) -> ov.InferRequest:
+        request = compiled.create_infer_request()
+        for name, tensor in self._tensors.items():
+            request.set_tensor(name, tensor)
+        return request
+
+    def _requests(self) -> list[ov.InferRequest]:
+        """Those that were made."""
+        return [vars(self)[name] for name in ("_prefill", "_decode") if name in vars(self)]
 
     def cancel(self) -> None:
         for request in self._requests():  # pages count only once they are written
@@ -335,7 +362,7 @@ class PagedCache(KVCache):
         self._cut(0)
         table = [self._take() for _ in range(count)]
         for name in self._shapes:
-            theirs, ours = donor._request.get_tensor(name), self._request.get_tensor(name)
+            theirs, ours = donor._tensors[name], self._tensors[name]
             for source, target in zip(donor._tables[0], table, strict=False):
                 _pages_of(theirs, source, source + 1).copy_to(_pages_of(ours, target, target + 1))
         self._tables, self._lengths = [table], [count * self._page]
@@ -402,7 +429,7 @@ class PagedCache(KVCache):
         }
         if self._routed:
             inputs[VISUAL_MASK] = visual.reshape(-1, 1)
-        request = self._decode if every or max(counts) == 1 else self._request  # guesses are to be what single steps give
+        request = self._decode if every or max(counts) == 1 else self._prefill  # guesses are to be what single steps give
         told, _ = self._layouts.get(request, (None, None))
         if told != (counts, tables, every):  # most tokens change neither
             ends = np.cumsum([0, *counts])
@@ -418,9 +445,6 @@ class PagedCache(KVCache):
         for row, length in zip(rows, lengths, strict=True):
             self._lengths[row] = length
         return request.get_tensor("logits").data
-
-    def _requests(self) -> list[ov.InferRequest]:
-        return [self._request] if self._decode is self._request else [self._request, self._decode]
 
     def _take(self) -> int:
         if not self._free:
@@ -439,7 +463,8 @@ class PagedCache(KVCache):
         for name, (kind, shape) in self._shapes.items():
             tensor = ov.Tensor(kind, ov.Shape([pages, *shape]))
             if self._pages:
-                self._request.get_tensor(name).copy_to(_pages_of(tensor, 0, self._pages))
+                self._tensors[name].copy_to(_pages_of(tensor, 0, self._pages))
+            self._tensors[name] = tensor
             for request in self._requests():
                 request.set_tensor(name, tensor)
         self._free = [*range(pages - 1, self._pages - 1, -1), *self._free]
@@ -448,7 +473,7 @@ class PagedCache(KVCache):
 
     def _copy_page(self, source: int, target: int) -> None:
         for name in self._shapes:
-            tensor = self._request.get_tensor(name)
+            tensor = self._tensors[name]
             _pages_of(tensor, source, source + 1).copy_to(_pages_of(tensor, target, target + 1))
 
 

@@ -1,37 +1,28 @@
-"""The language part behind transformers' generate: greedy, sampling, beams, penalties and streamers are theirs.
+"""transformers' generate over the language part: greedy, sampling, beams, penalties and streamers are theirs.
 
-Takes embeddings and gives logits of the last position; what earlier tokens left behind is in a KVCache, many of them over shared
-weights. Knows nothing of prompts or pictures.
+Takes embeddings and gives logits of the last position; what earlier tokens left behind is in a KVCache. Knows nothing of prompts,
+pictures or files. Its import takes seconds, which is why model.py imports it while parts compile.
 """
 
 from __future__ import annotations
 
-import threading
+import copy
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
-import openvino as ov
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from runtime.device import Placement
-from runtime.errors import DeviceError, OptionError
-from runtime.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
-from runtime.part import compile_part, leave_file, read_part, threads_of
+from runtime.errors import OptionError
+from runtime.kv_cache import KVCache
 from runtime.stream import Progress
 
 LOOKUP = "prompt_lookup_num_tokens"  # transformers' name
 NO_LOOKUP = f"{LOOKUP} is for one greedy answer: leave out sampling, beams, penalties and several answers"
 LOOKUP_SIZES = (3, 2)
-IDLE_CACHES = 2  # KV caches kept for stateless calls
 
 
 class OVLanguageModel(GenerationMixin):
@@ -42,97 +33,25 @@ class OVLanguageModel(GenerationMixin):
     _is_stateful = False
     _supports_cache_class = False
 
-    def __init__(
-        self,
-        generation_config: GenerationConfig,
-        folder: Path,
-        core: ov.Core,
-        placement: Placement,
-        config: dict[str, Any],
-        embed: Callable,
-        *,
-        plain_length: int | None,
-        window: int | None,
-        reuse: bool,
-        decode: Placement | None = None,
-    ):
-        self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
-        width = config["hidden_size"]
-        self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
+    def __init__(self, generation_config: GenerationConfig, config: dict[str, Any], embed: Callable[[Tensor], Tensor]):
         self._embed = embed
-        second: dict[str, Any] = {}
-        if decode is not None and self._cache_kind is PagedCache:
-            second = {
-                "decode": _compile_decode(core, PagedCache.adapt(read_part(core, folder, decode, width)), decode, self._compiled)
-            }
-        self._cache_options: dict[str, Any] = second | {
-            "plain_length": plain_length,
-            "window": window,
-            "siblings": WeakSet() if reuse else None,
-        }
-        self._idle: list[KVCache] = []  # least recently used first
-        self._lock = threading.RLock()  # a conversation may end, and give its cache back, anywhere
-        self._most_idle = IDLE_CACHES if reuse else 0
         self.config = PretrainedConfig(**{key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")})
         self.generation_config = generation_config
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        # Weights are packed when a part first runs: better now than while somebody waits, and their file can leave memory.
-        with_weights = [placed for placed in (placement, decode) if placed is not None]
-        beside = ThreadPoolExecutor(1)  # while a picture is read and looked at
-        self._packed = beside.submit(self._pack, folder, with_weights, width)
-        beside.shutdown(wait=False)
 
-    def _pack(self, folder: Path, placed: list[Placement], width: int) -> None:
-        cache = self.new_cache()
-        for count in (2, 1):  # a prompt and a token
-            cache.feed(np.zeros((1, count, width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
-        for each in placed:
-            leave_file(folder, each)
+    def generate(self, *, many_rows: bool, **options: Any) -> Any:  # type: ignore[override]
+        """transformers' generate of embeddings (B, T, D) over a cache; `many_rows` says that it will make several of a prompt.
 
-    def wait(self) -> None:
-        """Until weights are packed; generate does. Raises what went wrong."""
-        self._packed.result()
-
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """transformers' generate."""
-        self.wait()
-        return super().generate(*args, **options)  # type: ignore[misc]
-
-    @property
-    def threads(self) -> int:
-        """How many it computes with."""
-        return threads_of(self._compiled)
-
-    def new_cache(self) -> KVCache:
-        """An empty KV cache; it takes memory only for the tokens it comes to hold."""
-        return self._cache_kind(self._compiled, **self._cache_options)
-
-    @contextmanager
-    def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:
-        """A cache for one stateless call: the idle one that shares most of a prompt with these keys, or an empty one."""
-        with self._lock:
-            cache = max(self._idle, key=lambda cache: cache.shared_with(keys), default=None)
-            if cache is not None and 2 * cache.shared_with(keys) < len(cache):  # another dialogue's: leave it while there is room
-                cache = self._idle[0] if len(self._idle) >= self._most_idle else None
-            if cache is not None:
-                self._idle.remove(cache)
-        if cache is None:
-            cache = self.new_cache()
-        try:
-            yield cache
-        finally:
-            self.give_back(cache)
-
-    def give_back(self, cache: KVCache) -> None:
-        """Somebody needs a cache no more: keep it among the idle ones, whose prompts may come again."""
-        with self._lock:
-            if len(cache) and self._most_idle:
-                self._idle = [*self._idle, cache][-self._most_idle :]
-
-    def forget(self) -> None:
-        """Drop the idle caches."""
-        with self._lock:
-            self._idle.clear()
+        Raises OptionError for prompt lookup of anything but one greedy answer.
+        """
+        config = options.get("generation_config")
+        lookup_tokens = options.pop(LOOKUP, None) or getattr(config, LOOKUP, None) or 0
+        if lookup_tokens and many_rows:
+            raise OptionError(NO_LOOKUP)
+        if getattr(config, LOOKUP, None):  # transformers' own way needs a cache of its own kind
+            options["generation_config"] = config = copy.copy(config)
+            setattr(config, LOOKUP, None)
+        return super().generate(lookup_tokens=lookup_tokens, **options)  # type: ignore[misc]
 
     def can_generate(self) -> bool:
         return True
@@ -255,15 +174,6 @@ class OVLanguageModel(GenerationMixin):
     def _reorder_cache(self, past_key_values: KVCache, beam_idx: Tensor) -> KVCache:
         past_key_values.reorder(beam_idx.tolist())
         return past_key_values
-
-
-def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
-    """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
-    pages = {"KV_CACHE_PRECISION": prefill.get_property("KV_CACHE_PRECISION")}
-    compiled = compile_part(core, model, replace(placement, properties=placement.properties | pages))
-    if page_shapes(compiled) != page_shapes(prefill):
-        raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
-    return compiled
 
 
 def look_up(ids: np.ndarray, most: int) -> np.ndarray:

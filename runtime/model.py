@@ -1,11 +1,10 @@
 """OVInternVLChatModel: a model folder on devices, with upstream's calls and conversations.
 
-Puts the parts together; what they do is in embeddings.py and language.py, what is asked of them in chat.py.
+Puts the parts together; what they do is in embeddings.py, language_part.py and language.py, what is asked of them in chat.py.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from runtime.chat import ChatModel, many_rows
 from runtime.config import InternVLConfig, read_config
 from runtime.device import place_parts
 from runtime.embeddings import FEATURE_CACHE_BYTES, FeatureCache, StatelessPart
-from runtime.errors import ModelFolderError, OptionError
+from runtime.errors import ModelFolderError
 from runtime.folder import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -34,7 +33,7 @@ from runtime.folder import (
     check_folder,
 )
 from runtime.kv_cache import KVCache
-from runtime.language import LOOKUP, NO_LOOKUP, OVLanguageModel
+from runtime.language_part import LanguagePart
 from runtime.settings import tuned_decode, tuned_properties
 from runtime.stream import Progress
 
@@ -96,23 +95,31 @@ class OVInternVLChatModel(ChatModel):
         width = self.config.language["hidden_size"]
         self.language_placement = placed["language"]
         self.generation_config = GenerationConfig.from_pretrained(folder, GENERATION_CONFIG_FILE)
-        with ThreadPoolExecutor(1) as beside:  # two parts compile sooner side by side
+        with ThreadPoolExecutor(2) as beside:
             vision = beside.submit(StatelessPart, folder, core, placed["vision"], width)
-            self._text = StatelessPart(folder, core, placed["text_embeddings"], width)
             if language:
-                self.language_model = OVLanguageModel(
-                    self.generation_config,
+                part = beside.submit(
+                    LanguagePart,
                     folder,
                     core,
                     placed["language"],
-                    self.config.language,
-                    self.embed_tokens,
+                    width,
                     plain_length=self.config.plain_length,
                     window=self.config.window,
                     reuse=reuse_kv,
                     decode=placed.get("decode"),
                 )
+            self._text = StatelessPart(folder, core, placed["text_embeddings"], width)
+            if language:
+                from runtime.language import OVLanguageModel  # seconds, in which the parts compile
+
+                self.language_model = OVLanguageModel(self.generation_config, self.config.language, self.embed_tokens)
+                self.language_part = part.result()
             self._vision = vision.result()
+        if language:  # better now than while somebody waits, and beside what comes first: a picture is read and looked at
+            beside = ThreadPoolExecutor(1)
+            self._packed = beside.submit(self.language_part.pack)
+            beside.shutdown(wait=False)
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, device: str = "CPU", **options: Any) -> OVInternVLChatModel:
@@ -146,21 +153,25 @@ class OVInternVLChatModel(ChatModel):
     def encode_tiles(self, pixel_values: Tensor) -> Tensor:
         return self._vision(pixel_values.float())
 
+    def wait_until_packed(self) -> None:
+        """Until the language part has done what is done once; generate does."""
+        self._packed.exception()  # what goes wrong there goes wrong in an answer, which tells it
+
     def rest_vision(self) -> None:
         self._vision.rest()
 
     def new_cache(self) -> KVCache:
-        return self.language_model.new_cache()
+        return self.language_part.new_cache()
 
     def give_back(self, cache: KVCache) -> None:
-        self.language_model.give_back(cache)
+        self.language_part.give_back(cache)
 
     def forget(self) -> None:
         super().forget()
-        self.language_model.forget()
+        self.language_part.forget()
 
     def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[KVCache]:
-        return self.language_model.lend_cache(keys)
+        return self.language_part.lend_cache(keys)
 
     def generate_from(
         self,
@@ -171,15 +182,9 @@ class OVInternVLChatModel(ChatModel):
         progress: Progress | None = None,
         **options: Any,
     ) -> Any:
-        config = options.get("generation_config")
-        lookup_tokens = options.pop(LOOKUP, None) or getattr(config, LOOKUP, None) or 0
-        if lookup_tokens and many_rows(options):
-            raise OptionError(NO_LOOKUP)
-        if getattr(config, LOOKUP, None):  # transformers' own way needs a cache of its own kind
-            options["generation_config"] = config = copy.copy(config)
-            setattr(config, LOOKUP, None)
+        self.wait_until_packed()
         return self.language_model.generate(
-            lookup_tokens=lookup_tokens,
+            many_rows=many_rows(options),
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             visual_token_mask=visual_token_mask,

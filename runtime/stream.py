@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,17 +61,59 @@ class Statistics:
         )
 
 
+class Words:
+    """Tokens of one answer -> its text as far as it is certain: no lead, no white space around it, nothing after a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, stops: Sequence[str] = ()):
+        self._tokenizer, self._template, self._stops = tokenizer, template, [*stops]
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._lead = lead_ids(tokenizer, template)
+        self._ids: list[int] = []
+        self._text, self._said = "", 0
+        self.stopped = False  # at a stop string
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self._ids.append(token)
+        if self._lead:  # everything so far may be the lead; without one it comes out at the end
+            if self._ids[-len(self._lead) :] == self._lead:
+                self._lead, self._ids = [], []
+            return ""
+        self._text += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+        return self._say(end=False)
+
+    def end(self) -> str:
+        """What was held back, once there are no more tokens."""
+        if not self.stopped:
+            whole = whole_answer(self._tokenizer, self._ids, self._template)
+            self._text = whole if whole.startswith(self._text.strip()) else self._text
+        return self._say(end=True)
+
+    def _say(self, *, end: bool) -> str:
+        text = self._text.lstrip()
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, text = True, text[: min(found)]
+        elif not end:
+            held = max((_overlap(text, stop) for stop in self._stops), default=0)
+            text = text[: len(text) - held]
+        text = text.rstrip()
+        new, self._said = text[self._said :], max(self._said, len(text))
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 class _TextOf:
-    """A streamer of transformers' kind: token ids in, text without its outer white space out, cut where the answer stops."""
+    """A streamer of transformers' kind: token ids in, text out and the clock read."""
 
     def __init__(self, tokenizer: Any, template: Template, emit: Callable[[str], None], statistics: Statistics, tokens: list[int]):
-        self._tokenizer, self._template, self._emit, self._statistics = tokenizer, template, emit, statistics
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._emit, self._statistics, self._tokens = emit, statistics, tokens
         self._stop_ids = set(tokenizer.encode(template.stop_token, add_special_tokens=False)[:1])
-        self._tokens = tokens
-        self._lead = lead_ids(tokenizer, template)
-        self._leads = bool(self._lead)  # nothing is said until the lead is over
-        self._text = self._waiting = ""  # white space waits for what follows it
+        self._words = Words(tokenizer, template)
 
     def put(self, ids: torch.Tensor) -> None:
         for token in ids.flatten().tolist():
@@ -86,23 +128,15 @@ class _TextOf:
                 self._statistics.finish_reason = "stop"
             else:
                 self._tokens.append(token)
-                if not self._leads:
-                    self._say(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
-                self._leads = self._leads and self._tokens[-len(self._lead) :] != self._lead
-
-    def _say(self, text: str) -> None:
-        text = self._waiting + text if self._text else (self._waiting + text).lstrip()
-        spoken = text.rstrip()
-        self._waiting = text[len(spoken) :]
-        if spoken:
-            self._text += spoken
-            self._emit(spoken)
+                self._say(self._words.add(token))
 
     def end(self) -> None:
         """Say what an unfinished character still owes."""
-        whole = whole_answer(self._tokenizer, self._tokens, self._template)
-        if whole.startswith(self._text) and len(whole) > len(self._text):
-            self._emit(whole[len(self._text) :])
+        self._say(self._words.end())
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._emit(text)
 
 
 def whole_answer(tokenizer: PreTrainedTokenizerBase, ids: Any, template: Template) -> str:

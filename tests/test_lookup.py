@@ -18,15 +18,17 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 @pytest.fixture(scope="module", params=["CPU", "HETERO:CPU"], ids=["pages", "state"])
 def model(request, tiny, converted):
-    return OVInternVLChatModel(converted(tiny("tiny-qwen2"), weight_format="fp32"), request.param, ov_config=EXACT)
+    made = OVInternVLChatModel(converted(tiny("tiny-qwen2"), weight_format="fp32"), request.param, ov_config=EXACT)
+    made.wait_until_packed()  # which runs it, too
+    return made
 
 
 @pytest.fixture
 def runs(model, monkeypatch):
     """How often the language part runs."""
     counted = []
-    step = model.language_model._cache_kind._step
-    monkeypatch.setattr(model.language_model._cache_kind, "_step", lambda *given: counted.append(1) or step(*given))
+    step = model.language_part._cache_kind._step
+    monkeypatch.setattr(model.language_part._cache_kind, "_step", lambda *given: counted.append(1) or step(*given))
     return counted
 
 

@@ -133,7 +133,7 @@ def test_guesses_are_checked_by_the_weights_of_single_tokens(folders):
 
 def test_it_is_used_where_it_was_found_and_nowhere_else(folders, tmp_path):
     def twice(folder: Path, *given, **options) -> bool:
-        return "decode" in OVInternVLChatModel(folder, *given, **options).language_model._cache_options
+        return "decode" in OVInternVLChatModel(folder, *given, **options).language_part._cache_options
 
     plain, both = folders
     assert twice(both)

@@ -184,7 +184,7 @@ def test_weights_are_not_held_twice(tiny, converted):
     """Once a part has run, its weights are packed in memory of the device, and their file is left."""
     model = OVInternVLChatModel(converted(tiny("tiny-qwen2"), weight_format="int8"))
     files = {part: (model.folder / PART_FILES[part]).with_suffix(".bin") for part in ("vision", "language")}
-    model.language_model.wait()
+    model.wait_until_packed()
     assert resident(files["language"]) == 0
     model.extract_feature(tiles(1))
     assert resident(files["vision"]) == 0

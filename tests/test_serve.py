@@ -29,8 +29,9 @@ from runtime.model import OVInternVLChatModel
 from runtime.prompt import get_template
 from runtime.serve import _listen, make_server
 from runtime.serve.app import Limits, Rules, build_app
-from runtime.serve.engine import GenaiEngine, NativeEngine, Words
+from runtime.serve.engine import GenaiEngine, NativeEngine
 from runtime.serve.protocol import MediaRules
+from runtime.stream import Words
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "demo" / "examples" / "shapes.png"
@@ -554,7 +555,7 @@ def test_a_port_that_is_taken_is_told():
 
 def test_a_model_without_its_language_part_cannot_answer_and_takes_less(shapes):
     half = OVInternVLChatModel(shapes, language=False)
-    assert not hasattr(half, "language_model")
+    assert not hasattr(half, "language_part")
     assert half.generation_config.eos_token_id
 
 

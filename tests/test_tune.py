@@ -42,7 +42,7 @@ def kept(folder: Path, **changes) -> dict:
 def threads(folder: Path, **options) -> list[int]:
     """Of the vision and the language part."""
     model = OVInternVLChatModel(folder, **options)
-    return [part._compiled.get_property("INFERENCE_NUM_THREADS") for part in (model._vision, model.language_model)]
+    return [part._compiled.get_property("INFERENCE_NUM_THREADS") for part in (model._vision, model.language_part)]
 
 
 def test_what_was_found_is_used(folder):
@@ -136,7 +136,7 @@ def test_single_tokens_get_weights_of_their_own_where_that_is_worth_it(folder, m
     found = tune.tune(folder)
     files = {"tuned_decode.xml", "tuned_decode.bin"}
     assert {file.name for file in folder.iterdir() if "tuned_decode" in file.name} == (files if stays else set())
-    assert ("decode" in OVInternVLChatModel(folder).language_model._cache_options) == stays
+    assert ("decode" in OVInternVLChatModel(folder).language_part._cache_options) == stays
     if not stays:
         assert (found["decode"], found["accuracy"]) == (None, None)
         return
@@ -187,7 +187,7 @@ def test_single_tokens_may_use_the_parts_own_file(folder, monkeypatch):
     assert found["decode"]["file"] == "openvino_language_model.xml"
     assert not [*folder.glob("*tuned_decode*")]
     model = OVInternVLChatModel(folder)
-    assert "decode" in model.language_model._cache_options
+    assert "decode" in model.language_part._cache_options
     assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
     assert found["agreement"] == 1
 

@@ -22,18 +22,16 @@ from math import inf
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from runtime.errors import DeviceError, OptionError
 from runtime.image import PictureTiles
 from runtime.kv_cache import PREFILL_AT_ONCE
 from runtime.model import OVInternVLChatModel
 from runtime.part import last_line
-from runtime.prompt import Template
 from runtime.serve import worker
 from runtime.serve.grammar import SchemaCheck
-from runtime.stream import lead_ids
+from runtime.stream import Words
 
 DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
 ENDED = "the process that answers has ended"
@@ -88,52 +86,6 @@ class Piece:
     tokens: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
     error: Exception | None = None
-
-
-class Words:
-    """Tokens of one answer -> its text as far as it is certain: no lead, no white space around it, nothing after a stop string."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, stops: Sequence[str]):
-        self._tokenizer, self._stops = tokenizer, [*stops]
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._lead = lead_ids(tokenizer, template)
-        self._ids: list[int] = []
-        self._text, self._said = "", 0
-        self.stopped = False  # at a stop string
-
-    def add(self, token: int) -> str:
-        """The text that is certain now and was not before."""
-        self._ids.append(token)
-        if self._lead:  # everything so far may be the lead; without one it comes out at the end
-            if self._ids[-len(self._lead) :] == self._lead:
-                self._lead, self._ids = [], []
-            return ""
-        self._text += self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
-        return self._say(end=False)
-
-    def end(self) -> str:
-        """What was held back, once there are no more tokens."""
-        if not self.stopped:
-            whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-            self._text = whole if whole.startswith(self._text) else self._text
-        return self._say(end=True)
-
-    def _say(self, *, end: bool) -> str:
-        text = self._text.lstrip()
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, text = True, text[: min(found)]
-        elif not end:
-            held = max((_overlap(text, stop) for stop in self._stops), default=0)
-            text = text[: len(text) - held]
-        text = text.rstrip()
-        new, self._said = text[self._said :], max(self._said, len(text))
-        return new
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Engine(ABC):

@@ -1,0 +1,115 @@
+"""The compiled language part: its weights, and the KV caches over them.
+
+Knows nothing of transformers' generate, whose import takes seconds, so that it can compile meanwhile. Who generates with it is in
+language.py; what a cache does is in kv_cache.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import openvino as ov
+
+from runtime.device import Placement
+from runtime.errors import DeviceError
+from runtime.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
+from runtime.part import compile_part, leave_file, read_part, threads_of
+
+IDLE_CACHES = 2  # KV caches kept for stateless calls
+
+
+class LanguagePart:
+    """The part as it is placed, of `width` D; with `decode` compiled a second time, for single tokens.
+
+    `reuse` off computes every prompt anew. Several threads may use it at once, each with a cache of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        core: ov.Core,
+        placement: Placement,
+        width: int,
+        *,
+        plain_length: int | None,
+        window: int | None,
+        reuse: bool,
+        decode: Placement | None = None,
+    ):
+        self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
+        self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
+        second: dict[str, Any] = {}
+        if decode is not None and self._cache_kind is PagedCache:
+            second = {
+                "decode": _compile_decode(core, PagedCache.adapt(read_part(core, folder, decode, width)), decode, self._compiled)
+            }
+        self._cache_options: dict[str, Any] = second | {
+            "plain_length": plain_length,
+            "window": window,
+            "siblings": WeakSet() if reuse else None,
+        }
+        self._idle: list[KVCache] = []  # least recently used first
+        self._lock = threading.RLock()  # a conversation may end, and give its cache back, anywhere
+        self._most_idle = IDLE_CACHES if reuse else 0
+        self._placed = [placed for placed in (placement, decode) if placed is not None]
+        self._folder, self._width = folder, width
+
+    def pack(self) -> None:
+        """Run a prompt and a token: devices pack weights when they first run, and then the weights' file can leave memory."""
+        cache = self.new_cache()
+        for count in (2, 1):
+            cache.feed(np.zeros((1, count, self._width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
+        for each in self._placed:
+            leave_file(self._folder, each)
+
+    @property
+    def threads(self) -> int:
+        """How many it computes with."""
+        return threads_of(self._compiled)
+
+    def new_cache(self) -> KVCache:
+        """An empty KV cache; it takes memory only for the tokens it comes to hold."""
+        return self._cache_kind(self._compiled, **self._cache_options)
+
+    @contextmanager
+    def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:
+        """A cache for one stateless call: the idle one that shares most of a prompt with these keys, or an empty one."""
+        with self._lock:
+            cache = max(self._idle, key=lambda cache: cache.shared_with(keys), default=None)
+            if cache is not None and 2 * cache.shared_with(keys) < len(cache):  # another dialogue's: leave it while there is room
+                cache = self._idle[0] if len(self._idle) >= self._most_idle else None
+            if cache is not None:
+                self._idle.remove(cache)
+        if cache is None:
+            cache = self.new_cache()
+        try:
+            yield cache
+        finally:
+            self.give_back(cache)
+
+    def give_back(self, cache: KVCache) -> None:
+        """Somebody needs a cache no more: keep it among the idle ones, whose prompts may come again."""
+        with self._lock:
+            if len(cache) and self._most_idle:
+                self._idle = [*self._idle, cache][-self._most_idle :]
+
+    def forget(self) -> None:
+        """Drop the idle caches."""
+        with self._lock:
+            self._idle.clear()
+
+
+def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
+    """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
+    pages = {"KV_CACHE_PRECISION": prefill.get_property("KV_CACHE_PRECISION")}
+    compiled = compile_part(core, model, replace(placement, properties=placement.properties | pages))
+    if page_shapes(compiled) != page_shapes(prefill):
+        raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
+    return compiled
