@@ -154,8 +154,8 @@ class OVInternVLChatModel(ChatModel):
         return self._vision(pixel_values.float())
 
     def wait_until_packed(self) -> None:
-        """Until the language part has done what is done once; generate does."""
-        self._packed.exception()  # what goes wrong there goes wrong in an answer, which tells it
+        """Until the language part has done what is done once; generate does. Raises what went wrong there."""
+        self._packed.result()
 
     def rest_vision(self) -> None:
         self._vision.rest()

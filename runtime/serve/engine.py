@@ -121,6 +121,7 @@ class NativeEngine(Engine):
 
     def __init__(self, model: OVInternVLChatModel):
         super().__init__(model)
+        model.wait_until_packed()  # who says that he serves can
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     def start(
