@@ -39,6 +39,11 @@ class Placement:
         """Name of its .xml file."""
         return self.other_file or PART_FILES[self.part]
 
+    @property
+    def accurate(self) -> bool:
+        """Whether nothing is to be rounded for speed."""
+        return self.properties.get("EXECUTION_MODE_HINT") == "ACCURACY"
+
 
 def check_device(core: Core, device: str) -> None:
     """Raise DeviceError unless `device`, like CPU, GPU.1, AUTO or HETERO:GPU,CPU, is here."""

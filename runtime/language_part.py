@@ -22,6 +22,7 @@ from runtime.errors import DeviceError
 from runtime.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
 from runtime.part import compile_part, leave_file, read_part, threads_of
 
+PAGES = "KV_CACHE_PRECISION"
 IDLE_CACHES = 2  # KV caches kept for stateless calls
 
 
@@ -44,6 +45,8 @@ class LanguagePart:
         decode: Placement | None = None,
     ):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
+        if self._cache_kind is PagedCache and not placement.accurate:
+            placement = replace(placement, properties={PAGES: _pages_for(placement, decode)} | placement.properties)
         self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
         second: dict[str, Any] = {}
         if decode is not None and self._cache_kind is PagedCache:
@@ -106,9 +109,19 @@ class LanguagePart:
             self._idle.clear()
 
 
+def _pages_for(placement: Placement, decode: Placement | None) -> str:
+    """How keys and values are kept: in 16 bits, which OpenVINO makes bfloat16 where it computes in that.
+
+    Its own choice, 8 bits, is further from the original and takes longer to unpack than 16 bits to read (BENCHMARKS.md), but is
+    all that compilations of two precisions can both read.
+    """
+    hints = {each.properties.get("INFERENCE_PRECISION_HINT") for each in (placement, decode or placement)}
+    return "f16" if len(hints) == 1 else "u8"
+
+
 def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
     """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
-    pages = {"KV_CACHE_PRECISION": prefill.get_property("KV_CACHE_PRECISION")}
+    pages = {PAGES: prefill.get_property(PAGES)}
     compiled = compile_part(core, model, replace(placement, properties=placement.properties | pages))
     if page_shapes(compiled) != page_shapes(prefill):
         raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")

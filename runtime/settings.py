@@ -71,4 +71,5 @@ def keep(folder: Path, device: str, settings: dict[str, Any]) -> None:
 
 def machine(core: ov.Core, device: str) -> dict[str, str]:
     """What settings are good for."""
-    return {"processor": str(core.get_property(device, "FULL_DEVICE_NAME")), "openvino": ov.__version__}
+    able = " ".join(sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")))  # virtual processors share a name
+    return {"processor": str(core.get_property(device, "FULL_DEVICE_NAME")), "able": able, "openvino": ov.__version__}

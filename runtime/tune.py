@@ -31,7 +31,7 @@ from runtime.embeddings import StatelessPart
 from runtime.errors import DeviceError, InternVLError, ModelFolderError
 from runtime.folder import CONFIG_FILE, DECODE_FILE, PART_FILES, TUNED_FILE, bytes_of, check_folder, check_space, save_model
 from runtime.language_part import LanguagePart
-from runtime.part import read_part
+from runtime.part import ACTIVATION_GROUP, read_part
 from runtime.rows import to_int8_rows
 from runtime.settings import keep, machine
 
@@ -110,8 +110,9 @@ def candidates(core: ov.Core, device: str, stage: str) -> Iterator[tuple[str, di
         yield "computed in f32", {"INFERENCE_PRECISION_HINT": "f32"}
     if "BF16" in able and "FP16" in able:
         yield "computed in bf16", {"INFERENCE_PRECISION_HINT": "bf16"}
-    yield "activations not quantised", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    yield "activations quantised by 128", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
+    yield "activations not quantised", {ACTIVATION_GROUP: 0}
+    group = 32 if device == "CPU" else 128  # a CPU's default is the larger one here
+    yield f"activations quantised by {group}", {ACTIVATION_GROUP: group}
     if device == "CPU":
         yield "threads on all kinds of cores", {"SCHEDULING_CORE_TYPE": "ANY_CORE", "ENABLE_HYPER_THREADING": True}
         yield "threads on performance cores", {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"}
@@ -328,6 +329,6 @@ def _accuracy(folder: Path, device: str) -> dict[str, float] | None:
         right = {}
         for name, asked in (("default", plain), ("tuned", folder)):
             command = [sys.executable, "-m", RULER, "evaluate", str(asked), "--device", device, "--limit", str(RULER_QUESTIONS)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
             right[name] = json.loads(done.stdout.splitlines()[-1])["accuracy"]
     return right

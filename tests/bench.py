@@ -29,9 +29,9 @@ from tests.checkpoints import CONFIGS, make_checkpoint
 CACHE = Path(tempfile.gettempdir()) / "internvl-openvino-bench"
 SIZES = {1: (448, 448), 7: (1200, 800), 13: (1000, 750)}  # pictures that are cut into so many tiles
 NEW_TOKENS, BATCH_TOKENS = 32, 32
-LOADS, LONG_REPEATS, LONG_SECONDS = 3, 2, 30  # a figure that takes longer is measured so often, or a slow machine needs hours
+LONG_REPEATS, LONG_SECONDS = 2, 30  # a figure that takes longer is measured so often, or a slow machine needs hours
 LONG_WORDS = 4000  # two tokens each: about 8,000
-TUNED = "tuned"  # ours, after `python -m runtime tune`; opening, seven tiles and the batch are left out to save time
+TUNED = "tuned"  # ours, after `python -m runtime tune`; opening and the batch are left out to save time
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # of a figure, of a peer
 
 
@@ -150,7 +150,7 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
         runs.setdefault(figure, {}).setdefault(name, []).append(found)
         print(figure, name, json.dumps({key: round(value, 4) for key, value in found.items()}), flush=True)
 
-    for number in range(min(repeats, LOADS)):
+    for number in range(repeats):
         for name, folder in folders.items():
             if name == TUNED:
                 continue
@@ -165,7 +165,7 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
         for number in range(repeats):
             image = str(picture(work, tiles, number))
             for name, peer in peers.items():
-                if (name == TUNED and tiles == 7) or enough(runs, f"{tiles} tiles", name, number, "first_token"):
+                if enough(runs, f"{tiles} tiles", name, number, "first_token"):
                     continue
                 note(f"{tiles} tiles", name, peer.do("first", image=image, tokens=NEW_TOKENS))
                 if name in ("ours", "genai"):
@@ -283,6 +283,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each figure (default: %(default)s)")
     parser.add_argument("--conversions", type=int, default=3, help="runs of each converter (default: %(default)s)")
     parser.add_argument("--beside", metavar="COMMAND", help="another converter to run between ours")
+    parser.add_argument(
+        "--tuned-with", metavar="FLAGS", default="", help="flags of convert for the tuned folder, like those of w8a8"
+    )
     parser.add_argument("--peers", default=f"ours,{TUNED},genai,optimum", help="whose answers are timed (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, default=Path("build/bench.json"), help="(default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="bars of the ratios")
@@ -304,7 +307,7 @@ def main() -> None:
     found["floors"] = floors(checkpoint, folder, found["ceilings"])
     folders = dict.fromkeys(found["peers"], folder)
     if TUNED in folders:
-        folders[TUNED] = tuned_copy(folder)
+        folders[TUNED] = tuned_folder(commands["ours"], folder, shlex.split(options.tuned_with))
     with tempfile.TemporaryDirectory() as work:
         runs = answers(folders, Path(work), options.repeats)
     found |= {"runs": conversions | runs, "medians": medians(conversions | runs)}
@@ -318,11 +321,18 @@ def main() -> None:
         plot(found, options.plot)
 
 
-def tuned_copy(folder: Path) -> Path:
-    """A copy of the model folder with the settings that are best here."""
+def tuned_folder(convert: list[str], folder: Path, flags: list[str]) -> Path:
+    """The model folder, or with flags one of its own, with the settings that are best here."""
     copy = folder.with_name(f"{folder.name}-{TUNED}")
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
+    if flags:
+        print(
+            "conversion",
+            TUNED,
+            json.dumps(timed([*(str(copy) if part == str(folder) else part for part in convert), *flags], copy)),
+        )
+    else:
+        shutil.copytree(folder, copy)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "runtime", "tune", str(copy)], capture_output=True, text=True, check=True
     )

@@ -4,6 +4,7 @@ Which device and which properties a part gets. There is no GPU where this is tes
 is checked, not what a GPU computes.
 """
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+from openvino import opset13 as opset
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
@@ -18,7 +20,7 @@ from runtime.device import Placement, check_device, place_parts
 from runtime.errors import DeviceError, ModelFolderError, OptionError
 from runtime.folder import PARTS
 from runtime.model import OVInternVLChatModel
-from runtime.part import read_part
+from runtime.part import ACTIVATION_GROUP, compile_part, read_part
 
 FOLDER = Path("somewhere")
 
@@ -57,6 +59,43 @@ def test_a_processor_gets_latency_and_nothing_else():
     for placement in place_parts(LAPTOP, FOLDER, "CPU").values():
         assert placement.device == "CPU"
         assert placement.properties == {"PERFORMANCE_HINT": "LATENCY"}
+
+
+def product(kind: ov.Type, *row: int) -> ov.Model:
+    """x (1, K) by weights whose rows are stored like that: (K,), or (groups, K / groups)."""
+    given = opset.parameter([1, math.prod(row)], np.float32)
+    stored = opset.multiply(opset.convert(opset.constant(np.ones((16, *row)), dtype=kind), np.float32), np.float32(0.1))
+    weights = opset.reshape(stored, [16, -1], special_zero=False)
+    return ov.Model([opset.matmul(given, weights, transpose_a=False, transpose_b=True)], [given])
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "properties", "group"),
+    [
+        (ov.Type.u4, (7, 128), {}, 128),
+        (ov.Type.i4, (2, 256), {}, 128),
+        (ov.Type.u4, (4, 64), {}, 64),
+        (ov.Type.u4, (4, 32), {}, None),
+        (ov.Type.u8, (896,), {}, 128),
+        (ov.Type.i8, (192,), {}, 64),
+        (ov.Type.i8, (160,), {}, None),
+        (ov.Type.f16, (896,), {}, None),
+        (ov.Type.u4, (7, 128), {ACTIVATION_GROUP: 32}, 32),
+        (ov.Type.u4, (7, 128), {"EXECUTION_MODE_HINT": "ACCURACY"}, 0),
+    ],
+)
+def test_activations_are_quantised_in_the_groups_of_the_weights(kind, row, properties, group):
+    model = product(kind, *row)
+    found = compile_part(ov.Core(), model, Placement("vision", "CPU", properties)).get_property(ACTIVATION_GROUP)
+    assert found == (ov.Core().get_property("CPU", ACTIVATION_GROUP) if group is None else group)
+
+
+def test_other_devices_group_activations_as_they_like():
+    class Core:
+        def compile_model(self, model, device, properties):
+            return properties
+
+    assert compile_part(Core(), product(ov.Type.u4, 7, 128), Placement("vision", "GPU", {"NUM_STREAMS": 1})) == {"NUM_STREAMS": 1}
 
 
 def test_a_gpu_keeps_what_it_compiled_and_leaves_the_embedding_table_to_the_processor():
@@ -116,7 +155,7 @@ def test_the_saved_language_part_tells_a_gpu_to_scale_down(tiny, converted):
 
 
 def test_accuracy_is_closer_to_the_reference_than_the_default(tiny, converted):
-    """Here the default stores the KV cache in 8 bits."""
+    """Here the default stores the KV cache in 16 bits."""
     folder = converted(tiny("tiny-qwen2"), weight_format="fp32")
     reference = InternVLChatModel.from_checkpoint(Checkpoint(tiny("tiny-qwen2")))
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

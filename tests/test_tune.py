@@ -57,7 +57,7 @@ def test_the_callers_own_properties_win(folder):
     assert threads(folder, part_config={"vision": {"INFERENCE_NUM_THREADS": 2}}) == [2, 1]
 
 
-@pytest.mark.parametrize("changes", [{"processor": "another one"}, {"openvino": "2020.1"}])
+@pytest.mark.parametrize("changes", [{"processor": "another one"}, {"able": "FP32"}, {"openvino": "2020.1"}])
 def test_another_machine_takes_nothing(folder, changes):
     kept(folder, machine=machine(ov.Core(), "CPU") | changes)
     assert settings_of(folder, ov.Core(), "CPU") is None
@@ -148,7 +148,7 @@ def test_single_tokens_get_weights_of_their_own_where_that_is_worth_it(folder, m
     }
     assert found["accuracy"]["default"] > 0.8
     assert abs(found["accuracy"]["default"] - found["accuracy"]["tuned"]) <= 0.021
-    assert found["agreement"] > 0.5
+    assert found["agreement"] > 0.25, "of answers about noise"
 
 
 def test_another_model_has_no_ruler(tiny, converted):
@@ -189,7 +189,8 @@ def test_single_tokens_may_use_the_parts_own_file(folder, monkeypatch):
     model = OVInternVLChatModel(folder)
     assert "decode" in model.language_part._cache_options
     assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
-    assert found["agreement"] == 1
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert found["agreement"] == 1, "float32 beside float32"
 
 
 def test_another_device_leaves_the_processors_part_alone(folder):

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
+import openvino as ov
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
@@ -28,7 +29,7 @@ from runtime.errors import DeviceError, OptionError
 from runtime.image import PictureTiles
 from runtime.kv_cache import PREFILL_AT_ONCE
 from runtime.model import OVInternVLChatModel
-from runtime.part import last_line
+from runtime.part import activation_groups, last_line, read_part
 from runtime.serve import worker
 from runtime.serve.grammar import SchemaCheck
 from runtime.stream import Words
@@ -203,11 +204,14 @@ class GenaiEngine(Engine):
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended = False
+        place = model.language_placement
+        groups = activation_groups(read_part(ov.Core(), model.folder, place, model.config.language["hidden_size"]), place)
         command = [sys.executable, "-m", worker.__name__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        place = model.language_placement
         threading.Thread(target=self._write, name="prompts", daemon=True).start()
-        self._outbox.put(worker.Setup(str(model.folder.resolve()), place.device, place.properties, cache_gb, PREFILL_AT_ONCE))
+        self._outbox.put(
+            worker.Setup(str(model.folder.resolve()), place.device, groups | place.properties, cache_gb, PREFILL_AT_ONCE)
+        )
         answer = self._receive()
         if answer != "ready":
             said = last_line(answer) if isinstance(answer, Exception) else "its process ended"
