@@ -24,7 +24,7 @@ from runtime.errors import NumericsError
 from runtime.part import VISUAL_MASK, equal_spans, infer
 from runtime.stream import Cancelled, Progress
 
-PREFILL_AT_ONCE = 2048  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
+PREFILL_AT_ONCE = 1024  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
 FIRST_PAGES = 32
 LEAST_ADOPTED = 32  # tokens that are worth the copy: the beginning that all prompts of a template share is about so long
 _SIBLINGS = Lock()  # a set must not grow in one thread while another one reads it

@@ -45,8 +45,8 @@ class LanguagePart:
         decode: Placement | None = None,
     ):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
-        if self._cache_kind is PagedCache and not placement.accurate:
-            placement = replace(placement, properties={PAGES: _pages_for(placement, decode)} | placement.properties)
+        if self._cache_kind is PagedCache:
+            placement = replace(placement, properties=_paged_properties(placement, decode))
         self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
         second: dict[str, Any] = {}
         if decode is not None and self._cache_kind is PagedCache:
@@ -109,20 +109,25 @@ class LanguagePart:
             self._idle.clear()
 
 
-def _pages_for(placement: Placement, decode: Placement | None) -> str:
-    """How keys and values are kept: in 16 bits, which OpenVINO makes bfloat16 where it computes in that.
+def _paged_properties(placement: Placement, decode: Placement | None) -> dict[str, Any]:
+    """Properties of the part where its attention is paged.
 
-    Its own choice, 8 bits, is further from the original and takes longer to unpack than 16 bits to read (BENCHMARKS.md), but is
-    all that compilations of two precisions can both read.
+    Keys and values are kept in 16 bits, which OpenVINO makes bfloat16 where it computes in that. Its own choice, 8 bits, is further
+    from the original and takes longer to unpack than 16 bits to read (BENCHMARKS.md), but is all that compilations of two
+    precisions can both read. A compiled part is not kept: OpenVINO cannot read one with paged attention again, and would write it
+    each time.
     """
+    properties = {name: value for name, value in placement.properties.items() if name != "CACHE_DIR"}
+    if placement.accurate:
+        return properties
     hints = {each.properties.get("INFERENCE_PRECISION_HINT") for each in (placement, decode or placement)}
-    return "f16" if len(hints) == 1 else "u8"
+    return {PAGES: "f16" if len(hints) == 1 else "u8"} | properties
 
 
 def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
     """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
     pages = {PAGES: prefill.get_property(PAGES)}
-    compiled = compile_part(core, model, replace(placement, properties=placement.properties | pages))
+    compiled = compile_part(core, model, replace(placement, properties=_paged_properties(placement, None) | pages))
     if page_shapes(compiled) != page_shapes(prefill):
         raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
     return compiled
