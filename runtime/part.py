@@ -59,7 +59,7 @@ def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.Com
 def activation_groups(model: ov.Model, placement: Placement) -> dict[str, Any]:
     """In which groups a processor with 8-bit products quantises activations before it multiplies them with compressed weights.
 
-    Groups of 128 take three quarters of the time of OpenVINO's 32, and the built-in model answers as many questions right with
+    Groups of 128 take four fifths of the time of OpenVINO's 32, and the built-in model answers as many questions right with
     either, or with none (BENCHMARKS.md). More than share a scale of the weights would mean none at all.
     """
     if placement.device != "CPU" or placement.accurate:
