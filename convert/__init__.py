@@ -5,83 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import OptionError
-from runtime.folder import PARTS
+from convert.options import ConvertOptions as ConvertOptions
 
 if TYPE_CHECKING:
     from convert.pipeline import Summary
-
-FORMATS = ("fp32", "fp16", "int8", "int4")
-W8A8 = "w8a8"  # of the vision part: weights and activations in 8 bits
-BACKUP_PRECISIONS = ("none", "int8_sym", "int8_asym")
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to convert. Names and meanings are optimum-cli's; the defaults are the InternVL tutorial's recipe."""
-
-    weight_format: str = "int4"  # of the language part; the other parts follow by convert/compress.py's table
-    vision_weight_format: str | None = None  # None: what the table says; w8a8 needs a dataset
-    text_embeddings_weight_format: str | None = None
-    group_size: int = 128  # weights that share a scale in int4; -1 is one scale a row
-    ratio: float = 1.0  # share of int4 layers, the rest in the backup precision
-    sym: bool = False  # symmetric: no zero points
-    backup_precision: str = "int8_asym"  # of embeddings, head and layers left out by ratio
-    awq: bool = False  # activation-aware scaling; without a dataset it works from the weights alone
-    scale_estimation: bool = False  # fit scales to activations; needs a dataset
-    dataset: str | None = None  # folder of pictures to calibrate on; PICTURE.txt beside PICTURE.jpg is its question
-    num_samples: int = 32  # at most this many pictures of the dataset
-    template: str | None = None  # conversation template; None is the one that config.json names
-    system_message: str | None = None  # None is the one the model was trained with
-    adapter: str | None = None  # folder of a LoRA adapter to merge
-    verify: bool = True  # compare the parts with the PyTorch path before the folder appears
-    serving: str | None = None  # ovms: the model folder lies in a repository for OpenVINO Model Server, which is the output
-    force: bool = False  # replace an existing model folder
-    revision: str | None = None  # of a hub repository: branch, tag or commit
-    token: str | None = None  # hub access token; None uses the stored login
-    cache_dir: str | None = None  # hub cache folder; None is the hub's default
-
-    def __post_init__(self) -> None:
-        for name in ("weight_format", "vision_weight_format", "text_embeddings_weight_format"):
-            value = getattr(self, name)
-            known = (*FORMATS, W8A8) if name == "vision_weight_format" else FORMATS
-            if value is not None and value not in known:
-                raise OptionError(f"{name} {value!r} is not known; known are {', '.join(known)}")
-        if self.vision_weight_format == W8A8 and not self.dataset:
-            raise OptionError("w8a8 needs to see activations: give a folder of pictures with --dataset")
-        if self.group_size != -1 and self.group_size < 1:
-            raise OptionError(f"group size {self.group_size} is neither positive nor -1 (one scale a row)")
-        if not 0 <= self.ratio <= 1:
-            raise OptionError(f"ratio {self.ratio} is not between 0 and 1")
-        if self.backup_precision not in BACKUP_PRECISIONS:
-            raise OptionError(f"backup precision {self.backup_precision!r} is not known; known are {', '.join(BACKUP_PRECISIONS)}")
-        if self.scale_estimation and not self.dataset:
-            raise OptionError("scale estimation needs activations: give a folder of pictures with --dataset")
-        if self.dataset and not (self.calibrates_language or self.vision_weight_format == W8A8):
-            raise OptionError("the dataset would not be used: it serves w8a8, --awq, --scale-estimation and a --ratio below 1")
-        if self.num_samples < 1:
-            raise OptionError(f"num samples {self.num_samples} is not positive")
-        if self.weight_format != "int4" and (self.awq or self.scale_estimation or self.ratio != 1):
-            raise OptionError(f"awq, scale estimation and ratio are for weight format int4, not {self.weight_format}")
-
-    @property
-    def calibrates_language(self) -> bool:
-        """Whether the compression of the language part looks at activations."""
-        return self.dataset is not None and (self.awq or self.scale_estimation or self.ratio < 1)
-
-    def formats(self, *, vision_is_6b: bool) -> dict[str, str]:
-        """The weight format of each part. InternViT-6B stays int8: its authors warn of 4-bit errors."""
-        small = {"int4": "int8"}.get(self.weight_format, self.weight_format)
-        chosen = {
-            "text_embeddings": self.text_embeddings_weight_format or small,
-            "vision": self.vision_weight_format or (small if vision_is_6b else self.weight_format),
-            "language": self.weight_format,
-        }
-        return {part: chosen[part] for part in PARTS}
 
 
 def convert(source: str, output: str | Path | None = None, options: ConvertOptions | None = None) -> Summary:

@@ -8,9 +8,10 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from convert import BACKUP_PRECISIONS, FORMATS, W8A8, ConvertOptions, convert
+from convert import convert
+from convert.options import BACKUP_PRECISIONS, FORMATS, W8A8, ConvertOptions
 from convert.serving import OVMS
-from runtime.errors import InternVLError
+from runtime.errors import InternVLError, not_installed
 
 EXIT_INTERRUPTED = 2
 
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if interrupted.is_set():  # asked first: below OpenVINO's C++ an interrupt comes back as some other error
             print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)
             return EXIT_INTERRUPTED
+        if isinstance(error, ModuleNotFoundError):
+            error = not_installed(error, "convert")
         if isinstance(error, InternVLError):
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code

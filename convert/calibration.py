@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from convert.reference.language import language_kind
 from convert.tokenizer import context_id, prompt_of
 from convert.verify import Part
-from runtime.config import InternVLConfig
+from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 from runtime.errors import OptionError
-from runtime.image import Tiling, cut_pixels, cut_tiles, normalise, open_picture
-from runtime.part import VISUAL_MASK
-from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
+from runtime.folder.config import InternVLConfig
+from runtime.media.picture import open_picture
+from runtime.media.tiles import Tiling, cut_pixels, cut_tiles, normalise
+from runtime.parts.part import VISUAL_MASK
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TILES = 64  # seen by the vision part when its activations are quantised; each takes seconds

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from convert.adapter import Adapter
 from convert.native import is_native, published_config, published_names, renamed
-from runtime.config import InternVLConfig, read_config
+from runtime.answer.prompt import old_system_message
 from runtime.errors import CheckpointError
-from runtime.folder import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
-from runtime.prompt import old_system_message
+from runtime.folder.config import InternVLConfig, read_config
+from runtime.folder.files import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py, never pickles

@@ -19,9 +19,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-from convert import W8A8, ConvertOptions
+from convert.options import W8A8, ConvertOptions
 from runtime.errors import OptionError
-from runtime.memory import page_out
+from runtime.parts.memory import page_out
 
 WEIGHT_TYPES = {"u4": "int4", "i4": "int4", "u8": "int8", "i8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
 WEIGHTS_AT_ONCE = 1 << 24  # of a vocabulary matrix; NNCF takes some ten bytes for each while it works on them

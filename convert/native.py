@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from runtime.config import MODEL_TYPE
 from runtime.errors import CheckpointError, UnsupportedModelError
+from runtime.folder.config import MODEL_TYPE
 
 NATIVE_TYPE = "internvl"
 TEMPLATE = "internvl2_5"  # of InternVL2.5, 3 and 3.5, the models that were published in this layout

@@ -20,10 +20,10 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from convert import W8A8, ConvertOptions
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, check_group_size, compress
+from convert.options import W8A8, ConvertOptions
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
 from convert.scratch import Scratch
@@ -31,9 +31,9 @@ from convert.serving import add_to_repository, check_repository, write_graph
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
 from convert.verify import Report, verify
-from runtime import __version__, memory
+from runtime import __version__
 from runtime.errors import OptionError
-from runtime.folder import (
+from runtime.folder.files import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     PART_FILES,
@@ -45,7 +45,8 @@ from runtime.folder import (
     new_folder,
     save_model,
 )
-from runtime.image import IMAGENET_MEAN, IMAGENET_STD
+from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
+from runtime.parts import memory
 
 LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16, W8A8: torch.float32}  # int8 and int4 start from the stored type, mapped
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, "int8": 1.02, "int4": 0.70}  # int4: with its int8 head and scales

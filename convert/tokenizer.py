@@ -17,10 +17,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from convert.reference.language import language_kind
-from runtime.config import InternVLConfig, read_config
+from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START, Template, template_of
 from runtime.errors import TokenizerError
-from runtime.folder import DETOKENIZER_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, save_model
-from runtime.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START, Template, template_of
+from runtime.folder.config import InternVLConfig, read_config
+from runtime.folder.files import DETOKENIZER_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, save_model
 
 MAX_NEW_TOKENS = 1024  # the model cards' setting; without one, GenAI and OVMS generate until the context is full
 # transformers' own defaults, spelled out: optimum-intel 2.2 forgets to fill them in for InternVL on transformers 5

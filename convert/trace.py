@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.vision import VisionPart
-from runtime.part import VISUAL_MASK
+from runtime.parts.part import VISUAL_MASK
 
 ACTIVATIONS_SCALE_FACTOR = "8.0"  # keeps float16 activations of the GPU plugin from overflowing; optimum-intel's value
 PATCHED_FORWARD = "_openvino_module_extension_patch_orig_forward"  # where keep_16bit_weights leaves a module's own forward

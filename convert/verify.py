@@ -17,15 +17,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from convert import W8A8
 from convert.checkpoint import Checkpoint
+from convert.options import W8A8
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.model import compute_in_float32, load_language, load_text_embeddings, load_vision
 from convert.scratch import Scratch
 from convert.tokenizer import context_id, probe_prompt
 from runtime.errors import DriftError
-from runtime.folder import PART_FILES
-from runtime.part import VISUAL_MASK
+from runtime.folder.files import PART_FILES
+from runtime.parts.part import VISUAL_MASK
 
 GREEDY_TOKENS = 8
 SEED = 0

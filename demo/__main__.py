@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import InternVLError
-from runtime.folder import user_cache
+from runtime.errors import InternVLError, not_installed
+from runtime.folder.files import user_cache
 
 BUILT_IN = Path(__file__).parent / "shapes" / "checkpoint"
 WEIGHT_FORMAT = "int4"
@@ -59,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = folder_of(options.folder, options.checkpoint)
         from demo.chatbot import MAX_FILE_SIZE, make_demo
-        from runtime.model import OVInternVLChatModel
+        from runtime.answer.model import OpenedModel
 
-        model = OVInternVLChatModel(folder, options.device)
+        model = OpenedModel(folder, options.device)
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; run  pip install -e '.[convert,demo]'", file=sys.stderr)
+        print(f"error: {not_installed(error, 'demo')}", file=sys.stderr)
         return 2
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,11 +17,12 @@ from typing import Any
 import gradio as gr
 
 from demo.tiles import caption, draw_tiles
-from runtime.chat import ChatModel
-from runtime.conversation import Conversation, Exchange
+from runtime.answer.chat_model import ChatModel
+from runtime.answer.conversation import Conversation
+from runtime.answer.model import OpenedModel
+from runtime.answer.stream import Statistics
+from runtime.answer.turn import Question, Turn
 from runtime.errors import InternVLError, PromptError
-from runtime.model import OVInternVLChatModel
-from runtime.stream import Statistics
 
 TITLE = "InternVL on OpenVINO"
 DEFAULT_NEW_TOKENS = 512
@@ -97,12 +98,12 @@ class Tab:
     def show(self, shown: list[tuple[str, list[str], str]], model: ChatModel, most_tiles: int) -> None:
         """Make the conversation's turns those that the page shows; turns that it has already are not opened again."""
         known = self.conversation.turns
-        turns: list[Exchange] = []
+        turns: list[Turn] = []
         for n, (text, files, said) in enumerate(shown):
             if n < len(known) and self.asked[n : n + 1] == [(text, files)]:
                 turn = known[n]
             else:
-                turn = model.prepare(text, **sorted_files(files), max_tiles=most_tiles, allow_urls=False)
+                turn = Question(text, **sorted_files(files), max_tiles=most_tiles, allow_urls=False).open(model.config)
             turns.append(turn if turn.answer == said else replace(turn, answer=said))
         self.conversation.turns = turns
         self.asked = [(text, files) for text, files, _ in shown]
@@ -174,9 +175,9 @@ class Chatbot:
 
     def open_on(self, device: str) -> str:
         """Open the folder again on another device; conversations go on from what the page shows. -> The device in use."""
-        assert isinstance(self.model, OVInternVLChatModel)
+        assert isinstance(self.model, OpenedModel)
         try:
-            self.model = OVInternVLChatModel(self.model.folder, device)
+            self.model = OpenedModel(self.model.folder, device)
             self._tabs.clear()
         except InternVLError as error:
             gr.Warning(str(error))
@@ -214,7 +215,7 @@ def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
                 top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
                 penalty = gr.Slider(1, 2, value=1, step=0.01, label="Repetition penalty")
                 system = gr.Textbox(model.system_message, label="System message", lines=2)
-                if isinstance(model, OVInternVLChatModel):
+                if isinstance(model, OpenedModel):
                     names = [*model.ov_devices, "AUTO"]
                     device = gr.Dropdown(names, value=model.ov_device, label="Device", allow_custom_value=True)
                     device.input(bot.open_on, device, device)

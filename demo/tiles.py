@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from runtime.image import PictureTiles
+from runtime.media.tiles import PictureTiles
 
 GAP = 0.04  # between tiles, as a share of their side
 

@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from runtime.answer.turn import Question as Question
     from runtime.errors import InternVLError as InternVLError
-    from runtime.image import load_image as load_image
-    from runtime.model import OVInternVLChatModel as OVInternVLChatModel
     from runtime.serve.offline import GenerationConfig as GenerationConfig
     from runtime.serve.offline import pipeline as pipeline
-    from runtime.video import load_video as load_video
+    from runtime.upstream.load import load_image as load_image
+    from runtime.upstream.load import load_video as load_video
+    from runtime.upstream.model import OVInternVLChatModel as OVInternVLChatModel
 
 _HOME = {
-    **{"OVInternVLChatModel": "model", "load_image": "image", "load_video": "video", "InternVLError": "errors"},
-    **dict.fromkeys(("pipeline", "GenerationConfig"), "serve.offline"),
+    "OVInternVLChatModel": "upstream.model",
+    "load_image": "upstream.load",
+    "load_video": "upstream.load",
+    "Question": "answer.turn",
+    "InternVLError": "errors",
+    "pipeline": "serve.offline",
+    "GenerationConfig": "serve.offline",
 }
 
 
@@ -25,4 +31,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'runtime' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"runtime.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"runtime.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        from runtime.errors import not_installed
+
+        raise not_installed(error, "serve" if _HOME[name].startswith("serve") else "torch") from None

@@ -54,3 +54,10 @@ class DriftError(InternVLError):
     """The converted parts differ from the reference by more than their weight format allows."""
 
     exit_code = 1
+
+
+def not_installed(error: ModuleNotFoundError, extra: str, instead: str = "") -> OptionError:
+    """The line for a library that an extra of this package brings; a module of our own that is missing is a bug and is raised."""
+    if (error.name or "").partition(".")[0] in ("runtime", "convert", "demo"):
+        raise error
+    return OptionError(f"{error.name} is not installed: pip install 'internvl-openvino[{extra}]'{instead}")

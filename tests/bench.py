@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -58,10 +59,12 @@ class Peer:
 
     def __init__(self, name: str, folder: Path, cache: Path | None = None):
         command = [sys.executable, "-W", "ignore", "-m", "tests.bench_peers", name, str(folder), *([str(cache)] if cache else [])]
+        started = time.monotonic()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self.load = self._read()
+        self.load["start"] = time.monotonic() - started
 
     def do(self, task: str, **arguments: Any) -> dict[str, float]:
         """Have something done; returns its figures."""
@@ -158,6 +161,11 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
             if number == 0:
                 fresh(name, folder, work / f"cache-{name}")  # which fills it
             note("load cached", name, fresh(name, folder, work / f"cache-{name}"))
+    for tiles in (1, 13):
+        for number in range(repeats):
+            for name in ("ours", "genai"):
+                if name in folders:
+                    note(f"command {tiles}", name, command(name, folders[name], picture(work, tiles, number)))
     peers = {name: Peer(name, folder) for name, folder in folders.items()}
     for peer in peers.values():
         peer.do("first", image=str(picture(work, 1, repeats)), tokens=4)  # what is done once
@@ -199,7 +207,28 @@ def fresh(name: str, folder: Path, cache: Path | None = None) -> dict[str, float
     """How long a new process takes to import what it needs and to open the folder."""
     peer = Peer(name, folder, cache)
     peer.close()
-    return peer.load | {"seconds": sum(peer.load.values())}
+    return peer.load
+
+
+def command(name: str, folder: Path, image: Path) -> dict[str, float]:
+    """One question from a terminal: seconds from the start of the process to its first printed letter, and its peak memory."""
+    question = "Describe this picture."
+    script = [str(Path(__file__).with_name("bench_script.py")), str(folder), question, str(image)]
+    ours = ["-m", "runtime", "chat", str(folder), question, "--image", str(image), "--max-new-tokens", "16"]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *(script if name == "genai" else ours)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    letter = time.monotonic() - started
+    process.stdout.read()
+    _, code, used = os.wait4(process.pid, 0)
+    if code:
+        raise SystemExit(f"{shlex.join(map(str, process.args))} ended with {code}")  # type: ignore[arg-type]
+    return {"letter": letter, "whole": time.monotonic() - started, "peak_gb": used.ru_maxrss * 1024 / 1e9}
 
 
 def medians(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
@@ -221,7 +250,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | Non
 
     add("opening the folder", "load", "open")
     add("opening with compiled models kept", "load cached", "open")
-    add("opening in a new process, imports and all", "load", "seconds")
+    add("start of a process to an open folder", "load", "start")
+    for tiles in (1, 13):
+        add(f"start of a command to its first letter, {tiles} tiles", f"command {tiles}", "letter")
+        add(f"peak memory of that command, {tiles} tiles", f"command {tiles}", "peak_gb", None, "GB")
     for tiles in SIZES:
         floor = tiles * low["tile"]
         prompt = m[f"{tiles} tiles"]["ours"]["prompt_tokens"] * low["prompt_token"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.memory import peak_bytes
+from runtime.parts.memory import peak_bytes
 
 QUESTION, SECOND_QUESTION = "Describe this picture.", "What colour is it?"
 BATCH = [f"What is number {number} in this picture?" for number in range(8)]
@@ -24,12 +24,10 @@ class Ours:
     """Our conversation."""
 
     def __init__(self, folder: Path, cache: Path | None = None):
-        import runtime.language  # noqa: F401 - while parts compile, if it was not done before
-        from runtime.model import OVInternVLChatModel
+        from runtime.answer.model import OpenedModel
 
         self.imported = time.perf_counter()
-        self.model = OVInternVLChatModel(folder, cache_dir=cache)
-        _ = self.model.tokenizer  # the peer reads its own when it opens
+        self.model = OpenedModel(folder, cache_dir=cache)
         self.talk = self.model.start_conversation()
 
     def first(self, image: Path, tokens: int, *, again: bool = False) -> dict[str, float]:
@@ -64,16 +62,20 @@ class Ours:
 
     def batch(self, image: Path, tokens: int) -> dict[str, float]:
         """Eight questions about a picture of one tile each; the features are not kept between them."""
-        from runtime import load_image
+        import numpy as np
+
+        from runtime import Question
 
         self.model.forget()
         started = time.perf_counter()
-        tile = load_image(image, input_size=self.model.config.tile_size, max_num=1)
-        noise = [tile + 1e-4 * number for number in range(len(BATCH))]  # eight different pictures
-        import torch
-
-        config = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-        self.model.batch_chat(self.model.tokenizer, torch.cat(noise), BATCH, config, num_patches_list=[1] * len(BATCH))
+        with Image.open(image) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        questions = []
+        for number, text in enumerate(BATCH):  # eight different pictures
+            own = pixels.copy()
+            own[0, 0] = number
+            questions.append(Question(text, images=own, max_tiles=1))
+        self.model.ask_batch(questions, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return throughput(tokens, time.perf_counter() - started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,16 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         container.mux(stream.encode(None))
     return path
+
+
+def embeddings(reference: Any, ids: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+    """What the language part reads of a prompt (B, T) with the features of its pictures."""
+    return torch.from_numpy(reference.merge(ids.numpy(), None if features is None else features.cpu().numpy()))
+
+
+def data_url(file: Path) -> str:
+    """A picture as clients of the server send it."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 def shared(path: str) -> Path:

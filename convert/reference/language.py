@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from convert.checkpoint import Shapes
-from runtime.config import InternVLConfig
 from runtime.errors import CheckpointError, UnsupportedModelError
+from runtime.folder.config import InternVLConfig
 
 PREFIX = "language_model."
 Empty = Callable[..., torch.Tensor]  # torch.empty's kind

@@ -5,12 +5,14 @@ Three loaders, one a part, serve the conversion too, which holds one part in mem
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from convert.checkpoint import Checkpoint, Shapes
 from convert.reference.language import (
@@ -23,12 +25,14 @@ from convert.reference.language import (
     to_transformers,
 )
 from convert.reference.vision import VisionPart
-from convert.tokenizer import context_id, load_tokenizer
-from runtime.chat import ChatModel
-from runtime.config import InternVLConfig
-from runtime.embeddings import FeatureCache
-from runtime.part import VISUAL_MASK
-from runtime.stream import Progress
+from convert.tokenizer import load_tokenizer
+from runtime.answer.features import FeatureCache
+from runtime.answer.prompt import CONTEXT_TOKEN
+from runtime.folder.config import InternVLConfig
+from runtime.folder.tokenizer import Tokenizer
+from runtime.parts.part import VISUAL_MASK
+from runtime.progress import Progress
+from runtime.upstream.chat import UpstreamCalls
 
 ROWS_AT_ONCE = 8192  # of a matrix that is cast at use; bounds the extra memory of a large head
 
@@ -129,24 +133,25 @@ def compute_in_float32(part: nn.Module) -> None:
             module.__class__ = _FloatRows
 
 
-class InternVLChatModel(nn.Module, ChatModel):
-    """The reference: upstream's calls on PyTorch, CPU or CUDA."""
+class InternVLChatModel(nn.Module, UpstreamCalls):
+    """The reference: upstream's calls and conversations on PyTorch, CPU or CUDA."""
 
     tiles_at_once = 4
 
-    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, tokenizer: Tokenizer):
         super().__init__()
         self.config, self.vision, self.language, self.tokenizer = config, vision, language, tokenizer
-        self.img_context_token_id = context_id(tokenizer)
+        self.img_context_token_id = tokenizer.encode(CONTEXT_TOKEN, add_special_tokens=False)[0]
         self.system_message = self.conv_template.system_message
         self.feature_cache = FeatureCache(0)  # computes everything anew, as the original does
+        self.generation_defaults: dict[str, Any] = {}
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> InternVLChatModel:
         """Load the whole checkpoint as float32 or bfloat16 to `device`, "cpu" or "cuda"."""
-        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
+        tokenizer = Tokenizer(load_tokenizer(checkpoint.folder, checkpoint.config).backend_tokenizer)
         return cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), tokenizer).to(device)
 
     @property
@@ -154,13 +159,20 @@ class InternVLChatModel(nn.Module, ChatModel):
         """A tensor of the device and type that the model computes in."""
         return self.vision.mlp1[0].weight  # type: ignore[return-value]
 
-    @torch.no_grad()
-    def embed_tokens(self, ids: Tensor) -> Tensor:
-        return self.language.get_input_embeddings()(ids.to(self._where.device))
+    @property
+    def device(self) -> torch.device:
+        return self._where.device
 
     @torch.no_grad()
-    def encode_tiles(self, pixel_values: Tensor) -> Tensor:
-        return self.vision(pixel_values.to(self._where))
+    def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
+        return self.language.get_input_embeddings()(torch.from_numpy(ids).to(self.device)).float().cpu().numpy()
+
+    @torch.no_grad()
+    def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
+        return self.vision(torch.from_numpy(pixel_values).to(self._where)).float().cpu().numpy()
+
+    def new_cache(self) -> ReferenceCache:
+        return ReferenceCache(self)
 
     @torch.no_grad()
     def generate_from(
@@ -168,21 +180,74 @@ class InternVLChatModel(nn.Module, ChatModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor,
         visual_token_mask: Tensor,
-        cache: None = None,
+        cache: Any = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> Any:
-        mask = attention_mask.to(inputs_embeds.device)
-        options |= self._routing(visual_token_mask)
-        return self.language.generate(inputs_embeds=inputs_embeds, attention_mask=mask, **options)  # type: ignore[operator]
+        options |= self.routing(visual_token_mask)
+        embeds, mask = inputs_embeds.to(self._where), attention_mask.to(self.device)
+        return self.language.generate(inputs_embeds=embeds, attention_mask=mask, **options)  # type: ignore[operator]
 
     @torch.no_grad()
     def logits(self, inputs_embeds: Tensor, visual_token_mask: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D), no padding -> logits (B, T, V); the mask (B, T) is for visual experts."""
-        return self.language(inputs_embeds=inputs_embeds, use_cache=False, **self._routing(visual_token_mask)).logits
+        return self.language(inputs_embeds=inputs_embeds.to(self._where), use_cache=False, **self.routing(visual_token_mask)).logits
 
-    def _routing(self, visual_token_mask: Tensor | None) -> dict[str, Tensor]:
+    def routing(self, visual_token_mask: Tensor | None) -> dict[str, Tensor]:
         """The mask, if this language model asks for it."""
         if visual_token_mask is None or not isinstance(self.language, LlamaWithVisualExperts):
             return {}
         return {VISUAL_MASK: visual_token_mask.to(self._where.device)}
+
+
+class ReferenceCache:
+    """The calls of runtime's KV caches over transformers' own: every prompt is computed anew and at once, as the original does."""
+
+    room_for_drafts = 0
+    ids = np.zeros(0, np.int64)
+
+    def __init__(self, model: InternVLChatModel):
+        self.busy = Lock()
+        self._model = model
+        self.keep(self.ids)
+
+    def keep(self, keys: np.ndarray) -> int:
+        """Nothing."""
+        self._past: Any = None
+        self._mask = torch.zeros((1, 0), dtype=torch.int64)
+        return 0
+
+    def cancel(self) -> None:
+        """Nothing: the next token is soon there."""
+
+    def reorder(self, rows: list[int]) -> None:
+        """Let row i go on as row `rows[i]` did."""
+        self._past.reorder_cache(torch.tensor(rows, device=self._model.device))
+        self._mask = self._mask[rows]
+
+    @torch.no_grad()
+    def feed(
+        self,
+        embeds: np.ndarray,
+        mask: np.ndarray,
+        keys: np.ndarray | None,
+        progress: Progress | None = None,
+        visual: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Embeddings (B, T, D) of new tokens under their mask (B, T) -> logits (B, 1, V) of the last position."""
+        if progress is not None:
+            progress("prefill", 0, int(mask.sum()))
+        model, new = self._model, torch.from_numpy(mask)
+        self._mask = new if self._past is None else torch.cat([self._mask, new], dim=1)
+        told = model.routing(torch.from_numpy(visual)) if visual is not None else {}
+        found = model.language(
+            inputs_embeds=torch.from_numpy(embeds).to(model._where),
+            attention_mask=self._mask.to(model.device),
+            position_ids=(self._mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :].to(model.device),
+            past_key_values=self._past,
+            use_cache=True,
+            logits_to_keep=1,
+            **told,
+        )
+        self._past = found.past_key_values
+        return found.logits[:, -1:].float().cpu().numpy()

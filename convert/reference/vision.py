@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.config import InternVLConfig, VisionConfig
+from runtime.folder.config import InternVLConfig, VisionConfig
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import InternVLError
+from runtime.errors import InternVLError, not_installed
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         {"evaluate": _evaluate, "train": _train, "export": _export, "draw": _draw}[options.pop("verb")](**options)
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; run  pip install -e '.[convert,demo]'", file=sys.stderr)
+        print(f"error: {not_installed(error, 'convert,demo')}", file=sys.stderr)
         return 2
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,13 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(source: Path, device: str, mistakes: int, **asked: object) -> None:
-    import torch
-
     from demo.shapes.evaluate import EvaluateOptions, evaluate, open_model, table
 
-    torch.set_num_threads(1)  # at such widths a second thread costs the PyTorch path more than it gives
     options = EvaluateOptions(**asked)  # type: ignore[arg-type]
-    result = evaluate(*open_model(source, device), options)
+    result = evaluate(open_model(source, device), options)
     wrong = result.pop("mistakes")
     for mistake in wrong[:mistakes]:
         print("{index}: {question} {expected!r}, answered {given!r}".format(**mistake))

@@ -1,4 +1,4 @@
-"""The exam: unseen questions put through the public chat() call, answers compared exactly; accuracy a task.
+"""The exam: unseen questions put through conversations, answers compared exactly; accuracy a task.
 
 Takes a model folder or a checkpoint and asks both the same way. Knows nothing of training.
 """
@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from demo.shapes.scenes import TASKS, Question, make_question
-from runtime.chat import ChatModel
-from runtime.folder import PART_FILES
-from runtime.image import Tiling, cut_tiles
+from runtime.answer.chat_model import ChatModel
+from runtime.answer.model import OpenedModel
+from runtime.folder.files import PART_FILES
 
 NEW_TOKENS = 128  # the longest description has about 60
 
@@ -35,57 +32,50 @@ class EvaluateOptions:
     noise: bool = False  # show noise of the same size instead
 
 
-def open_model(folder: Path, device: str = "CPU") -> tuple[ChatModel, PreTrainedTokenizerBase]:
+def open_model(folder: Path, device: str = "CPU") -> ChatModel:
     """Open a model folder on an OpenVINO device, or a checkpoint as the PyTorch reference in float32."""
     if (folder / PART_FILES["language"]).exists():
-        from runtime.model import OVInternVLChatModel
+        return OpenedModel(folder, device)
+    import torch
 
-        return OVInternVLChatModel(folder, device), PreTrainedTokenizerFast.from_pretrained(folder)
     from convert.checkpoint import Checkpoint
     from convert.reference.model import InternVLChatModel
-    from convert.tokenizer import load_tokenizer
 
-    checkpoint = Checkpoint(folder)
-    model = InternVLChatModel.from_checkpoint(checkpoint, device=device.lower())
-    return model, load_tokenizer(checkpoint.folder, checkpoint.config)
+    torch.set_num_threads(1)  # at such widths a second thread costs the PyTorch path more than it gives
+    return InternVLChatModel.from_checkpoint(Checkpoint(folder), device=device.lower())
 
 
-def tiles_of(question: Question, tiling: Tiling, *, noise: random.Random | None = None) -> tuple[torch.Tensor, list[int]]:
-    """Tiles of all pictures of a question (N, 3, S, S), and their number a picture; frames and pairs are one tile each."""
-    used = tiling if question.scene.tiled else Tiling(tiling.side, 1, 1, thumbnail=False)
-    cut = []
-    for canvas in question.scene.canvases:
-        picture = canvas.picture
-        if noise is not None:
-            picture = Image.frombytes("RGB", picture.size, noise.randbytes(picture.width * picture.height * 3))
-        cut.append(cut_tiles(picture, used))
-    return torch.from_numpy(np.concatenate(cut)), [len(tiles) for tiles in cut]
+def pictures_of(question: Question, noise: random.Random | None = None) -> list[Image.Image]:
+    """The pictures of a question, or noise of their sizes."""
+    pictures = [canvas.picture for canvas in question.scene.canvases]
+    if noise is None:
+        return pictures
+    return [Image.frombytes("RGB", one.size, noise.randbytes(one.width * one.height * 3)) for one in pictures]
 
 
-def ask(model: ChatModel, tokenizer: PreTrainedTokenizerBase, question: Question, pixels: torch.Tensor, tiles: list[int]) -> str:
-    """Put the turns of a question one after another, the model's own answers in between; return the last answer."""
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    history: list[tuple[str, str]] | None = None
-    answer = ""
+def ask(model: ChatModel, question: Question, *, max_tiles: int | None = None, noise: random.Random | None = None) -> str:
+    """Put the turns of a question one after another, the model's own answers in between; return the last answer.
+
+    Frames and pairs are one tile each.
+    """
+    conversation, answer = model.start_conversation(), ""
     for n, turn in enumerate(question.turns):
-        asked = turn.question if n else question.scene.prefix + turn.question
-        answer, history = model.chat(
-            tokenizer, pixels, asked, options, history=history, return_history=True, num_patches_list=tiles
-        )
+        given: dict[str, Any] = {}
+        if n == 0:
+            given = {"images": pictures_of(question, noise), "max_tiles": max_tiles if question.scene.tiled else 1}
+        text = turn.question if n else question.scene.prefix + turn.question
+        answer = conversation.ask(text, **given, max_new_tokens=NEW_TOKENS, do_sample=False)
     return answer
 
 
-def evaluate(model: ChatModel, tokenizer: PreTrainedTokenizerBase, options: EvaluateOptions) -> dict[str, Any]:
+def evaluate(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
     """-> {"questions", "right", "accuracy", "tasks": {task: {"questions", "right", "accuracy"}}, "mistakes": the first ones}."""
-    tiling = Tiling.of(model.config)
-    if options.max_tiles is not None:
-        tiling = Tiling(tiling.side, 1, options.max_tiles, tiling.thumbnail)
     counts = {task: [0, 0] for task in TASKS}
     mistakes = []
     for index in tqdm(range(options.limit), unit="question", mininterval=1):
         question = make_question(options.seed, options.split, index)
         noise = random.Random(f"noise/{options.seed}/{index}") if options.noise else None
-        given = ask(model, tokenizer, question, *tiles_of(question, tiling, noise=noise)).strip()
+        given = ask(model, question, max_tiles=options.max_tiles, noise=noise).strip()
         expected = question.turns[-1].answer
         counts[question.task][0] += 1
         counts[question.task][1] += given == expected

@@ -34,9 +34,9 @@ from convert.reference.language import language_config
 from convert.reference.vision import VisionPart, pixel_shuffle
 from demo.shapes.scenes import SIDE, STARTS, TASKS, Scene, Turn, dialogue, literals, make_question, make_scene
 from demo.shapes.texts import COLOURS, DIGITS, LETTERS, SHAPES
-from runtime.config import InternVLConfig
-from runtime.image import Tiling, choose_grid, cut_tiles
-from runtime.prompt import CONTEXT_TOKEN, expand_marks, get_template
+from runtime.answer.prompt import CONTEXT_TOKEN, expand_marks, get_template
+from runtime.folder.config import InternVLConfig
+from runtime.media.tiles import Tiling, choose_grid, cut_tiles
 
 SPECIAL_TOKENS = [
     *["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"],

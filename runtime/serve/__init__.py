@@ -40,13 +40,13 @@ def run(
             raise OptionError(f"{name} {value:g} is not positive")
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise OptionError(f"--allowed-local-media-path {allowed_local_media_path} is not a folder")
-    from runtime.model import OVInternVLChatModel
+    from runtime.answer.model import OpenedModel
     from runtime.serve.app import Limits, Rules, build_app
     from runtime.serve.engine import GenaiEngine, NativeEngine
     from runtime.serve.protocol import MediaRules
 
     listening = _listen(host, port)
-    model = OVInternVLChatModel(folder, language=engine == "native", **placed)
+    model = OpenedModel(folder, language=engine == "native", **placed)
     running = NativeEngine(model) if engine == "native" else GenaiEngine(model, cache_size)
     rules = Rules(
         model_name or folder.resolve().name,

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -26,8 +27,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime import __version__
+from runtime.answer.chat_core import Prompt
+from runtime.answer.decode import Decoding, Token
 from runtime.errors import InternVLError, PromptError
-from runtime.serve.engine import Engine, How, Piece, how_of
+from runtime.serve.engine import Engine, Piece, decoding_of
 from runtime.serve.protocol import ChatRequest, CompletionRequest, MediaRules, Writing, turns_of
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")  # that are counted by name
@@ -95,19 +98,11 @@ class Metrics:
 
 
 @dataclass
-class Prompt:
-    """A prompt that is ready for the engine: token ids (1, T) and the pictures of its context tokens."""
-
-    ids: Any
-    pictures: list[Any]
-
-
-@dataclass
 class Choice:
     """One answer as far as it is written."""
 
     text: str = ""
-    tokens: list[tuple[int, float]] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -132,34 +127,31 @@ class Server:
         def prepare() -> Prompt:
             model = self.engine.model
             system, turns = turns_of(ask.messages, model.config, self.rules.media)
-            pictures = [picture for turn in turns for picture in turn.pictures]
-            *past, last = turns
-            ids = model.ids_of(model.system_message if system is None else system, past, last.question, pictures)
-            return Prompt(ids, pictures)
+            return model.prompt_of(model.system_message if system is None else system, turns)
 
         return await asyncio.to_thread(prepare)
 
     async def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text alone, as it is."""
-        encoded = await asyncio.to_thread(self.engine.model.tokenizer, text, return_tensors="pt")
-        if not encoded["input_ids"].numel():
+        ids = await asyncio.to_thread(self.engine.model.tokenizer.encode, text)
+        if not ids:
             raise PromptError("the prompt is empty: write one")
-        return Prompt(encoded["input_ids"], [])
+        return Prompt(np.array(ids, np.int64), [])
 
-    def how(self, ask: Writing, prompt: Prompt, most_tokens: int | None, **more: Any) -> How:
-        """The request's wishes, then generation_config.json, then the defaults of `How`."""
+    def decoding(self, ask: Writing, prompt: Prompt, most_tokens: int | None, **more: Any) -> Decoding:
+        """The request's wishes, then generation_config.json, then the defaults of Decoding."""
         model = self.engine.model
-        model.check(prompt.ids, prompt.pictures, {})
+        model.check(prompt.ids, prompt.pictures)
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        return how_of(
-            model.generation_config,
+        return decoding_of(
+            model,
             most_tokens,
-            model.config.context_length and model.config.context_length - prompt.ids.shape[1],
+            model.config.context_length and model.config.context_length - len(prompt.ids),
             {name: getattr(ask, name) for name in names},
             presence_penalty=ask.presence_penalty,
             frequency_penalty=ask.frequency_penalty,
             seed=secrets.randbits(32) if ask.seed is None else ask.seed,
-            stops=tuple(ask.stops),
+            stop_strings=tuple(ask.stops),
             ignore_eos=ask.ignore_eos,
             **more,
         )
@@ -179,7 +171,7 @@ class Server:
             self.active -= 1
             self.metrics.active.set(self.active)
 
-    async def pieces(self, prompts: list[Prompt], how: How, count: int) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self, prompts: list[Prompt], decoding: Decoding, count: int) -> AsyncIterator[tuple[int, Piece]]:
         """`count` answers to each prompt, piece by piece with their number; all are cancelled when nobody reads on."""
         loop, told = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         started, first, left = time.perf_counter(), True, len(prompts) * count
@@ -197,9 +189,9 @@ class Server:
         try:
             for number in range(left):
                 prompt = prompts[number // count]
-                own = replace(how, seed=how.seed + number % count)
-                cancels.append(self.engine.start(prompt.ids, prompt.pictures, own, teller(number)))
-                self.metrics.prompt_tokens.inc(prompt.ids.shape[1] if number % count == 0 else 0)
+                own = replace(decoding, seed=(decoding.seed or 0) + number % count)
+                cancels.append(self.engine.start(prompt, own, teller(number)))
+                self.metrics.prompt_tokens.inc(len(prompt.ids) if number % count == 0 else 0)
             tokens = 0
             async with asyncio.timeout(self.rules.limits.seconds):
                 while left:
@@ -225,12 +217,12 @@ class Server:
             for cancel in cancels:
                 cancel()
 
-    async def whole(self, request: Request, prompts: list[Prompt], how: How, count: int) -> list[Choice]:
+    async def whole(self, request: Request, prompts: list[Prompt], decoding: Decoding, count: int) -> list[Choice]:
         """All answers at once; given up when the client is gone."""
         choices = [Choice() for _ in range(len(prompts) * count)]
 
         async def collect() -> None:
-            async for number, piece in self.pieces(prompts, how, count):
+            async for number, piece in self.pieces(prompts, decoding, count):
                 choice = choices[number]
                 choice.text += piece.text
                 choice.tokens += piece.tokens
@@ -247,20 +239,28 @@ class Server:
             work.cancel()
         return choices
 
-    def logprobs(self, tokens: list[tuple[int, float]]) -> dict[str, Any]:
-        """Tokens and log probabilities in the form of chat completions."""
-        words = [(str(self.engine.model.tokenizer.decode([token])), value) for token, value in tokens]
-        return {"content": [{"token": w, "logprob": v, "bytes": [*w.encode()], "top_logprobs": []} for w, v in words]}
+    def word(self, token: int) -> str:
+        """The text of one token."""
+        return self.engine.model.tokenizer.decode([token])
 
-    def old_logprobs(self, tokens: list[tuple[int, float]]) -> dict[str, Any]:
+    def logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+        """Tokens and log probabilities in the form of chat completions."""
+
+        def one(token: int, value: float) -> dict[str, Any]:
+            word = self.word(token)
+            return {"token": word, "logprob": value, "bytes": [*word.encode()]}
+
+        return {"content": [one(t.id, t.logprob) | {"top_logprobs": [one(*other) for other in t.top]} for t in tokens]}
+
+    def old_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
         """The same in the form of completions."""
-        words = [str(self.engine.model.tokenizer.decode([token])) for token, _ in tokens]
-        return {"tokens": words, "token_logprobs": [value for _, value in tokens], "top_logprobs": None, "text_offset": []}
+        words = [self.word(token.id) for token in tokens]
+        return {"tokens": words, "token_logprobs": [token.logprob for token in tokens], "top_logprobs": None, "text_offset": []}
 
 
 def usage(prompts: list[Prompt], new_tokens: int) -> dict[str, int]:
     """Tokens read and written."""
-    read = sum(prompt.ids.shape[1] for prompt in prompts)
+    read = sum(len(prompt.ids) for prompt in prompts)
     return {"prompt_tokens": read, "completion_tokens": new_tokens, "total_tokens": read + new_tokens}
 
 
@@ -326,10 +326,12 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         async with server.place():
             prompt = await server.prompt_of(ask)
             schema = ask.response_format and ask.response_format.schema_text
-            how = server.how(ask, prompt, ask.most_tokens, logprobs=ask.logprobs, json_schema=schema)
+            decoding = server.decoding(
+                ask, prompt, ask.most_tokens, logprobs=ask.logprobs, top_logprobs=ask.top_logprobs or 0, json_schema=schema
+            )
             frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": rules.model_name}
             if not ask.stream:
-                choices = await server.whole(request, [prompt], how, ask.n)
+                choices = await server.whole(request, [prompt], decoding, ask.n)
                 said = [
                     {
                         "index": number,
@@ -341,7 +343,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
                 ]
                 count = sum(len(choice.tokens) for choice in choices)
                 return {**frame, "object": "chat.completion", "choices": said, "usage": usage([prompt], count)}
-        events = _chat_events(server, ask, prompt, how, frame)
+        events = _chat_events(server, ask, prompt, decoding, frame)
         return StreamingResponse(_told(server, events), media_type="text/event-stream")
 
     @app.post("/v1/completions")
@@ -350,12 +352,12 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         texts = [ask.prompt] if isinstance(ask.prompt, str) else ask.prompt
         async with server.place():
             prompts = [await server.plain_prompt(text) for text in texts]
-            longest = max(prompts, key=lambda prompt: prompt.ids.shape[1])
-            how = server.how(ask, longest, ask.max_tokens or COMPLETION_TOKENS, logprobs=ask.logprobs is not None)
+            longest = max(prompts, key=lambda prompt: len(prompt.ids))
+            decoding = server.decoding(ask, longest, ask.max_tokens or COMPLETION_TOKENS, logprobs=ask.logprobs is not None)
             frame: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "model": rules.model_name}
             frame["created"] = int(time.time())
             if not ask.stream:
-                choices = await server.whole(request, prompts, how, ask.n)
+                choices = await server.whole(request, prompts, decoding, ask.n)
                 said = [
                     {
                         "index": number,
@@ -366,7 +368,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
                     for number, choice in enumerate(choices)
                 ]
                 return {**frame, "choices": said, "usage": usage(prompts, sum(len(choice.tokens) for choice in choices))}
-        events = _text_events(server, ask, prompts, texts, how, frame)
+        events = _text_events(server, ask, prompts, texts, decoding, frame)
         return StreamingResponse(_told(server, events), media_type="text/event-stream")
 
     return app
@@ -431,12 +433,14 @@ async def _told(server: Server, events: AsyncIterator[str]) -> AsyncIterator[str
     yield "data: [DONE]\n\n"
 
 
-async def _chat_events(server: Server, ask: ChatRequest, prompt: Prompt, how: How, frame: dict[str, Any]) -> AsyncIterator[str]:
+async def _chat_events(
+    server: Server, ask: ChatRequest, prompt: Prompt, decoding: Decoding, frame: dict[str, Any]
+) -> AsyncIterator[str]:
     """The chunks of a streamed chat completion."""
     frame, new = {**frame, "object": "chat.completion.chunk"}, 0
     for number in range(ask.n):
         yield _event(frame, [{"index": number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-    async for number, piece in server.pieces([prompt], how, ask.n):
+    async for number, piece in server.pieces([prompt], decoding, ask.n):
         new += len(piece.tokens)
         logprobs = server.logprobs([*piece.tokens]) if ask.logprobs else None
         if piece.text or logprobs or piece.finish_reason:
@@ -447,13 +451,13 @@ async def _chat_events(server: Server, ask: ChatRequest, prompt: Prompt, how: Ho
 
 
 async def _text_events(
-    server: Server, ask: CompletionRequest, prompts: list[Prompt], texts: list[str], how: How, frame: dict[str, Any]
+    server: Server, ask: CompletionRequest, prompts: list[Prompt], texts: list[str], decoding: Decoding, frame: dict[str, Any]
 ) -> AsyncIterator[str]:
     """The chunks of a streamed text completion."""
     new = 0
     for number in range(len(prompts) * ask.n if ask.echo else 0):
         yield _event(frame, [{"index": number, "text": texts[number // ask.n], "logprobs": None, "finish_reason": None}])
-    async for number, piece in server.pieces(prompts, how, ask.n):
+    async for number, piece in server.pieces(prompts, decoding, ask.n):
         new += len(piece.tokens)
         logprobs = server.old_logprobs([*piece.tokens]) if ask.logprobs is not None else None
         if piece.text or logprobs or piece.finish_reason:

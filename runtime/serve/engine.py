@@ -1,8 +1,8 @@
 """Many answers at once from one model folder: which tokens come next is somebody else's work, what they say is told as it comes.
 
 `GenaiEngine` hands our embeddings to openvino_genai's ContinuousBatchingPipeline, so that templates, tile limits and the cache of
-features are ours and paged attention over many requests is theirs. `NativeEngine` runs OVInternVLChatModel, one answer after the
-other. Knows no HTTP and no JSON.
+features are ours and paged attention over many requests is theirs. `NativeEngine` decodes itself, one answer after the other.
+Knows no HTTP and no JSON.
 """
 
 from __future__ import annotations
@@ -14,77 +14,56 @@ import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
 import openvino as ov
-import torch
-from transformers import GenerationConfig, StoppingCriteria
 
+from runtime.answer.chat_core import Prompt
+from runtime.answer.decode import Decoding, Token
+from runtime.answer.model import OpenedModel
+from runtime.answer.stream import TextStream
 from runtime.errors import DeviceError, OptionError
-from runtime.image import PictureTiles
-from runtime.kv_cache import PREFILL_AT_ONCE
-from runtime.model import OVInternVLChatModel
-from runtime.part import activation_groups, last_line, read_part
+from runtime.parts.kv_cache import PREFILL_AT_ONCE
+from runtime.parts.part import activation_groups, last_line, read_part
+from runtime.progress import Cancelled
 from runtime.serve import worker
 from runtime.serve.grammar import SchemaCheck
-from runtime.stream import Words
 
 DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
 ENDED = "the process that answers has ended"
 LAST_SECONDS = 5.0  # for the last words of the process that answers
-SMALLEST = 1e-3  # of what may not be 0
+SMALLEST = 1e-3  # of what single precision would make 0
 
 
-@dataclass(frozen=True)
-class How:
-    """How an answer is written. Temperature 0 takes the likeliest token, and so does one that single precision would make 0."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    stops: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-    json_schema: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "temperature", self.temperature if self.temperature >= SMALLEST else 0.0)
-        for name in ("top_p", "repetition_penalty"):
-            object.__setattr__(self, name, max(getattr(self, name), SMALLEST))
-
-
-def how_of(config: GenerationConfig, most_tokens: int | None, room: int | None, wishes: dict[str, Any], **more: Any) -> How:
-    """Wishes that are not None, then generation_config.json, then `How`.
+def decoding_of(model: OpenedModel, most_tokens: int | None, room: int | None, wishes: Mapping[str, Any], **more: Any) -> Decoding:
+    """Wishes that are not None, then generation_config.json, then the defaults of Decoding.
 
     `wishes` are of temperature, top_p, top_k, min_p and repetition_penalty;
-    `room` is how many tokens the model can still read after the prompt; `more` are other fields of `How`.
+    `room` is how many tokens the model can still read after the prompt; `more` are other fields of Decoding.
     """
-    own: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    if config.do_sample:
-        own |= {name: value for name in own if (value := getattr(config, name)) is not None}
-    own["repetition_penalty"] = config.repetition_penalty or 1.0
+    defaults = model.generation_defaults
+    drawn = ("temperature", "top_p", "top_k", "min_p") if defaults.get("do_sample") else ()
+    own = {name: defaults[name] for name in (*drawn, "repetition_penalty") if name in defaults}
+    if drawn:
+        own = {"temperature": 1.0, **own}
     own |= {name: value for name, value in wishes.items() if value is not None}
-    most = most_tokens or config.max_new_tokens or DEFAULT_NEW_TOKENS
-    return How(int(min(most, inf if room is None else room)), **own, **more)
+    for name in {"top_p", "repetition_penalty"} & set(own):
+        own[name] = max(own[name], SMALLEST)
+    most = most_tokens or defaults.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+    return Decoding(int(min(most, inf if room is None else room)), **own, **more)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What came next of an answer: text, its tokens with their log probabilities, at the end why it ended ("stop", "length")."""
+    """What came next of an answer: text, its tokens, at the end why it ended ("stop", "length")."""
 
     text: str
-    tokens: tuple[tuple[int, float], ...] = ()
+    tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
     error: Exception | None = None
 
@@ -92,9 +71,9 @@ class Piece:
 class Engine(ABC):
     """Answers prompts, several at once; `tell` is called from a thread of the engine for every piece of an answer."""
 
-    def __init__(self, model: OVInternVLChatModel):
+    def __init__(self, model: OpenedModel):
         self.model = model
-        ends = model.generation_config.eos_token_id
+        ends = model.generation_defaults.get("eos_token_id", model.stop_id)
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self.kv_cache_share: float | None = None  # how much of the KV cache is in use, 0 to 1, where there is one for all
 
@@ -104,12 +83,11 @@ class Engine(ABC):
         return True
 
     @abstractmethod
-    def start(
-        self, ids: torch.Tensor, pictures: Sequence[PictureTiles], how: How, tell: Callable[[Piece], None]
-    ) -> Callable[[], None]:
-        """Begin an answer to a prompt (1, T) with these pictures; returns what cancels it, from any thread. Raises OptionError.
+    def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
+        """Begin an answer; returns what cancels it, from any thread. Raises OptionError.
 
-        The last piece has a finish reason or an error; after cancelling there may be none.
+        Tokens that end an answer are the engine's to know. The last piece has a finish reason or an error; after cancelling there
+        may be none.
         """
 
     @abstractmethod
@@ -118,80 +96,60 @@ class Engine(ABC):
 
 
 class NativeEngine(Engine):
-    """OVInternVLChatModel, one answer after the other in the order in which they were asked."""
+    """Our own decoding, one answer after the other in the order in which they were asked."""
 
-    def __init__(self, model: OVInternVLChatModel):
+    def __init__(self, model: OpenedModel):
         super().__init__(model)
         model.wait_until_packed()  # who says that he serves can
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
-    def start(
-        self, ids: torch.Tensor, pictures: Sequence[PictureTiles], how: How, tell: Callable[[Piece], None]
-    ) -> Callable[[], None]:
-        for name in ("presence_penalty", "frequency_penalty", "ignore_eos", "logprobs", "json_schema"):
-            if getattr(how, name):
-                raise OptionError(f"{name} needs the genai engine: start the server with --engine genai")
-        streamer = _Streamer(Words(self.model.tokenizer, self.model.conv_template, how.stops), self.ends, tell)
-        options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "do_sample": how.temperature > 0}
-        if how.temperature > 0:
-            options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
-        if how.repetition_penalty != 1:
-            options["repetition_penalty"] = how.repetition_penalty
+    def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
+        if decoding.json_schema:
+            raise OptionError("json_schema needs the genai engine: start the server with --engine genai")
+        cancelled = threading.Event()
+        decoding = replace(decoding, eos_token_ids=tuple(self.ends))
+
+        def check(*_: Any) -> None:
+            if cancelled.is_set():
+                raise Cancelled
 
         def run() -> None:
-            if streamer.cancelled:
-                return
+            text, reason = TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings), "length"
             try:
-                if how.temperature > 0:
-                    torch.manual_seed(how.seed)
-                self.model.answer(ids, pictures, streamer, stopping_criteria=[streamer], **options)
+                check()
+                with closing(self.model.tokens(prompt, decoding, progress=check)) as tokens:  # type: ignore[type-var]
+                    for token in tokens:
+                        check()
+                        if token.id in self.ends and not decoding.ignore_eos:
+                            reason = "stop"
+                            break
+                        tell(Piece(text.add(token.id), (token,)))
+                        if text.stopped:
+                            reason = "stop"
+                            break
+                tell(Piece(text.end(), finish_reason=reason))
+            except Cancelled:
+                pass
             except Exception as error:  # carried to the one who asked
                 tell(Piece("", error=error))
 
         self._worker.submit(run)
-        return streamer.cancel
+        return cancelled.set
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
 
 
-class _Streamer(StoppingCriteria):
-    """transformers' streamer and stopping rule of one answer."""
-
-    def __init__(self, words: Words, ends: frozenset[int], tell: Callable[[Piece], None]):
-        self._words, self._ends, self._tell = words, ends, tell
-        self._reason = "length"
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def put(self, ids: torch.Tensor) -> None:
-        for token in ids.flatten().tolist():
-            if token in self._ends:
-                self._reason = "stop"
-            elif not self._words.stopped:
-                self._tell(Piece(self._words.add(token), ((token, 0.0),)))
-                self._reason = "stop" if self._words.stopped else self._reason
-
-    def end(self) -> None:
-        if not self.cancelled:
-            self._tell(Piece(self._words.end(), finish_reason=self._reason))
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.cancelled or self._words.stopped)
-
-
 @dataclass(eq=False)
 class _Request:
-    words: Words
+    text: TextStream
     tell: Callable[[Piece], None]
 
 
 class GenaiEngine(Engine):
     """openvino_genai's continuous batching over our embeddings, in a process of its own: many requests in every step."""
 
-    def __init__(self, model: OVInternVLChatModel, cache_gb: int):
+    def __init__(self, model: OpenedModel, cache_gb: int):
         """`model` is opened without its language part; `cache_gb` bounds the KV cache of all requests. Raises DeviceError."""
         super().__init__(model)
         if model.config.has_visual_experts:
@@ -223,34 +181,34 @@ class GenaiEngine(Engine):
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def start(
-        self, ids: torch.Tensor, pictures: Sequence[PictureTiles], how: How, tell: Callable[[Piece], None]
-    ) -> Callable[[], None]:
-        plain = self.model.config.plain_length
-        if plain is not None and ids.shape[1] + how.max_new_tokens > plain:
-            how = replace(how, max_new_tokens=plain - ids.shape[1])
-            if how.max_new_tokens < 1:
+    def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
+        if decoding.top_logprobs:
+            raise OptionError("top_logprobs needs the native engine: start the server with --engine native")
+        plain, length = self.model.config.plain_length, len(prompt.ids)
+        if plain is not None and length + decoding.max_new_tokens > plain:
+            if plain - length < 1:
                 raise OptionError(
-                    f"the prompt has {ids.shape[1]} tokens; past {plain} this model turns positions in another way, which "
+                    f"the prompt has {length} tokens; past {plain} this model turns positions in another way, which "
                     "openvino_genai does not do in pieces: start the server with --engine native"
                 )
-        request = _Request(Words(self.model.tokenizer, self.model.conv_template, how.stops), tell)
+            decoding = replace(decoding, max_new_tokens=plain - length)
+        request = _Request(TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings), tell)
         number, cancelled = next(self._numbers), threading.Event()
 
         def begin() -> None:
             if cancelled.is_set():
                 return
             try:
-                if how.json_schema is not None:
-                    self._check_schema(how.json_schema)
-                embeds = self.model.embeddings_of(ids, pictures).numpy()  # (1, T, D)
+                if decoding.json_schema is not None:
+                    self._check_schema(decoding.json_schema)
+                embeds = self.model.embeddings_of(prompt)  # (1, T, D)
                 with self._lock:
                     if cancelled.is_set():  # while its pictures were looked at
                         return
                     if self._ended:
                         raise RuntimeError(ENDED)
                     self._running[number] = request
-                    self._outbox.put(worker.Start(number, embeds, asdict(how), self.ends))
+                    self._outbox.put(worker.Start(number, embeds, asdict(decoding), self.ends))
             except Exception as error:
                 self._drop(number)
                 tell(Piece("", error=error))
@@ -317,16 +275,16 @@ class GenaiEngine(Engine):
             error = OptionError("the prompt does not fit the KV cache: start the server with a larger --cache-size")
             request.tell(Piece("", error=error))
             return
-        text, tokens = "", []
+        text, tokens = "", []  # type: str, list[Token]
         for token, logprob in news.tokens.get(number, []):
-            if token not in self.ends and not request.words.stopped:
-                text += request.words.add(token)
-                tokens.append((token, logprob))
-        if reason is None and not request.words.stopped:
+            if token not in self.ends and not request.text.stopped:
+                text += request.text.add(token)
+                tokens.append(Token(token, logprob))
+        if reason is None and not request.text.stopped:
             request.tell(Piece(text, tuple(tokens)))
             return
         if reason is None:
             self._give_up(number)
         self._drop(number)
-        text += request.words.end()
-        request.tell(Piece(text, tuple(tokens), "stop" if request.words.stopped or reason is None else reason))
+        text += request.text.end()
+        request.tell(Piece(text, tuple(tokens), "stop" if request.text.stopped or reason is None else reason))

@@ -24,15 +24,17 @@ from typing import Any
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from runtime.conversation import Exchange
+from runtime.answer.chat_core import Prompt
+from runtime.answer.decode import Decoding
+from runtime.answer.model import OpenedModel
+from runtime.answer.prompt import IMAGE_MARK
+from runtime.answer.stream import WAKE_SECONDS
+from runtime.answer.turn import Question, Turn
 from runtime.errors import ModelFolderError, OptionError, PromptError
-from runtime.folder import user_cache
-from runtime.image import PictureTiles
-from runtime.model import OVInternVLChatModel
-from runtime.prompt import IMAGE_MARK
-from runtime.serve.engine import Engine, GenaiEngine, How, NativeEngine, Piece
+from runtime.folder.files import user_cache
+from runtime.folder.tokenizer import check_text
+from runtime.serve.engine import Engine, GenaiEngine, NativeEngine, Piece
 from runtime.serve.protocol import MediaRules, Message, ResponseFormat, turns_of
-from runtime.stream import WAKE_SECONDS
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"  # LMDeploy's mark of a picture
 AT_ONCE = 32  # prompts that are being answered; the pictures of the others are not opened yet
@@ -74,10 +76,10 @@ class GenerationConfig:
         except ValidationError as error:
             raise OptionError(f"response_format {_first(error)}") from None
 
-    def how(self, room: int | None, seed: int) -> How:
+    def decoding(self, room: int | None, seed: int) -> Decoding:
         """The engine's form, for a prompt after which `room` tokens can be read."""
         drawn = self.do_sample and self.top_k != 1 and self.temperature > 0
-        return How(
+        return Decoding(
             min(self.max_new_tokens, room) if room else self.max_new_tokens,
             temperature=self.temperature if drawn else 0.0,
             top_p=self.top_p,
@@ -85,7 +87,7 @@ class GenerationConfig:
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=seed,
-            stops=tuple(stop for stop in self.stop_words or () if stop),
+            stop_strings=tuple(stop for stop in self.stop_words or () if stop),
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             json_schema=self._schema(),
@@ -112,7 +114,7 @@ class Response:
 class Session:
     """A conversation: its turns and the last answer."""
 
-    turns: list[Exchange] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     response: Response = field(default_factory=Response)
 
 
@@ -120,9 +122,8 @@ class Session:
 class _Asked:
     """A prompt as the engine takes it, and the turn it is the question of."""
 
-    ids: Any  # (1, T)
-    pictures: list[PictureTiles]
-    turn: Exchange
+    prompt: Prompt
+    turn: Turn
 
 
 class Pipeline:
@@ -177,18 +178,17 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, prompt: Any, past: Sequence[Exchange] = ()) -> _Asked:
+    def _read(self, prompt: Any, past: Sequence[Turn] = ()) -> _Asked:
         model, system, turns = self.engine.model, None, [*past]
         if isinstance(prompt, list):
             system, turns = turns_of(_messages(prompt), model.config, MediaRules(trusted=True))
-            *past, last = turns
         else:
             text, images = (prompt, []) if isinstance(prompt, str) else prompt
-            last = model.prepare(text.replace(IMAGE_TOKEN, IMAGE_MARK), images=images)
-        pictures = [picture for turn in [*past, last] for picture in turn.pictures]
-        ids = model.ids_of(model.system_message if system is None else system, past, last.question, pictures)
-        model.check(ids, pictures, {})
-        return _Asked(ids, pictures, last)
+            check_text(text)
+            turns.append(Question(text.replace(IMAGE_TOKEN, IMAGE_MARK), images=images).open(model.config))
+        made = model.prompt_of(model.system_message if system is None else system, turns)
+        model.check(made.ids, made.pictures)
+        return _Asked(made, turns[-1])
 
     def _stream(self, prompts: list[Callable[[], _Asked]], gen_config: GenerationConfig | None) -> Iterator[Response]:
         config, context = gen_config or GenerationConfig(), self.engine.model.config.context_length
@@ -202,9 +202,9 @@ class Pipeline:
                 while len(running) < AT_ONCE and (following := next(waiting, None)) is not None:
                     number, read = following
                     asked = read()
-                    lengths[number] = asked.ids.shape[1]
-                    how = config.how(context and context - lengths[number], seed + number)
-                    running[number] = self.engine.start(asked.ids, asked.pictures, how, _teller(told, number))
+                    lengths[number] = len(asked.prompt.ids)
+                    decoding = config.decoding(context and context - lengths[number], seed + number)
+                    running[number] = self.engine.start(asked.prompt, decoding, _teller(told, number))
                 if not running:
                     return
                 with suppress(queue.Empty):
@@ -214,8 +214,8 @@ class Pipeline:
                     counts[number] += len(piece.tokens)
                     if piece.finish_reason is not None:
                         del running[number]
-                    logprobs = [dict([token]) for token in piece.tokens] if config.logprobs else None
-                    ids = [token for token, _ in piece.tokens]
+                    logprobs = [{token.id: token.logprob} for token in piece.tokens] if config.logprobs else None
+                    ids = [token.id for token in piece.tokens]
                     yield Response(piece.text, counts[number], lengths[number], piece.finish_reason, ids, logprobs, number)
         finally:
             for cancel in running.values():
@@ -230,11 +230,11 @@ def pipeline(model_path: str | Path, *, engine: str = "genai", cache_size: int =
     """A pipeline over a model folder, or over a checkpoint's hub id, which is converted to int4 first, once, in the user's cache.
 
     `engine` genai answers many prompts at once with a KV cache of `cache_size` GB, native one after the other. `placed` is what
-    OVInternVLChatModel takes. Raises InternVLError kinds.
+    OpenedModel takes. Raises InternVLError kinds.
     """
     if engine not in ("genai", "native"):
         raise OptionError(f"engine {engine!r} is not known; known are genai and native")
-    model = OVInternVLChatModel(_folder_of(str(model_path)), language=engine == "native", **placed)
+    model = OpenedModel(_folder_of(str(model_path)), language=engine == "native", **placed)
     return Pipeline(NativeEngine(model) if engine == "native" else GenaiEngine(model, cache_size))
 
 

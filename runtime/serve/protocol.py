@@ -16,16 +16,16 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field
 
-from runtime.config import InternVLConfig
-from runtime.conversation import Exchange
+from runtime.answer.prompt import IMAGE_MARK, frame_marks, picture_marks
+from runtime.answer.turn import Turn
 from runtime.errors import PictureError, PromptError
-from runtime.image import PictureTiles, Tiling
-from runtime.picture import fetch, is_web_address, open_picture, read_data_url
-from runtime.prompt import IMAGE_MARK, frame_marks, picture_marks
-from runtime.video import DEFAULT_SEGMENTS, read_frames
+from runtime.folder.config import InternVLConfig
+from runtime.media.picture import fetch, is_web_address, open_picture, read_data_url
+from runtime.media.tiles import PictureTiles, Tiling
+from runtime.media.video import DEFAULT_SEGMENTS, read_frames
 
 DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles a picture; LMDeploy's
-MOST_MESSAGES, MOST_PARTS, MOST_CHOICES, MOST_STOPS = 1000, 64, 16, 16
+MOST_MESSAGES, MOST_PARTS, MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS = 1000, 64, 16, 16, 20
 
 
 class ImageUrl(BaseModel):
@@ -130,7 +130,7 @@ class ChatRequest(Writing):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: Nothing = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     tools: Nothing = None
     response_format: ResponseFormat | None = None
 
@@ -191,7 +191,7 @@ class MediaRules:
         raise PictureError("this is no data URL and no file that may be read here: send data:image/png;base64,...")
 
 
-def turns_of(messages: list[Message], config: InternVLConfig, rules: MediaRules) -> tuple[str | None, list[Exchange]]:
+def turns_of(messages: list[Message], config: InternVLConfig, rules: MediaRules) -> tuple[str | None, list[Turn]]:
     """Messages -> the system message, if there is one, and the turns; the last one is without an answer.
 
     Pictures stand at the `<image>` marks of their message's text, or before it. Raises PromptError, PictureError, VideoError.
@@ -212,7 +212,7 @@ def turns_of(messages: list[Message], config: InternVLConfig, rules: MediaRules)
     return system, turns
 
 
-def _turn(message: Message, config: InternVLConfig, rules: MediaRules) -> Exchange:
+def _turn(message: Message, config: InternVLConfig, rules: MediaRules) -> Turn:
     tiling, lines, frames = Tiling.of(config), message.text, 0
     pictures: list[PictureTiles] = []
     for part in [] if isinstance(message.content, str) else message.content:
@@ -226,4 +226,4 @@ def _turn(message: Message, config: InternVLConfig, rules: MediaRules) -> Exchan
             frames += len(read)
     if len(pictures) > frames and IMAGE_MARK not in lines:
         lines = picture_marks(len(pictures) - frames) + lines
-    return Exchange(frame_marks(frames) + lines, "", pictures)
+    return Turn(frame_marks(frames) + lines, "", pictures)

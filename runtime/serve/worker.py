@@ -34,7 +34,7 @@ class Start:
 
     number: int
     embeds: np.ndarray
-    wish: dict[str, Any]  # fields of engine.How
+    wish: dict[str, Any]  # fields of runtime.answer.decode.Decoding
     ends: frozenset[int]
 
 
@@ -123,7 +123,7 @@ class Worker:
             config.eos_token_id, config.stop_token_ids = min(message.ends), set(message.ends)
         config.do_sample = how["temperature"] > 0
         if config.do_sample:
-            config.temperature, config.top_p, config.rng_seed = how["temperature"], how["top_p"], how["seed"]
+            config.temperature, config.top_p, config.rng_seed = how["temperature"], how["top_p"], how["seed"] or 0
             if how["top_k"]:
                 config.top_k = how["top_k"]
             config.min_p = how["min_p"]

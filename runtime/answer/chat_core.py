@@ -1,0 +1,301 @@
+"""What a backend gives (embeddings, features, a KV cache), and how a prompt with its pictures becomes tokens over it.
+
+Knows prompts, token ids and which rows of an embedding are pictures; knows no device and no turns in time. OpenVINO's parts and the
+PyTorch reference are both backends, so that the same call can be driven on either.
+Rules: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from runtime.answer.decode import Decoding, Token, write, write_beams, write_rows
+from runtime.answer.features import FeatureCache, encode_pictures, keys_of
+from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_MARK, Template, expand_marks, render, template_of
+from runtime.answer.stream import Statistics, after_lead, lead_ids
+from runtime.answer.turn import Turn
+from runtime.errors import NumericsError, PromptError
+from runtime.folder.config import InternVLConfig
+from runtime.folder.tokenizer import Tokenizer
+from runtime.media.tiles import PictureTiles
+from runtime.progress import Progress
+
+LONG_KEYS = 1 << 58  # a bit that no other key uses: of tokens in prompts that are longer than the model's plain length
+_prompts = count()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A whole prompt as a model reads it."""
+
+    ids: np.ndarray  # (T,) int64
+    pictures: Sequence[PictureTiles]  # of its context tokens, in order
+
+    @property
+    def tiles(self) -> int:
+        """Of all its pictures."""
+        return sum(picture.count for picture in self.pictures)
+
+
+class ChatCore(ABC):
+    """Backend and prompts. Subclasses set the attributes and give what is abstract."""
+
+    config: InternVLConfig
+    tokenizer: Tokenizer
+    img_context_token_id: int  # upstream's name for the id of the context token
+    system_message: str  # may be set
+    feature_cache: FeatureCache
+    tiles_at_once: int  # handed to the vision part, which bounds its memory
+    generation_defaults: Mapping[str, Any]  # of generation_config.json, by transformers' names
+
+    @abstractmethod
+    def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids (B, T) -> embeddings (B, T, D) float32."""
+
+    @abstractmethod
+    def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
+        """At most `tiles_at_once` tiles (N, 3, S, S) -> context embeddings (N, P, D) float32."""
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty KV cache (runtime.parts.kv_cache.KVCache or one with its calls), for one conversation or one batch."""
+
+    def settle(self) -> None:  # noqa: B027  a backend may have nothing to do
+        """Somebody asks: what the backend does in the background ends, so that it does not compute beside an answer."""
+
+    def release_vision(self) -> None:  # noqa: B027
+        """All tiles of a prompt are encoded: intermediate memory may go back."""
+
+    def give_back(self, cache: Any) -> None:  # noqa: B027  a backend may keep none
+        """A conversation is over that had this KV cache."""
+
+    def forget(self) -> None:
+        """Drop what is kept for prompts that may come again; conversations keep what is theirs."""
+        self.feature_cache.clear()
+
+    def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[Any]:
+        """A KV cache for one stateless call with a prompt of these keys (T,)."""
+        return nullcontext(self.new_cache())
+
+    @property
+    def conv_template(self) -> Template:
+        """The conversation template of this model."""
+        return template_of(self.config)
+
+    @property
+    def stop_id(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.encode(self.conv_template.stop_token, add_special_tokens=False)[0]
+
+    def decoding_of(self, options: Mapping[str, Any]) -> Decoding:
+        """How a caller's options, by transformers' names, and generation_config.json have an answer written. Raises OptionError.
+
+        As in upstream's chat(), the template's stop token alone ends an answer.
+        """
+        return Decoding.of(self.generation_defaults, {"eos_token_id": self.stop_id, **options})
+
+    # ---- prompts
+
+    def prompt_of(self, system: str, turns: Sequence[Turn]) -> Prompt:
+        """The prompt that asks the last of `turns` after the others. Raises PromptError when marks and pictures do not fit.
+
+        A context token stands for each picture while the text is tokenised, because thousands of them take tens of milliseconds,
+        and for each answer whose own tokens are known: they come back as they were generated, which need not be as the tokenizer
+        writes them.
+        """
+        *past, asked = turns
+        pictures = [picture for turn in turns for picture in turn.pictures]
+        answers = [self._own_tokens(turn) for turn in past]
+        history = [(turn.question, turn.answer if own is None else CONTEXT_TOKEN) for turn, own in zip(past, answers, strict=True)]
+        text = render(self.conv_template, system, history, asked.question)
+        ids = np.array(self.tokenizer.encode(expand_marks(text, [1] * len(pictures), 1)), np.int64)
+        counts = iter([picture.count * self.config.tokens_per_tile for picture in pictures])
+        known = iter([own for own in answers if own is not None])
+        marks = re.findall(f"{re.escape(IMAGE_MARK)}|{re.escape(CONTEXT_TOKEN)}", text)
+        first, *rest = np.split(ids, np.flatnonzero(ids == self.img_context_token_id))
+        if not len(rest) == len(marks) == len(pictures) + sum(own is not None for own in answers):
+            raise PromptError(f"the text has {CONTEXT_TOKEN} in it, which stands for pictures: write {IMAGE_MARK} instead")
+        pieces = [first]
+        for mark, piece in zip(marks, rest, strict=True):
+            pieces.append(np.full(next(counts), self.img_context_token_id) if mark == IMAGE_MARK else np.array(next(known)))
+            pieces.append(piece[1:])
+        return Prompt(np.concatenate(pieces), pictures)
+
+    def _own_tokens(self, turn: Turn) -> list[int] | None:
+        """A turn's tokens behind the lead, if they are its answer: not when it was edited, cut off in a character, or had white
+        space around it."""
+        own = after_lead(turn.tokens, lead_ids(self.tokenizer, self.conv_template))
+        return own if own and self.tokenizer.decode(own) == turn.answer else None
+
+    def check(self, ids: np.ndarray, pictures: Sequence[PictureTiles]) -> None:
+        """Raise PromptError before any work for a prompt (B, T) or (T,) that cannot be answered."""
+        context, length = self.config.context_length, ids.shape[-1]
+        tiles = sum(picture.count for picture in pictures)
+        if context and length >= context:
+            raise PromptError(
+                f"the prompt has {length} tokens, {tiles * self.config.tokens_per_tile} of them for {tiles} tiles; "
+                f"the model reads {context}: lower the tiles a picture (--max-tiles, max_tiles or max_num), give fewer pictures, "
+                "or start a new conversation"
+            )
+        self._check_rows(ids, tiles * self.config.tokens_per_tile)
+
+    def _check_rows(self, ids: np.ndarray, given: int) -> None:
+        found = int((ids == self.img_context_token_id).sum())
+        if found != given:
+            raise PromptError(
+                f"the prompt has {found} context tokens for {given} rows of picture features: "
+                f"each tile takes {self.config.tokens_per_tile}"
+            )
+
+    # ---- tokens
+
+    def tokens(
+        self,
+        prompt: Prompt,
+        decoding: Decoding,
+        cache: Any = None,
+        statistics: Statistics | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Token]:
+        """The tokens of one answer as they are chosen; only what no KV cache holds of the prompt is computed.
+
+        With beams they come at the end. Raises PromptError, NumericsError, and Cancelled out of `progress`.
+        """
+        self.check(prompt.ids, prompt.pictures)
+        if decoding.num_beams > 1:
+            yield from self.answers([prompt], decoding, statistics, progress)[0]
+            return
+        with self.prefilled(prompt, cache, statistics, progress) as (own, logits):
+            yield from write(own, logits, self.embed_tokens, decoding)
+
+    @contextmanager
+    def prefilled(
+        self, prompt: Prompt, cache: Any = None, statistics: Statistics | None = None, progress: Progress | None = None
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """A KV cache that has read the prompt, the given one or one that is lent, and the logits (1, 1, V) after it."""
+        self.settle()
+        statistics, ids = statistics or Statistics(), prompt.ids
+        statistics.prompt_tokens = len(ids)
+        keys = self.keys(ids, prompt.pictures)
+        with nullcontext(cache) if cache is not None else self.lend_cache(keys) as cache, cache.busy:
+            statistics.reused_tokens = reused = cache.keep(keys)
+            rows, statistics.encoded_tiles = self.rows_after(ids, reused, prompt.pictures, progress)
+            new = ids[None, reused:]
+            embeds = self.merge(new, rows)
+            yield cache, cache.feed(embeds, np.ones_like(new), None, progress, self.visual(new))
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        statistics: Statistics | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Token]]:
+        """The tokens of all answers to several prompts, written at once: `num_return_sequences` a prompt, prompt by prompt.
+
+        Each prompt is read once. Raises PromptError, NumericsError.
+        """
+        for prompt in prompts:
+            self.check(prompt.ids, prompt.pictures)
+        if decoding.num_beams > 1:
+            return [answer for prompt in prompts for answer in self._beams(prompt, decoding, statistics, progress)]
+        self.settle()
+        statistics = statistics or Statistics()
+        longest = max(len(prompt.ids) for prompt in prompts)
+        statistics.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        ids = np.zeros((len(prompts), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # left-padded
+            ids[row, longest - len(prompt.ids) :], mask[row, longest - len(prompt.ids) :] = prompt.ids, 1
+        features, statistics.encoded_tiles = self.encode([each for prompt in prompts for each in prompt.pictures], progress)
+        visual = (ids == self.img_context_token_id) & (mask == 1)
+        embeds = self.embed_tokens(ids)
+        if features:
+            embeds[visual] = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features])
+        cache = self.new_cache()
+        logits = cache.feed(embeds, mask, None, progress, visual.astype(np.int64))
+        if decoding.num_return_sequences > 1:
+            rows = np.repeat(np.arange(len(prompts)), decoding.num_return_sequences)
+            cache.reorder(rows.tolist())
+            logits = logits[rows]
+        return write_rows(cache, logits, self.embed_tokens, decoding)
+
+    def _beams(
+        self, prompt: Prompt, decoding: Decoding, statistics: Statistics | None, progress: Progress | None
+    ) -> list[list[Token]]:
+        with self.prefilled(prompt, self.new_cache(), statistics, progress) as (cache, logits):
+            return write_beams(cache, logits, self.embed_tokens, decoding)
+
+    def keys(self, ids: np.ndarray, pictures: Sequence[PictureTiles]) -> np.ndarray:
+        """What each token of a prompt (T,) stands for, so that prompts can be compared with what a KV cache holds.
+
+        Where rotary positions depend on the length of the prompt, the same token leaves other keys and values behind: then it is
+        not the same.
+        """
+        keys = keys_of(ids, self.img_context_token_id, pictures, self.config.tokens_per_tile)
+        if self.config.plain_length is None or len(keys) <= self.config.plain_length:
+            return keys
+        if self.config.has_dynamic_rope:  # like nothing before it
+            return LONG_KEYS + (next(_prompts) << 24) + np.arange(len(keys))
+        return keys ^ LONG_KEYS
+
+    # ---- embeddings
+
+    def encode(self, pictures: Sequence[PictureTiles], progress: Progress | None = None) -> tuple[list[np.ndarray], int]:
+        """Pictures -> their features (n, P, D), from the cache where it has them, and how many tiles were encoded.
+
+        Raises NumericsError.
+        """
+        features, encoded = encode_pictures(pictures, self.encode_tiles, self.tiles_at_once, self.feature_cache, progress)
+        if encoded:
+            self.release_vision()
+        if not all(np.isfinite(each).all() for each in features):
+            self.feature_cache.clear()
+            raise NumericsError(
+                "the vision part gave features that are not numbers: its activations overflow on this device; "
+                "open the model with precision accuracy (--precision accuracy)"
+            )
+        return features, encoded
+
+    def rows_after(
+        self, ids: np.ndarray, start: int, pictures: Sequence[PictureTiles], progress: Progress | None
+    ) -> tuple[np.ndarray | None, int]:
+        """The rows (R, D) of the context tokens of `ids` (T,) from `start` on, and how many tiles were encoded for them.
+
+        Pictures before it are not looked at.
+        """
+        done = int((ids[:start] == self.img_context_token_id).sum())
+        wanted = list(pictures)
+        while wanted and done >= wanted[0].count * self.config.tokens_per_tile:
+            done -= wanted.pop(0).count * self.config.tokens_per_tile
+        features, encoded = self.encode(wanted, progress)
+        rows = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features])[done:] if features else None
+        return rows, encoded
+
+    def embeddings_of(self, prompt: Prompt) -> np.ndarray:
+        """A prompt and its pictures -> what the language part reads, (1, T, D)."""
+        return self.merge(prompt.ids[None], self.rows_after(prompt.ids, 0, prompt.pictures, None)[0])
+
+    def merge(self, ids: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+        """Token ids (B, T) and context embeddings (R, D) or (N, P, D) -> embeddings (B, T, D), in order over the context tokens.
+
+        Raises PromptError when there are more or fewer context tokens than rows.
+        """
+        rows = None if rows is None else rows.reshape(-1, rows.shape[-1])
+        self._check_rows(ids, 0 if rows is None else len(rows))
+        embeds = self.embed_tokens(ids)
+        if rows is not None:
+            embeds[ids == self.img_context_token_id] = rows
+        return embeds
+
+    def visual(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the tokens stand for pictures, as int64 of the same shape."""
+        return (ids == self.img_context_token_id).astype(np.int64)

@@ -1,0 +1,52 @@
+"""What people call on an opened model, whatever runs it: conversations, and many questions at once.
+
+Puts the chat core and its conversations together; knows no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.answer.chat_core import ChatCore
+from runtime.answer.conversation import Conversation
+from runtime.answer.stream import Statistics, TextStream
+from runtime.answer.turn import Question
+from runtime.errors import OptionError
+from runtime.progress import Progress
+
+
+class ChatModel(ChatCore):
+    """A chat core with conversations and batches."""
+
+    def start_conversation(self, system: str | None = None) -> Conversation:
+        """A conversation of its own; `system` is the system message, by default the model's."""
+        return Conversation(self, self.system_message if system is None else system)
+
+    def ask_batch(
+        self,
+        questions: Sequence[str | Question],
+        *,
+        system: str | None = None,
+        statistics: Statistics | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """The answers to several questions, each without a history, written at once.
+
+        A question is a text, or a Question with its pictures. `options` are those of Decoding by transformers' names; with
+        `num_return_sequences` there are so many answers a question, one after the other. Raises InternVLError kinds.
+        """
+        if not questions:
+            return []
+        if isinstance(questions, str):
+            raise OptionError("ask_batch takes a list of questions: ask one in a conversation, or in a list of one")
+        decoding = self.decoding_of(options)
+        turns = [(one if isinstance(one, Question) else Question(one)).open(self.config, progress) for one in questions]
+        prompts = [self.prompt_of(self.system_message if system is None else system, [turn]) for turn in turns]
+        answers = self.answers(prompts, decoding, statistics, progress)
+        return [self._text_of([token.id for token in tokens], decoding.stop_strings) for tokens in answers]
+
+    def _text_of(self, ids: Sequence[int], stop_strings: Sequence[str]) -> str:
+        stream = TextStream(self.tokenizer, self.conv_template, stop_strings)
+        return "".join([*(stream.add(token) for token in ids), stream.end()])

@@ -1,0 +1,116 @@
+"""A conversation: turns that are asked, streamed, stopped and edited, and the KV cache that holds them.
+
+Knows turns; prompts, pictures and tokens are the chat core's, which it is started from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import threading
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import fields
+from typing import Any
+
+from runtime.answer.chat_core import ChatCore, Prompt
+from runtime.answer.decode import Decoding
+from runtime.answer.stream import Statistics, TextStream, stream_text
+from runtime.answer.turn import Question, Turn
+from runtime.errors import OptionError, PromptError
+from runtime.progress import Progress
+
+QUESTION_OPTIONS = tuple(field.name for field in fields(Question) if field.name != "text")
+
+
+def question_of(text: str, options: Mapping[str, Any]) -> tuple[Question, dict[str, Any]]:
+    """A question with those of the options that are its own, and the others. Raises OptionError for `image`, a likely slip."""
+    for name in options:
+        close = difflib.get_close_matches(name, QUESTION_OPTIONS, 1, 0.8)
+        if close and name not in QUESTION_OPTIONS:
+            raise OptionError(f"{name} is not known here: is {close[0]} meant?")
+    own = {name: value for name, value in options.items() if name in QUESTION_OPTIONS}
+    return Question(text, **own), {name: value for name, value in options.items() if name not in own}
+
+
+class Conversation:
+    """The turns so far, and the KV cache that holds them. One answer at a time; several conversations may run at once.
+
+    `turns` may be edited: what the changed prompt still has in common with the cache is kept.
+    """
+
+    def __init__(self, core: ChatCore, system: str):
+        self.turns: list[Turn] = []
+        self.statistics: Statistics | None = None  # of the last answer
+        self._core, self._system, self._cache = core, system, core.new_cache()
+        weakref.finalize(self, core.give_back, self._cache).atexit = False
+        self._busy = threading.Lock()
+        self._cancelled = threading.Event()
+
+    def ask(self, question: str, **options: Any) -> str:
+        """The whole answer; arguments are those of `stream`."""
+        return "".join(self.stream(question, **options))
+
+    def stream(self, question: str, *, progress: Progress | None = None, **options: Any) -> Iterator[str]:
+        """Yield the answer piece by piece; `statistics` has what it took once it ends.
+
+        `options` are the fields of Question, like images=["photo.jpg"] and max_tiles=6, and those of Decoding, by transformers'
+        names, like max_new_tokens=100 and temperature=0.7 (which draws). `progress` hears of frames, tiles and prompt tokens.
+        Raises InternVLError kinds at once for what cannot be asked. A cancelled answer stays in `turns` as far as it came.
+        """
+        statistics, core = Statistics(), self._core
+        asked, writing = question_of(question, options)
+        decoding = core.decoding_of({"max_new_tokens": Decoding.max_new_tokens, **writing})
+        if decoding.num_return_sequences > 1:
+            raise OptionError("a turn has one answer: ask_batch gives several with num_return_sequences")
+        turn = asked.open(core.config, progress)
+        statistics.tiles = sum(picture.count for picture in turn.pictures)
+        prompt = core.prompt_of(self._system, [*self.turns, turn])
+        core.check(prompt.ids, prompt.pictures)
+        return self._pieces(turn, prompt, decoding, statistics, progress)
+
+    def cancel(self) -> None:
+        """Stop the answer that is being written; may be called from any thread."""
+        self._cancelled.set()
+        self._cache.cancel()
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self.turns = []
+
+    def _pieces(
+        self, turn: Turn, prompt: Prompt, decoding: Decoding, statistics: Statistics, progress: Progress | None
+    ) -> Generator[str, None, None]:
+        core = self._core
+        if not self._busy.acquire(blocking=False):
+            raise PromptError("this conversation is answering already: wait for it, cancel it, or start another one")
+        try:
+            self._cancelled.clear()
+            self.statistics = statistics
+            text = stream_text(
+                lambda check: core.tokens(prompt, decoding, self._cache, statistics, check),
+                TextStream(core.tokenizer, core.conv_template, decoding.stop_strings),
+                decoding,
+                statistics,
+                turn.tokens,
+                cancelled=self._cancelled,
+                cancel=self.cancel,
+                progress=progress,
+            )
+            with closing(text) as pieces:
+                for piece in pieces:
+                    turn.answer += piece
+                    yield piece
+        except (GeneratorExit, KeyboardInterrupt):  # nobody reads on: what was said stays said
+            self._keep(turn, statistics)
+            raise
+        else:
+            self._keep(turn, statistics)
+        finally:
+            self._busy.release()
+
+    def _keep(self, turn: Turn, statistics: Statistics) -> None:
+        if self._cancelled.is_set():
+            statistics.finish_reason = "cancelled"
+        if turn.answer:
+            self.turns.append(turn)

@@ -1,0 +1,168 @@
+"""A model folder, opened: its three parts compiled for their devices, its tokenizer and settings read.
+
+Puts the parts together; what they do is in runtime/parts, what is asked of them in chat_core.py. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from runtime.answer.chat_model import ChatModel
+from runtime.answer.decode import Decoding
+from runtime.answer.features import FEATURE_CACHE_BYTES, FeatureCache
+from runtime.answer.prompt import CONTEXT_TOKEN
+from runtime.errors import InternVLError, ModelFolderError, TokenizerError
+from runtime.folder.config import InternVLConfig, read_config
+from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, check_folder
+from runtime.folder.generation import read_generation_config
+from runtime.folder.settings import tuned_decode, tuned_properties
+from runtime.folder.tokenizer import Tokenizer
+from runtime.parts.device import place_parts
+from runtime.parts.kv_cache import KVCache
+from runtime.parts.language_part import LanguagePart
+from runtime.parts.stateless_part import StatelessPart
+
+PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more fall out of the processor's caches, fewer are more calls
+
+
+class OpenedModel(ChatModel):
+    """The three parts of a model folder, compiled for their devices.
+
+    `device` is OpenVINO's name, `vision_device` another one for the vision part. `precision` accuracy trades speed for the digits
+    of the PyTorch path. `cache_dir` keeps compiled models (on a GPU by default in the folder). `ov_config` holds OpenVINO
+    properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and
+    `reuse_kv` off makes stateless calls compute their whole prompt. `language` off leaves the language part to somebody else:
+    prompts can be made and embedded, and not answered. `tuned` off ignores what python -m runtime tune found for the devices.
+    Raises ModelFolderError for a folder that is not whole or not converted, TokenizerError for one without its tokenizer,
+    DeviceError for a device that is not there.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        device: str = "CPU",
+        *,
+        vision_device: str | None = None,
+        precision: str = "default",
+        cache_dir: str | Path | None = None,
+        ov_config: Mapping[str, Any] | None = None,
+        part_config: Mapping[str, Mapping[str, Any]] | None = None,
+        feature_cache_bytes: int = FEATURE_CACHE_BYTES,
+        reuse_kv: bool = True,
+        language: bool = True,
+        tuned: bool = True,
+    ):
+        self.folder = folder = Path(model_dir)
+        check_folder(folder)
+        raw = read_config(folder / CONFIG_FILE)
+        self.config = InternVLConfig.from_dict(raw)
+        self.system_message = self.conv_template.system_message
+        self.feature_cache = FeatureCache(feature_cache_bytes)
+        self.tiles_at_once = max(1, PATCHES_AT_ONCE // self.config.grid_side**2)
+        self.generation_defaults = _checked_defaults(folder / GENERATION_CONFIG_FILE)
+        core = ov.Core()
+        self.ov_device, self.ov_devices = device, [*core.available_devices]  # where it runs, and where it could
+        placed = place_parts(
+            core,
+            folder,
+            device,
+            vision_device=vision_device,
+            wide_vision=self.config.vision.norm_type == "rms_norm",
+            precision=precision,
+            cache_dir=cache_dir,
+            ov_config=ov_config,
+            part_config=part_config,
+            tuned=partial(tuned_properties, folder, core) if tuned else lambda part, device: {},
+            decode=partial(tuned_decode, folder, core) if tuned else lambda device: None,
+        )
+        width = self.config.language["hidden_size"]
+        self.language_placement = placed["language"]
+        with ThreadPoolExecutor(3) as beside:  # compiling lets other threads run
+            vision = beside.submit(StatelessPart, folder, core, placed["vision"], width)
+            if language:
+                part = beside.submit(
+                    LanguagePart,
+                    folder,
+                    core,
+                    placed["language"],
+                    width,
+                    plain_length=self.config.plain_length,
+                    window=self.config.window,
+                    reuse=reuse_kv,
+                    decode=placed.get("decode"),
+                )
+            text = beside.submit(StatelessPart, folder, core, placed["text_embeddings"], width)
+            self.tokenizer = Tokenizer.from_folder(folder)
+            self.img_context_token_id = _context_id(self.tokenizer, raw, folder)
+            self._text, self._vision = text.result(), vision.result()
+            if language:
+                self.language_part = part.result()
+        if language:
+            self.language_part.pack_when_idle()
+
+    def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
+        return self._text(ids)
+
+    def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
+        return self._vision(pixel_values)
+
+    def settle(self) -> None:
+        self.language_part.settle()
+
+    def wait_until_packed(self) -> None:
+        """Do now what the language part does once. Raises what goes wrong there."""
+        self.language_part.settle()
+        self.language_part.pack()
+
+    def release_vision(self) -> None:
+        self._vision.release()
+
+    def new_cache(self) -> KVCache:
+        return self.language_part.new_cache()
+
+    def give_back(self, cache: KVCache) -> None:
+        self.language_part.give_back(cache)
+
+    def forget(self) -> None:
+        super().forget()
+        self.language_part.forget()
+
+    def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[KVCache]:
+        return self.language_part.lend_cache(keys)
+
+
+def _checked_defaults(file: Path) -> dict[str, Any]:
+    """The values of generation_config.json, of which an answer can be written. Raises ModelFolderError."""
+    defaults = read_generation_config(file)
+    try:
+        Decoding.of(defaults, {})
+    except InternVLError as error:
+        raise ModelFolderError(f"{file}: {error}; put it right, or convert the checkpoint again") from None
+    return defaults
+
+
+def _context_id(tokenizer: Tokenizer, raw: Mapping[str, Any], folder: Path) -> int:
+    """The id of the context token, which config.json and the tokenizer agree on; optimum-cli's config.json need not name it.
+
+    Raises TokenizerError, ModelFolderError.
+    """
+    found, named = tokenizer.convert_tokens_to_ids(CONTEXT_TOKEN), raw.get("img_context_token_id")
+    if found is None:
+        raise TokenizerError(
+            f"the tokenizer of {folder} has no {CONTEXT_TOKEN}, which stands for pictures: it is not an InternVL tokenizer; "
+            "fetch the tokenizer files again and convert the checkpoint again"
+        )
+    if named not in (None, found):
+        raise ModelFolderError(
+            f"{folder / CONFIG_FILE} says img_context_token_id {named}, the tokenizer gives {CONTEXT_TOKEN} the id {found}: "
+            "the folder mixes two models; convert the checkpoint again"
+        )
+    return found

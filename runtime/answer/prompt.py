@@ -1,0 +1,154 @@
+"""The conversation templates of the family, as a table.
+
+One row a template name: what stands around each message, and the system message the model was trained with.
+Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversation.py:238-392, those of GPT-OSS of
+internvl_chat_gpt_oss/internvl/model/internvl_chat/conversation.py there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from runtime.errors import PromptError, UnsupportedModelError
+from runtime.folder.config import InternVLConfig
+from runtime.folder.tokenizer import check_text
+
+IMAGE_START, IMAGE_END, CONTEXT_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
+IMAGE_MARK = "<image>"  # where a picture stands in a question
+
+_SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+_SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+
+
+_SYSTEM_OSS = """You are InternVL, a large language model trained by Shanghai AI Laboratory.
+Knowledge cutoff: 2024-06
+Current date: 2025-08-06
+
+Reasoning: low
+
+# Valid channels: final. Channel must be included for every message."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands before each role's message, and the separator after every message.
+
+    `lead` is what the model itself writes before an answer: it stands in the history, and is not shown as part of the answer.
+    `stop` is the token that ends an answer where that is not the separator without its newline.
+    """
+
+    system: str
+    user: str
+    assistant: str
+    sep: str
+    system_message: str
+    lead: str = ""
+    stop: str = ""
+
+    @property
+    def stop_token(self) -> str:
+        """The token that ends an answer."""
+        return self.stop or self.sep.strip()
+
+
+def _chatml(sep: str, system_message: str) -> Template:
+    return Template("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", sep, system_message)
+
+
+TEMPLATES: dict[str, Template] = {
+    "Hermes-2": _chatml("<|im_end|>", _SYSTEM_2),
+    "internlm2-chat": _chatml("<|im_end|>", _SYSTEM_2),
+    "phi3-chat": Template("<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>", _SYSTEM_2),
+    "internvl2_5": _chatml("<|im_end|>\n", _SYSTEM_2_5),
+    "internvl3_5_gpt_oss": Template(
+        *("<|start|>system<|message|>", "<|start|>user<|message|>", "<|start|>assistant", "<|end|>", _SYSTEM_OSS),
+        lead="<|channel|>final<|message|>",
+        stop="<|return|>",
+    ),
+}
+
+
+OLD_SYSTEM_MESSAGES = {  # of the models named V1-2 and V1-5, which were trained before the templates had their present ones
+    "Hermes-2": "Answer the questions.",
+    "internlm2-chat": "You are an AI assistant whose name is InternLM (书生·浦语).",
+    "phi3-chat": "You are an AI assistant whose name is Phi-3.",
+}
+
+
+def old_system_message(name: str, template: str) -> str | None:
+    """The system message of (Mini-)InternVL-Chat-V1-2 and -V1-5, told by their names; None for all others.
+
+    Source: InternLM/lmdeploy@v0.6.4 lmdeploy/model.py, and OpenGVLab/InternVL's conversation.py when they were published.
+    """
+    return OLD_SYSTEM_MESSAGES.get(template) if re.search("InternVL-Chat-.*V1-[25]", name) else None
+
+
+def get_template(name: str) -> Template:
+    """Return the template of config.json's `template`; raises UnsupportedModelError naming the known ones."""
+    if name not in TEMPLATES:
+        raise UnsupportedModelError(
+            f"config.json: template {name!r} is not known; known are {', '.join(TEMPLATES)}: --template NAME picks one"
+        )
+    return TEMPLATES[name]
+
+
+def template_of(config: InternVLConfig) -> Template:
+    """The template of a model, with its own system message where it has one."""
+    template = get_template(config.template)
+    return template if config.system_message is None else replace(template, system_message=config.system_message)
+
+
+def check_question(question: str) -> None:
+    """Raise PromptError for a question that is empty or no text."""
+    check_text(question)
+    if not question.strip():
+        raise PromptError("the question is empty: write one")
+
+
+def render(template: Template, system_message: str, history: Sequence[tuple[str, str]], question: str) -> str:
+    """The prompt that asks `question` after `history`, ending where the answer begins.
+
+    An empty answer in the history leaves its turn open, as upstream's template does.
+    """
+    parts = [template.system + system_message + template.sep]
+    for asked, answered in history:
+        parts.append(template.user + asked + template.sep)
+        lead = "" if answered.startswith(template.lead) else template.lead  # upstream's histories have it
+        parts.append(template.assistant + lead + answered + template.sep if answered else template.assistant)
+    return "".join([*parts, template.user + question + template.sep, template.assistant])
+
+
+def expand_marks(
+    prompt: str,
+    tiles: Sequence[int],
+    tokens_per_tile: int,
+    start: str = IMAGE_START,
+    end: str = IMAGE_END,
+    context: str = CONTEXT_TOKEN,
+) -> str:
+    """Replace the picture marks of a prompt, in order, by the context tokens of each picture's tiles.
+
+    Raises PromptError when there are more or fewer marks than pictures.
+    """
+    if prompt.count(IMAGE_MARK) != len(tiles):
+        raise PromptError(
+            f"the prompt has {prompt.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(tiles)} pictures: write one mark a picture, "
+            "earlier turns included, and give all their tiles"
+        )
+    for count in tiles:
+        prompt = prompt.replace(IMAGE_MARK, start + context * (tokens_per_tile * count) + end, 1)
+    return prompt
+
+
+def frame_marks(frames: int) -> str:
+    """The lines that stand before a question about a video."""
+    return "".join(f"Frame{number}: {IMAGE_MARK}\n" for number in range(1, frames + 1))
+
+
+def picture_marks(pictures: int) -> str:
+    """The lines that stand before a question about pictures that has no marks of its own."""
+    if pictures == 1:
+        return f"{IMAGE_MARK}\n"
+    return "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in range(1, pictures + 1))

@@ -1,0 +1,63 @@
+"""One turn of a dialogue: what is asked, and what became of it.
+
+A question with its pictures and video is opened, cut into tiles and given its marks here. Knows no tokens and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.answer.prompt import IMAGE_MARK, check_question, frame_marks, picture_marks
+from runtime.folder.config import InternVLConfig
+from runtime.media.picture import Source, open_picture
+from runtime.media.tiles import PictureTiles, Tiling
+from runtime.media.video import DEFAULT_SEGMENTS, Bound, read_frames
+from runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what it is about.
+
+    `images` are what runtime.media.picture.open_picture takes, cut into at most `max_tiles` tiles each (and a thumbnail). They
+    stand at the `<image>` marks of the text, or before it. Of `video`, `num_segments` frames of its seconds `bound` stand before
+    that, one tile each. `allow_urls` off refuses web addresses.
+    """
+
+    text: str
+    images: Source | Sequence[Source] = ()
+    video: str | Path | None = None
+    max_tiles: int | None = None
+    num_segments: int = DEFAULT_SEGMENTS
+    bound: Bound | None = None
+    allow_urls: bool = True
+
+    def open(self, config: InternVLConfig, progress: Progress | None = None) -> Turn:
+        """The turn without its answer: the pictures opened and cut, and a mark in the question for each.
+
+        `progress` hears of the frames. Raises PictureError, VideoError, PromptError, OptionError.
+        """
+        check_question(self.text)
+        tiling = Tiling.of(config).at_most(self.max_tiles)
+        frames = [] if self.video is None else read_frames(self.video, self.num_segments, self.bound, progress)
+        several = self.images if isinstance(self.images, list | tuple) else [self.images]
+        pictures = [open_picture(one, allow_urls=self.allow_urls) for one in several]  # type: ignore[arg-type]
+        cut = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
+        cut += [PictureTiles.of_picture(picture, tiling) for picture in pictures]
+        marks = picture_marks(len(pictures)) if pictures and IMAGE_MARK not in self.text else ""
+        return Turn(frame_marks(len(frames)) + marks + self.text, "", cut)
+
+
+@dataclass
+class Turn:
+    """One turn: the question with its picture marks, the answer, and the pictures of the marks in order.
+
+    `tokens` are those that the model wrote as the answer; where the answer is edited they count no more.
+    """
+
+    question: str
+    answer: str
+    pictures: list[PictureTiles]
+    tokens: list[int] = field(default_factory=list)

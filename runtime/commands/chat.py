@@ -1,0 +1,198 @@
+"""python -m runtime chat FOLDER [QUESTION]: one answer, or a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.answer.prompt import check_question
+from runtime.commands.options import add_placement, open_model, show_line
+from runtime.errors import InternVLError, OptionError
+from runtime.folder.files import CONFIG_FILE, check_folder
+
+if TYPE_CHECKING:
+    from runtime.answer.conversation import Conversation
+
+DEFAULT_NEW_TOKENS = 256
+AUTO = "auto"
+COMMANDS = """/image FILE    a picture for the next question; may be said several times
+/video FILE    a video for the next question
+/reset         forget the conversation
+/quit          leave (as Ctrl-D does); Ctrl-C stops an answer"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_placement(parser)
+    parser.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask; <image> marks where a picture stands")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="picture or its URL; may be given several times"
+    )
+    parser.add_argument("--video", metavar="FILE", help="video, of which 8 frames are shown to the model")
+    parser.add_argument(
+        "--max-tiles", type=tiles_or_auto, metavar="N", help="tiles a picture at most, or auto (default: the model's, often 12)"
+    )
+    parser.add_argument(
+        "--first-token", type=float, default=5, metavar="SECONDS", help="with --max-tiles auto, after tune (default: %(default)g)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="print the answer and its statistics as one JSON object")
+    writing = parser.add_argument_group("how it writes")
+    writing.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="(default: %(default)s)")
+    writing.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
+    writing.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
+    writing.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: 50)")
+    writing.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids what was said (default: 1)")
+    writing.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens from what was said before: faster where it repeats; greedy, CPU",
+    )
+    writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
+
+
+def tiles_or_auto(text: str) -> int | str:
+    """The value of --max-tiles."""
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
+
+
+def show_progress(stage: str, done: int, total: int) -> None:
+    """Say what is being read."""
+    show_line(f"reading {stage}: {done} of {total} ")
+
+
+def writing_options(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
+    prompt_lookup: int,
+    seed: int | None,
+    **_: Any,
+) -> dict[str, Any]:
+    """The command line's options of how it writes, by transformers' names. Raises OptionError."""
+    from runtime.answer.decode import Decoding
+
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "prompt_lookup_num_tokens": prompt_lookup,
+        "seed": seed,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    decoding = Decoding.of({}, options)  # before a model is opened
+    if not decoding.temperature and (top_p is not None or top_k is not None):
+        raise OptionError("--top-p and --top-k choose among draws: give a --temperature above 0 too")
+    return options
+
+
+def say(conversation: Conversation, question: str, **options: Any) -> None:
+    """Write the answer to standard output as it comes, then its statistics to standard error."""
+    begun = False
+    try:
+        for piece in conversation.stream(question, progress=show_progress, **options):
+            if not begun:
+                show_line("")
+            begun = True
+            print(piece, end="", flush=True)
+    finally:
+        if not begun:
+            show_line("")
+    print(flush=True)
+    print(conversation.statistics, file=sys.stderr)
+
+
+def run(question: str | None, image: list[str], video: str | None, max_tiles: int | str | None, **options: Any) -> None:
+    """One question and its answer, or a conversation when there is no question."""
+    writing = writing_options(**options)
+    if question is not None:
+        check_question(question)
+    if question is None and options["json"]:
+        raise OptionError("--json answers one question: give it")
+    if max_tiles == AUTO:
+        max_tiles = affordable_tiles(**options)
+    conversation = open_model(**options).start_conversation(options["system"])
+    asked = {"images": image, "video": video, "max_tiles": max_tiles, **writing}
+    if question is None:
+        talk(conversation, asked)
+    elif options["json"]:
+        answer = conversation.ask(question, **asked)
+        assert conversation.statistics is not None
+        print(json.dumps({"answer": answer, **conversation.statistics.as_dict()}, ensure_ascii=False))
+    else:
+        say(conversation, question, **asked)
+
+
+def affordable_tiles(folder: Path, device: str, vision_device: str | None, first_token: float, **_: Any) -> int:
+    """The tile limit of a time to the first token, by what tune measured. Raises OptionError where it did not."""
+    import openvino as ov
+
+    from runtime.folder.config import InternVLConfig, read_config
+    from runtime.folder.settings import settings_of, tiles_within
+
+    check_folder(folder)
+    found = settings_of(folder, ov.Core(), device)
+    if found is None or vision_device not in (None, device):
+        raise OptionError(f"--max-tiles auto needs to know how fast {device} is: run  python -m runtime tune {folder}  first")
+    tiles = tiles_within(found, first_token, InternVLConfig.from_dict(read_config(folder / CONFIG_FILE)))
+    print(f"up to {tiles} tiles a picture, for a first token within {first_token:g} s", file=sys.stderr)
+    return tiles
+
+
+def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input) -> None:
+    """Questions and commands from the terminal until it is enough. A mistake is told and the conversation goes on."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history, where the system has it
+    print(f"Ask, or:\n{COMMANDS}", file=sys.stderr)
+    images, video = list(asked["images"]), asked["video"]
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
+            continue
+        command, _, rest = line.partition(" ")
+        rest = rest.strip().strip("'\"")  # a file dropped on a terminal comes in quotes
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation.reset()
+                images, video = [], None
+                print("the conversation is empty", file=sys.stderr)
+            elif command in ("/image", "/video"):
+                if not rest:
+                    raise OptionError(f"{command} needs a file: {command} FILE")
+                if not rest.startswith(("http://", "https://", "data:")) and not Path(rest).is_file():
+                    raise OptionError(f"{rest} is not there")
+                images, video = ([*images, rest], video) if command == "/image" else (images, rest)
+                waiting = len(images) + (video is not None)
+                print(f"{waiting} for the next question", file=sys.stderr)
+            elif command.startswith("/") and "/" not in command[1:]:
+                print(f"{command} is not a command:\n{COMMANDS}", file=sys.stderr)
+            elif line:
+                turns = len(conversation.turns)
+                try:
+                    say(conversation, line, **{**asked, "images": images, "video": video})
+                except KeyboardInterrupt:
+                    print("\n(stopped)", file=sys.stderr)
+                if len(conversation.turns) > turns:
+                    images, video = [], None
+        except InternVLError as error:
+            print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,47 @@
+"""python -m runtime serve FOLDER: an OpenAI-compatible server, until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from runtime.commands.options import add_placement
+from runtime.errors import not_installed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_placement(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=23333, help="(default: %(default)s)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="clients must send it (default: $INTERNVL_API_KEY, else none is asked for)"
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="under which clients ask for it (default: the folder's name)")
+    parser.add_argument(
+        "--engine",
+        choices=("genai", "native"),
+        default="genai",
+        help="genai: many requests at once; native: one after the other (default: %(default)s)",
+    )
+    allowed = parser.add_argument_group("what it takes")
+    allowed.add_argument("--cache-size", type=int, default=2, metavar="GB", help="KV cache of all requests (default: %(default)s)")
+    allowed.add_argument(
+        "--max-requests", type=int, default=64, metavar="N", help="at once, waiting ones too (default: %(default)s)"
+    )
+    allowed.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of one answer (default: %(default)g)")
+    allowed.add_argument("--max-body", type=int, default=64, metavar="MB", help="of one request (default: %(default)s)")
+    allowed.add_argument(
+        "--allowed-media-domains", metavar="HOSTS", default="", help="fetch pictures from these, comma between (default: none)"
+    )
+    allowed.add_argument("--allowed-local-media-path", metavar="FOLDER", type=Path, help="read media there (default: nowhere)")
+
+
+def run(**options: Any) -> None:
+    """Answer over HTTP until it is stopped. Raises OptionError."""
+    from runtime.serve import run as serve
+
+    try:
+        serve(**options)
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "serve") from None

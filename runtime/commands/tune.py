@@ -1,0 +1,59 @@
+"""python -m runtime tune FOLDER: find the fastest settings of this machine and keep them in the folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from runtime.commands.options import add_folder, show_line
+from runtime.folder.files import check_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
+    parser.add_argument("--reset", action="store_true", help="forget what was found, for all devices")
+
+
+def run(folder: Path, device: str, reset: bool) -> None:
+    """Measure, keep, and say what it brings; or forget it."""
+    from runtime.folder.settings import reset as forget
+
+    check_folder(folder)
+    if reset:
+        print("forgotten: the defaults are back" if forget(folder) else "nothing was tuned here")
+        return
+    from runtime.measure.tune import tune as find
+
+    found = find(folder, device, show_trial)
+    show_line("")
+    for trial in found["tried"]:
+        said = f"{trial['gain']:+.0%}" if "gain" in trial else f"refused ({trial['refused']})"
+        print(f"{trial['stage']:<10}{trial['candidate']:<42}{said}")
+    for part, properties in found["parts"].items():
+        chosen = ", ".join(f"{name}={value}" for name, value in properties.items()) or "the default"
+        print(f"{part}: {chosen}" + (f", {found['gain'][part]:.0%} less time" if properties else ""))
+    second = found["decode"]
+    if second:
+        told = ", ".join(f"{name}={value}" for name, value in second["properties"].items())
+        print(
+            f"decode: single tokens have weights of their own, {second['file']}{', ' if told else ''}{told}: "
+            f"{found['gain']['decode']:.0%} less time, {second['bytes'] / 1e9:.2f} GB more memory"
+        )
+    else:
+        print("decode: the default, by the same weights as the prompt")
+    seconds = found["seconds"]
+    print(
+        f"a tile {seconds['tile']:.3f} s, a prompt token {1000 * seconds['prompt_token']:.2f} ms, "
+        f"a new token {1000 * seconds['token']:.1f} ms; {found['agreement']:.0%} of the greedy tokens are the default's"
+    )
+    if found["accuracy"]:
+        right = found["accuracy"]
+        print(f"right answers of the built-in model: {right['tuned']:.1%}, with the defaults {right['default']:.1%}")
+    print(json.dumps({name: found[name] for name in ("parts", "decode", "seconds", "gain", "agreement", "accuracy")}))
+
+
+def show_trial(what: str, done: int, total: int) -> None:
+    """Say what is being tried."""
+    show_line(f"{done} of {total}: {what} ")

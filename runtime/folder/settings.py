@@ -1,0 +1,75 @@
+"""What `python -m runtime tune` found for a model folder: kept in its `tuned.json`, by device.
+
+Counts only on the processor and the OpenVINO on which it was found. Knows how to read, write and forget it, and how many tiles it
+allows; measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from runtime.errors import OptionError
+from runtime.folder.config import InternVLConfig
+from runtime.folder.files import DECODE_FILE, TUNED_FILE
+
+
+def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | None:
+    """What was found for this device, if it was on this processor and this OpenVINO: {"parts", "seconds", ...}."""
+    try:
+        found = json.loads((folder / TUNED_FILE).read_text(encoding="utf-8"))[device]
+        return found if found["machine"] == machine(core, device) else None
+    except (FileNotFoundError, KeyError):
+        return None
+    except (ValueError, TypeError):
+        raise OptionError(f"{folder / TUNED_FILE} cannot be read: python -m runtime tune {folder} --reset removes it") from None
+
+
+def reset(folder: Path) -> bool:
+    """Forget what was found, of all devices; False when there was nothing."""
+    there = (folder / TUNED_FILE).exists()
+    for file in (folder / TUNED_FILE, folder / DECODE_FILE, (folder / DECODE_FILE).with_suffix(".bin")):
+        file.unlink(missing_ok=True)
+    return there
+
+
+def tiles_within(settings: dict[str, Any], seconds: float, config: InternVLConfig) -> int:
+    """How many tiles of one picture can be looked at before a first token that comes after `seconds`: at least one.
+
+    By the measured times of a tile and of a prompt token; a thumbnail counts as a tile where the model has one. Raises OptionError
+    for a time that is not positive.
+    """
+    if seconds <= 0:
+        raise OptionError(f"first token after {seconds:g} s: give a positive number of seconds")
+    measured = settings["seconds"]
+    each = measured["tile"] + config.tokens_per_tile * measured["prompt_token"]
+    room = int(seconds / each) - (1 if config.use_thumbnail else 0)
+    return max(1, min(room, config.max_tiles))
+
+
+def tuned_properties(folder: Path, core: ov.Core, part: str, device: str) -> dict[str, Any]:
+    """OpenVINO properties of a part on a device; none where nothing was found."""
+    found = settings_of(folder, core, device)
+    return dict(found["parts"].get(part, {})) if found else {}
+
+
+def tuned_decode(folder: Path, core: ov.Core, device: str) -> tuple[str, dict[str, Any]] | None:
+    """File and properties of a second compilation of the language part for single tokens; None where none was worth it."""
+    found = (settings_of(folder, core, device) or {}).get("decode")
+    return (found["file"], found["properties"]) if found and (folder / found["file"]).exists() else None
+
+
+def keep(folder: Path, device: str, settings: dict[str, Any]) -> None:
+    """Write what was found for a device; what was found for others stays."""
+    file = folder / TUNED_FILE
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(kept | {device: settings}, indent=1) + "\n", encoding="utf-8")
+
+
+def machine(core: ov.Core, device: str) -> dict[str, str]:
+    """What settings are good for."""
+    able = " ".join(sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")))  # virtual processors share a name
+    return {"processor": str(core.get_property(device, "FULL_DEVICE_NAME")), "able": able, "openvino": ov.__version__}

@@ -1,0 +1,1 @@
+"""What OpenVINO runs: devices, compiled parts, the KV caches. Knows arrays; no pictures, no prompts, no text."""

@@ -1,0 +1,133 @@
+"""On which device each part runs, and with which OpenVINO properties.
+
+Decides from names alone, so that it can be tried on a stand-in for a machine with a GPU; compiles nothing.
+Property names: openvinotoolkit/openvino src/inference/include/openvino/runtime/properties.hpp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.errors import DeviceError, OptionError
+from runtime.folder.files import PART_FILES, PARTS
+
+COMBINING = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices made of others, which may follow after a colon
+PRECISIONS = ("default", "accuracy")
+MODEL_CACHE = "model_cache"  # folder of compiled models, inside the model folder
+
+
+class Core(Protocol):
+    """What is asked of ov.Core."""
+
+    available_devices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one part runs, and from which file of the model folder where that is not the part's own."""
+
+    part: str
+    device: str
+    properties: dict[str, Any]
+    other_file: str | None = None
+
+    @property
+    def file(self) -> str:
+        """Name of its .xml file."""
+        return self.other_file or PART_FILES[self.part]
+
+    @property
+    def accurate(self) -> bool:
+        """Whether nothing is to be rounded for speed."""
+        return self.properties.get("EXECUTION_MODE_HINT") == "ACCURACY"
+
+
+def check_device(core: Core, device: str) -> None:
+    """Raise DeviceError unless `device`, like CPU, GPU.1, AUTO or HETERO:GPU,CPU, is here."""
+    seen = [*core.available_devices]
+    families = {name.split(".")[0] for name in seen}
+    kind, _, members = device.partition(":")
+    wanted = [name.strip("-") for name in members.split(",") if name] if kind in COMBINING else [device]
+    for name in wanted:
+        name = name.partition("(")[0]  # MULTI:GPU(2)
+        if name not in seen and name not in families and not (name == "GPU.0" and "GPU" in seen):
+            raise DeviceError(f"there is no device {name} here; there are {', '.join(seen)}")
+
+
+def uses(core: Core, device: str, family: str) -> bool:
+    """Whether `device` may run work on a device of `family`, like GPU."""
+    kind, _, members = device.partition(":")
+    if kind in COMBINING:
+        names = members.split(",") if members else core.available_devices
+        return any(name.strip("-").startswith(family) for name in names)
+    return device.startswith(family)
+
+
+def place_parts(
+    core: Core,
+    folder: Path,
+    device: str,
+    *,
+    vision_device: str | None = None,
+    wide_vision: bool = False,
+    precision: str = "default",
+    cache_dir: str | Path | None = None,
+    ov_config: Mapping[str, Any] | None = None,
+    part_config: Mapping[str, Mapping[str, Any]] | None = None,
+    tuned: Callable[[str, str], Mapping[str, Any]] = lambda part, device: {},
+    decode: Callable[[str], tuple[str, Mapping[str, Any]] | None] = lambda device: None,
+) -> dict[str, Placement]:
+    """The device and the properties of every part.
+
+    `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `tuned` says what was found best
+    for a part on a device, and `decode` the file and properties of a second compilation of the language part, for single tokens,
+    which is then placed as "decode"; neither is asked where a precision is. `ov_config` holds properties for all parts and
+    `part_config` for single ones; both win over what is chosen here.
+    Raises DeviceError for a device that is not here, OptionError for an unknown precision or part.
+    """
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision {precision!r} is not known; known are {', '.join(PRECISIONS)}")
+    unknown = set(part_config or {}) - set(PARTS)
+    if unknown:
+        raise OptionError(f"part_config names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    # Rows of the embedding table go to host memory anyway: looking them up on a GPU would only add a round trip a token.
+    devices = {"text_embeddings": "CPU", "vision": vision_device or device, "language": device}
+    placed, own = {}, {part: dict(ov_config or {}) | dict((part_config or {}).get(part, {})) for part in PARTS}
+    for part, name in devices.items():
+        check_device(core, name)
+        properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide_vision and part == "vision")
+        if precision == "default":
+            properties |= tuned(part, name)
+        placed[part] = Placement(part, name, properties | own[part])
+    second = decode(device) if precision == "default" else None
+    if second is not None:
+        file, more = second
+        placed["decode"] = Placement("language", device, placed["language"].properties | dict(more) | own["language"], file)
+    return placed
+
+
+def _chosen(
+    core: Core, folder: Path, part: str, device: str, precision: str, cache_dir: str | Path | None, *, wide: bool
+) -> dict[str, Any]:
+    """Properties of one part before the caller's own.
+
+    A GPU computes in float16, which ends at 65,504; past it the answer turns into one repeated character. The saved language part
+    tells the GPU plugin to scale its activations down (ACTIVATIONS_SCALE_FACTOR, written by convert); InternViT-6B computes in
+    float32 there.
+    """
+    gpu = uses(core, device, "GPU")
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision == "accuracy":
+        properties["EXECUTION_MODE_HINT"] = "ACCURACY"
+        if part == "language":
+            properties["KV_CACHE_PRECISION"] = "f16" if gpu else "f32"
+    elif gpu and wide:
+        properties["INFERENCE_PRECISION_HINT"] = "f32"
+    if cache_dir is not None:
+        properties["CACHE_DIR"] = str(cache_dir)
+    elif gpu:  # compiling for a GPU takes minutes the first time
+        properties["CACHE_DIR"] = str(folder / MODEL_CACHE)
+    return properties

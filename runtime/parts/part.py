@@ -1,0 +1,116 @@
+"""One part of a model folder: read, compiled where it was placed, run.
+
+What goes wrong in OpenVINO on the way is told in one line; knows nothing of what a part computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from runtime.errors import DeviceError, ModelFolderError
+from runtime.parts.device import Placement
+from runtime.parts.memory import leaving_mapped
+
+ACTIVATION_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+ACTIVATION_GROUPS = (128, 64)  # activations that share a scale, best first; OpenVINO's own number is 32
+STORED_KINDS = ("u4", "i4", "u8", "i8")
+VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
+THREADS = "INFERENCE_NUM_THREADS"
+
+
+def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> ov.Model:
+    """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read.
+
+    Also when its embeddings do not have the `width` D of the language model: then its file is another model's.
+    """
+    file = folder / placement.file
+    try:
+        model = core.read_model(file)
+    except RuntimeError as error:
+        raise ModelFolderError(
+            f"{file} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; convert the checkpoint again"
+        ) from error
+    port = model.input("inputs_embeds") if placement.part == "language" else model.output()
+    found = port.partial_shape[-1]
+    if found.is_static and found.get_length() != width:
+        raise ModelFolderError(
+            f"{file} has embeddings of width {found}, config.json says {width}: the folder mixes two models; "
+            "convert the checkpoint again"
+        )
+    return model
+
+
+def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.CompiledModel:
+    """Compile a part where it was placed. Raises DeviceError when its device refuses it or one of its properties."""
+    try:
+        return core.compile_model(model, placement.device, activation_groups(model, placement) | placement.properties)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{placement.device} cannot run the {placement.part} part ({last_line(error)}): "
+            "choose another device or other properties"
+        ) from error
+
+
+def activation_groups(model: ov.Model, placement: Placement) -> dict[str, Any]:
+    """In which groups a processor with 8-bit products quantises activations before it multiplies them with compressed weights.
+
+    Groups of 128 take four fifths of the time of OpenVINO's 32, and the built-in model answers as many questions right with
+    either, or with none (BENCHMARKS.md). More than share a scale of the weights would mean none at all.
+    """
+    if placement.device != "CPU" or placement.accurate:
+        return {}
+    sizes = {size for node in model.get_ops() if node.get_type_name() == "MatMul" for size in _shared_scale(node)}
+    group = next((group for group in ACTIVATION_GROUPS if sizes and all(size % group == 0 for size in sizes)), None)
+    return {} if group is None else {ACTIVATION_GROUP: group}
+
+
+def _shared_scale(product: ov.Node) -> list[int]:
+    """How many weights of a row share a scale, where a matrix product has compressed ones."""
+    node = product.input_value(1).get_node()
+    while node.get_type_name() in ("Convert", "Reshape", "Multiply", "Subtract"):
+        node = node.input_value(0).get_node()
+    stored = node.get_type_name() == "Constant" and node.get_output_element_type(0).get_type_name() in STORED_KINDS
+    return [node.get_output_shape(0)[-1]] if stored else []
+
+
+def threads_of(compiled: ov.CompiledModel) -> int:
+    """How many threads a compiled part computes with; 0 on devices that have none."""
+    return compiled.get_property(THREADS) if THREADS in compiled.get_property("SUPPORTED_PROPERTIES") else 0
+
+
+def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
+    """Run a compiled part on these inputs by name; outputs stay in the request until its next run.
+
+    OpenVINO's own dispatch of inputs and its copy of outputs take half a millisecond, which counts once a token. An input that
+    is left out is the one of the run before, whose array must still be there.
+    """
+    tensors = {name: ov.Tensor(np.asarray(array, order="C"), shared_memory=True) for name, array in inputs.items()}
+    for name, tensor in tensors.items():
+        request.set_tensor(name, tensor)
+    request.infer(share_outputs=True)
+
+
+def leaving_file(folder: Path, placement: Placement) -> AbstractContextManager[None]:
+    """Let a part's file leave memory while it runs for the first time: a device packs the weights into memory of its own then."""
+    return leaving_mapped((folder / placement.file).with_suffix(".bin"))
+
+
+def equal_spans(total: int, most: int) -> list[tuple[int, int]]:
+    """Cut a long run into as few spans [start, end) of at most `most` as there can be, about equally long.
+
+    A short rest is slower for its size, and its shape has to be prepared for as well.
+    """
+    count = -(-total // most)
+    return [(total * n // count, total * (n + 1) // count) for n in range(count)]
+
+
+def last_line(error: Exception) -> str:
+    """The line of an OpenVINO error that says what is wrong; the others are places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

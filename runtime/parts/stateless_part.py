@@ -1,0 +1,46 @@
+"""A part without memory of its own: the text embeddings, the vision part.
+
+One input, one output, called with NumPy arrays; knows nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from runtime.parts.device import Placement
+from runtime.parts.part import compile_part, infer, leaving_file, read_part, threads_of
+
+
+class StatelessPart:
+    """One part without memory of its own, one input and one output, that several threads may call."""
+
+    def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int):
+        self._compiled = compile_part(core, read_part(core, folder, placement, width), placement)
+        self._request = self._compiled.create_infer_request()
+        self._input = self._compiled.input().get_any_name()
+        self._lock = threading.Lock()
+        self._packing: Callable[[], AbstractContextManager[None]] = partial(leaving_file, folder, placement)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        with self._lock:
+            with self._packing():
+                infer(self._request, {self._input: values})
+            self._packing = nullcontext
+            return self._request.get_output_tensor().data.copy()
+
+    @property
+    def threads(self) -> int:
+        """How many it computes with."""
+        return threads_of(self._compiled)
+
+    def release(self) -> None:
+        """Give back the memory of intermediate results until the next call."""
+        with self._lock:
+            self._compiled.release_memory()

@@ -1,0 +1,233 @@
+"""python -m pytest tests/demo/test_page.py
+
+The chatbot as people meet it: the built-in model in a real browser, Chromium driven by Playwright. Skipped where either is absent.
+Screenshots go to build/page, to be looked at.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page is looked at in it")
+
+ROOT = Path(__file__).parents[2]
+SHOTS = ROOT / "build" / "page"
+EXAMPLE = "Which shape is purple?"
+DONE = "first token after"
+
+
+@pytest.fixture(scope="module")
+def bot(converted):
+    from demo.chatbot import make_demo
+    from runtime import OVInternVLChatModel
+
+    model = OVInternVLChatModel(converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int4"))
+    page = make_demo(model)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)
+    yield SimpleNamespace(address=address, model=model)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    arguments += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a drawn webcam
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def window(browser, bot):
+    """Opens the page in windows of their own, and sees that none of them asks the web for anything."""
+    opened, outside = [], []
+
+    def open_page(width: int = 1280, height: int = 860):
+        page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: outside.append(request.url) if request.url.startswith("http") else None)
+        page.goto(bot.address)
+        page.get_by_placeholder("Ask;").wait_for()
+        opened.append(page)
+        return page
+
+    yield open_page
+    for page in opened:
+        page.context.close()
+    assert [url for url in outside if not url.startswith(bot.address)] == []
+
+
+def ask(page, question: str, *files: Path) -> None:
+    page.locator(".submit-button").wait_for()  # the answer before has ended
+    page.wait_for_timeout(300)
+    if files:
+        page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+        page.get_by_role("button", name="Remove").first.wait_for()
+    page.locator("textarea[data-testid=textbox]").first.fill(question)
+    page.keyboard.press("Enter")
+
+
+def answers(page, count: int) -> None:
+    """Wait until this many answers are complete."""
+    page.wait_for_function(f"document.body.innerText.split('{DONE}').length > {count}")
+
+
+def test_an_example_a_second_turn_and_what_the_model_saw(window):
+    page = window()
+    page.get_by_text(EXAMPLE).first.click()
+    answers(page, 1)
+    assert page.get_by_text("circle", exact=True).is_visible()
+    assert page.get_by_text("1 tile", exact=True).is_visible()
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / "wide.png")
+    ask(page, "Where is it?")
+    answers(page, 2)
+    assert page.get_by_text("top", exact=True).is_visible()
+    assert "reused" in page.inner_text("body")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "tiles"),
+    [
+        ("How high is the red bar?", "9", "1 tile"),
+        ("Read the text on the right.", "168", "3 x 1 tiles and a thumbnail"),
+        ("Which picture has more shapes?", "Image-1", "1 tile"),
+    ],
+)
+def test_every_example_is_answered_right_by_one_click(window, question, answer, tiles):
+    page = window()
+    page.get_by_text(question).first.click()
+    answers(page, 1)
+    assert page.get_by_text(answer, exact=True).is_visible()
+    assert page.get_by_text(tiles, exact=True).first.is_visible()
+    page.screenshot(path=SHOTS / f"example-{answer}.png")
+
+
+def test_a_webcam_picture_is_asked_about(window):
+    page = window()
+    page.get_by_text("Webcam").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")  # the camera shows something
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="capture photo").click()
+    page.locator(".multimodal-textbox img").wait_for()  # it waits in the question's box
+    page.screenshot(path=SHOTS / "webcam.png")
+    ask(page, "What is it?")
+    answers(page, 1)
+    page.get_by_text("3 x 2 tiles and a thumbnail").wait_for()
+
+
+def test_what_takes_long_shows_how_far_it_is(window, bot, monkeypatch):
+    look = bot.model.encode_tiles
+    monkeypatch.setattr(bot.model, "encode_tiles", lambda tiles: time.sleep(1.5) or look(tiles))
+    bot.model.feature_cache.clear()
+    page = window()
+    page.get_by_text("Read the text on the right.").first.click()
+    page.get_by_text("Looking at tiles").first.wait_for()
+    page.screenshot(path=SHOTS / "progress.png")
+    answers(page, 1)
+
+
+def test_a_narrow_window_shows_the_chat_first(window):
+    page = window(390, 800)
+    page.screenshot(path=SHOTS / "narrow.png")
+    box = page.get_by_placeholder("Ask;").bounding_box()
+    assert box["y"] < 800
+    assert box["x"] + box["width"] <= 390
+
+
+def test_a_broken_file_is_one_line_in_the_chat_and_the_page_goes_on(window, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("not a picture")
+    page = window()
+    ask(page, "What is it?", broken)
+    page.get_by_text("cannot be read as a picture").wait_for()
+    ask(page, "Which shape is blue?", picture(tmp_path / "blue.png", "blue"))
+    answers(page, 1)
+
+
+def test_stop_ends_the_decoding(window, bot, monkeypatch):
+    embed, started = bot.model.embed_tokens, []
+    start = bot.model.start_conversation
+    monkeypatch.setattr(bot.model, "start_conversation", lambda *given: started.append(start(*given)) or started[-1])
+    monkeypatch.setattr(bot.model, "embed_tokens", lambda ids: time.sleep(0.2) or embed(ids))  # a large model's pace
+    page = window()
+    ask(page, "Describe the picture.", ROOT / "demo" / "examples" / "shapes.png")
+    page.get_by_text("purple circle").last.wait_for()
+    page.screenshot(path=SHOTS / "streaming.png")
+    page.locator(".stop-button").click()
+    deadline = time.monotonic() + 10
+    while not (started[0].statistics and started[0].statistics.finish_reason) and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    assert started[0].statistics.finish_reason == "cancelled"
+    assert 1 < started[0].statistics.new_tokens < 30
+    monkeypatch.undo()
+    ask(page, "What colour is the star?")
+    answers(page, 1)
+
+
+def test_retry_undo_and_edit(window):
+    page = window()
+    page.get_by_text(EXAMPLE).first.click()
+    answers(page, 1)
+    page.get_by_role("button", name="Retry").click()
+    page.wait_for_timeout(1000)
+    answers(page, 1)
+    assert page.get_by_text("circle", exact=True).count() == 1
+    page.get_by_role("button", name="Edit").last.click()
+    page.locator("textarea.edit-textarea").fill("Which shape is orange?")
+    page.get_by_role("button", name="Submit").first.click()
+    page.get_by_text("star", exact=True).wait_for()
+    assert page.get_by_text("circle", exact=True).count() == 0
+    answers(page, 1)
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_text("star", exact=True).wait_for(state="detached")
+    assert "orange" in page.locator("textarea[data-testid=textbox]").first.input_value()
+
+
+def test_two_windows_have_two_conversations(window, tmp_path):
+    pages = {colour: window() for colour in ("red", "blue")}
+    for colour, page in pages.items():
+        ask(page, "What colour is the square?", picture(tmp_path / f"{colour}.png", colour))
+    for page in pages.values():
+        answers(page, 1)
+    for colour, page in pages.items():
+        ask(page, "What colour is it?")
+        answers(page, 2)
+        assert page.get_by_text(colour, exact=True).count() >= 1
+
+
+def test_another_device_goes_on_with_the_conversation(window, bot):
+    page = window()
+    page.get_by_text(EXAMPLE).first.click()
+    answers(page, 1)
+    page.get_by_text("Sampling, system message, device").click()
+    box = page.get_by_label("Device")
+    box.click()
+    page.get_by_role("option", name="AUTO").click()
+    page.wait_for_function("document.querySelector('[aria-label=Device]').value === 'AUTO'")
+    ask(page, "Where is it?")
+    answers(page, 2)
+    assert page.get_by_text("top", exact=True).is_visible()
+    box.click()
+    box.fill("NPX")
+    box.press("Enter")
+    page.get_by_text("there is no device NPX here").wait_for()
+    page.screenshot(path=SHOTS / "device.png")
+    page.wait_for_function("document.querySelector('[aria-label=Device]').value === 'AUTO'")
+
+
+def picture(path: Path, colour: str) -> Path:
+    """A square in the middle of a tile."""
+    shades = {"red": (220, 40, 40), "blue": (40, 80, 220)}
+    drawn = Image.new("RGB", (112, 112), (240, 240, 240))
+    drawn.paste(shades[colour], (42, 42, 70, 70))
+    drawn.save(path)
+    return path

@@ -1,0 +1,192 @@
+"""python -m pytest tests/runtime/commands/test_commands.py
+
+python -m runtime as a person and a program meet it: streamed answers, a chat of several turns, JSON, a benchmark, one-line errors.
+"""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime import OVInternVLChatModel
+from runtime.__main__ import main
+from runtime.commands.chat import talk
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, converted):
+    return converted(tiny("tiny-qwen2"), weight_format="fp32")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "wide.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 112, 3), np.uint8)).save(path)
+    return path
+
+
+def test_json_is_one_object_with_the_answer_and_what_it_took(folder, wide, capsys):
+    assert main(["chat", str(folder), "What is it?", "--image", str(wide), "--max-new-tokens", "5", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    answer = OVInternVLChatModel(folder).start_conversation().ask("What is it?", images=[wide], max_new_tokens=5)
+    assert said["answer"] == answer
+    assert said["tiles"] == said["encoded_tiles"] == 3
+    assert said["new_tokens"] == 5
+    assert said["finish_reason"] == "length"
+    assert said["reused_tokens"] == 0
+    assert said["first_token_seconds"] > 0
+
+
+def test_draws_are_repeatable(folder, capsys):
+    command = ["chat", str(folder), "Hello", "--max-new-tokens", "12", "--temperature", "1.2", "--top-k", "40", "--top-p", "0.95"]
+    said = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, "--seed", seed, "--repetition-penalty", "1.1"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature -1.0 is not 0 (the likeliest token) or more"),
+        (["--top-p", "0.5"], "--top-p and --top-k choose among draws"),
+        (["--temperature", "1", "--top-p", "2"], "top p 2.0 is not above 0 and at most 1"),
+        (["--temperature", "1", "--top-k", "-1"], "top k -1 is not 0 (all) or positive"),
+        (["--repetition-penalty", "0"], "repetition penalty 0.0 is not positive"),
+        (["--video", "gone.mp4"], "gone.mp4 is not there"),
+        (["--vision-device", "NPU9"], "there is no device NPU9 here"),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(folder, capsys, options, message):
+    assert main(["chat", str(folder), "Hello", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"error: {message}")
+
+
+def test_json_needs_a_question(folder, capsys):
+    assert main(["chat", str(folder), "--json"]) == 2
+    assert "error: --json answers one question" in capsys.readouterr().err
+
+
+def test_a_benchmark_ends_with_a_line_of_json(folder, wide, capsys):
+    options = ["--image", str(wide), "--max-new-tokens", "4", "--repeats", "2", "--warm-up", "1", "--max-tiles", "2"]
+    assert main(["benchmark", str(folder), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert found["tiles"] == 3
+    assert found["new_tokens"] == 4
+    assert found["repeats"] == 2
+    assert all(found[name] > 0 for name in ("first_token_seconds", "token_seconds", "second_turn_seconds", "same_picture_seconds"))
+    assert found["peak_gb"] > 0.1
+    assert sum(line.startswith(("warm-up", "run")) for line in lines) == 3
+    assert main(["benchmark", str(folder), "--repeats", "0"]) == 2
+
+
+def test_a_chat_of_several_turns(folder, wide, capsys):
+    """Pictures wait for the next question only, mistakes do not end the chat, and turns follow each other."""
+    lines = iter(
+        [
+            "",
+            "/image gone.png",
+            "/image",
+            f"/image '{wide}'",
+            "What is it?",
+            "Why?",
+            "/nonsense",
+            "/reset",
+            "Hello?",
+            "/quit",
+            "never",
+        ]
+    )
+    conversation = OVInternVLChatModel(folder).start_conversation()
+    asked = {"images": [], "video": None, "max_tiles": None, "max_new_tokens": 4, "do_sample": False}
+    seen = []
+
+    def read(_):
+        seen.append([(turn.question, len(turn.pictures)) for turn in conversation.turns])
+        return next(lines)
+
+    talk(conversation, asked, read)
+    assert next(lines) == "never"
+    assert seen[6] == [("<image>\nWhat is it?", 1), ("Why?", 0)]
+    assert seen[-1] == [("Hello?", 0)]
+    err = capsys.readouterr().err
+    assert "error: gone.png is not there" in err
+    assert "error: /image needs a file" in err
+    assert "/nonsense is not a command" in err
+    assert err.count("prompt tokens") == 3
+
+
+def test_a_chat_ends_with_the_input(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime", "chat", str(folder), "--max-new-tokens", "3"],
+        cwd=ROOT,
+        input="Hello\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert done.stderr.count("prompt tokens") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_ctrl_c_stops_the_answer_and_not_the_chat(folder):
+    """On a real terminal: an endless answer is stopped, the next question is answered, Ctrl-D leaves."""
+    ours, theirs = pty.openpty()
+    code = """
+import sys
+from runtime.commands.chat import talk
+from runtime import OVInternVLChatModel
+asked = {"images": [], "video": None, "max_tiles": None, "min_new_tokens": 30000, "max_new_tokens": 30000}
+talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
+"""
+    command = [sys.executable, "-c", code, str(folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    seen = ""
+
+    def wait_for(text: str, count: int) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 90
+        while seen.count(text) < count:
+            assert time.monotonic() < deadline, seen[-2000:]
+            time.sleep(0.05)
+            try:
+                seen += os.read(ours, 1 << 16).decode(errors="replace")
+            except BlockingIOError:
+                continue
+
+    try:
+        wait_for("> ", 1)
+        os.write(ours, b"Hello\n")
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        wait_for("(stopped)", 1)
+        os.write(ours, b"/reset\n")
+        wait_for("the conversation is empty", 1)
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert "Traceback" not in seen
