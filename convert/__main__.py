@@ -12,6 +12,7 @@ from convert import convert
 from convert.options import BACKUP_PRECISIONS, FORMATS, W8A8, ConvertOptions
 from convert.serving import OVMS
 from runtime.errors import InternVLError, not_installed
+from runtime.terminal import ending_quietly
 
 EXIT_INTERRUPTED = 2
 
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     interrupted = threading.Event()
@@ -107,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, interrupt)
     try:
         summary = convert(options.pop("source"), options.pop("output"), ConvertOptions(**options))
+    except BrokenPipeError:
+        raise
     except BaseException as error:
         if interrupted.is_set():  # asked first: below OpenVINO's C++ an interrupt comes back as some other error
             print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)

@@ -1,92 +1,152 @@
-"""An unmerged LoRA adapter (PEFT's adapter_config.json and adapter_model.safetensors) -> what it adds to each matrix.
+"""An unmerged adapter as PEFT and ms-swift save it (adapter_config.json, adapter_model) -> what it changes in each tensor.
 
-W' = W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised ones: E. Hu et al. 2021, arXiv:2106.09685;
-D. Kalajdzievski 2023, arXiv:2312.03732. Names as huggingface/peft@v0.17.0 src/peft/utils/save_and_load.py writes them. Other kinds
-of adapter, and what LoRA can carry besides, are refused by name: nothing is left out silently. Knows no other files.
+LoRA with its patterns, rank-stabilised LoRA and DoRA are merged; biases and whole modules that were trained beside take the place
+of the model's own. Names as huggingface/peft@v0.17.0 src/peft/utils/save_and_load.py writes them. What cannot be merged is refused
+with its reason: nothing is left out silently. Knows no other files.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from convert.lora import WRAPPER, Update, check_fit
+from convert.weight_files import load_pickle, some
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import read_config
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-REFUSED = (
-    "use_dora",
-    "modules_to_save",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-)
-KEEPS_WEIGHTS = ("gaussian", "eva")  # named ways to start that leave the model's own weights as they are; others change them
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+A, B = ".lora_A.weight", ".lora_B.weight"
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+REFUSED = {  # key -> why it cannot be merged
+    "fan_in_fan_out": "its matrices are turned, which no model of this family has",
+    "lora_bias": "its pairs have biases of their own",
+    "layer_replication": "it makes a model of more layers",
+    "trainable_token_indices": "it trains single rows of the vocabulary",
+    "alora_invocation_tokens": "it counts from some tokens on only, which no merged weight does",
+    "use_qalora": "its pairs are grouped for quantised weights",
+}
+KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal")  # named ways to start that leave the model's own weights as they are
 
 
 class Adapter:
-    """The matrices of one adapter and what they are scaled by. Raises CheckpointError, UnsupportedModelError."""
+    """The changes of one adapter. Raises CheckpointError, UnsupportedModelError."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         if not (folder / CONFIG).exists():
             raise CheckpointError(f"{folder} has no {CONFIG}: give the folder of a LoRA adapter, as PEFT saves it")
-        settings = read_config(folder / CONFIG)
+        self._settings = settings = read_config(folder / CONFIG)
         if settings.get("peft_type") != "LORA":
             raise UnsupportedModelError(f"{folder / CONFIG}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged")
-        found = [name for name in REFUSED if settings.get(name)]
-        if settings.get("bias", "none") != "none":
-            found.append("bias")
+        found = [f"{name} ({why})" for name, why in REFUSED.items() if settings.get(name)]
         start = settings.get("init_lora_weights", True)
         if isinstance(start, str) and start not in KEEPS_WEIGHTS:
-            found.append(f"init_lora_weights {start}")
+            found.append(f"init_lora_weights {start} (it changed the model's own weights before it was trained)")
         if found:
             raise UnsupportedModelError(
                 f"{folder / CONFIG} asks for {', '.join(found)}, which cannot be merged here: merge it with PEFT"
             )
         if not isinstance(settings.get("lora_alpha"), int | float):
             raise CheckpointError(f"{folder / CONFIG} has no lora_alpha, a number: it is not the file that PEFT saved")
-        self._alpha, self._root = float(settings["lora_alpha"]), 0.5 if settings.get("use_rslora") else 1.0
+        self._updates: dict[str, Update] = {}  # by name, then by stored name
+        self._whole: dict[str, torch.Tensor] = {}
+        self._sort(self._read())
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        file = self.folder / WEIGHTS
+        if not file.exists() and (self.folder / PICKLED).exists():
+            return load_pickle(self.folder / PICKLED)
         try:
-            tensors = load_file(folder / WEIGHTS)
+            return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}): fetch the adapter again") from None
-        self._pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, down in tensors.items():
-            if name.endswith(A) and name.removesuffix(A) + B in tensors:
-                self._pairs[name.removesuffix(A).removeprefix(PREFIX) + ".weight"] = (down, tensors[name.removesuffix(A) + B])
-        strange = [name for name in tensors if not name.endswith((A, B))]
-        if strange or 2 * len(self._pairs) != len(tensors):
-            other = strange or sorted(tensors)
-            raise UnsupportedModelError(f"{folder / WEIGHTS} holds more than pairs of lora_A and lora_B: {', '.join(other[:3])}")
+            raise CheckpointError(f"{file} cannot be read ({error}): fetch the adapter again") from None
+
+    def _sort(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put pairs, magnitudes and whole tensors apart. Raises CheckpointError, UnsupportedModelError."""
+        strange, magnitudes = [], {}
+        pairs: dict[str, dict[str, torch.Tensor]] = {}
+        for full, tensor in tensors.items():
+            if ".original_module." in full:  # beside a module that was trained whole
+                continue
+            name = re.sub(r"\.modules_to_save\.(default\.)?", ".", full.removeprefix(WRAPPER).replace(".base_layer.", "."))
+            if name.endswith((A, B)):
+                pairs.setdefault(name[: -len(A)], {})[name[-len(A) :]] = tensor
+            elif name.endswith(MAGNITUDES):
+                magnitudes[name.partition(".lora_magnitude_vector")[0]] = tensor
+            elif ".lora_" in name:
+                strange.append(full)
+            else:
+                self._whole[name] = tensor
+        if strange:
+            raise UnsupportedModelError(
+                f"{self.folder} holds {some(strange)}, which cannot be merged here (embedding tables and biases of pairs): "
+                "merge it with PEFT"
+            )
+        single = [f"{module}{next(iter(pair))}" for module, pair in pairs.items() if len(pair) == 1]
+        if single or not tensors:
+            raise CheckpointError(
+                f"{self.folder} holds {some(single) or 'no tensors'} and not the other half: it was not saved whole"
+            )
+        for module, pair in pairs.items():
+            magnitude = magnitudes.pop(module, None)
+            self._updates[module + ".weight"] = Update(
+                _given(pair[A]),
+                _given(pair[B]),
+                self._scale(module, len(pair[A])),
+                None if magnitude is None else _given(magnitude),
+            )
+        if magnitudes:
+            raise CheckpointError(f"{self.folder} holds magnitudes without their pairs: {some(sorted(magnitudes))}")
+
+    def _scale(self, module: str, rank: int) -> float:
+        """alpha by the pattern that fits the module's name, if one does; the rank is the matrix's own."""
+        alpha = float(self._settings["lora_alpha"])
+        for pattern, value in (self._settings.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = float(value)
+                break
+        return alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
 
     def fit(self, shapes: dict[str, tuple[int, ...]], published: Callable[[str], str]) -> None:
-        """Find the stored tensor of every pair; an adapter of the language model alone names them from there on.
+        """Find the stored tensor of every change; an adapter of the language model alone names them from there on.
 
         `published` gives stored and adapter names a common form. Raises CheckpointError when one has no tensor or another shape.
         """
         stored = {published(name): name for name in shapes}
-        pairs, self._pairs = self._pairs, {}
-        for name, (down, up) in pairs.items():
-            own = stored.get(published(name)) or stored.get(published(f"language_model.{name}"))
-            if own is None or shapes[own] != (up.shape[0], down.shape[1]):
-                wanted = "no such tensor" if own is None else f"{list(shapes[own])} there"
-                raise CheckpointError(
-                    f"{self.folder} adapts {name} [{up.shape[0]}, {down.shape[1]}], {wanted}: it is an adapter of another model"
-                )
-            self._pairs[own] = (down, up)
+
+        def own(name: str, shape: list[int]) -> str:
+            found = stored.get(published(name)) or stored.get(published(f"language_model.{name}"))
+            there = "no such tensor" if found is None else f"{list(shapes[found])} there"
+            if found is None or [*shapes[found]] != shape:
+                raise CheckpointError(f"{self.folder} adapts {name} {shape}, {there}: it is an adapter of another model")
+            return found
+
+        updates: dict[str, Update] = {}
+        for name, update in self._updates.items():
+            down, up = update.down().shape, update.up().shape
+            place = own(name, [up[0], down[-1]])
+            check_fit(name, shapes[place], tuple(down), tuple(up))
+            updates[place] = update
+        self._updates = updates
+        self._whole = {own(name, [*tensor.shape]): tensor for name, tensor in self._whole.items()}
+
+    def changes(self, name: str) -> bool:
+        """Whether the stored tensor `name` is changed."""
+        return name in self._updates or name in self._whole
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The stored tensor `name` (rows, columns) with what the adapter adds, in its own type; others are returned as they are."""
-        if name not in self._pairs:
-            return weight
-        down, up = (tensor.float() for tensor in self._pairs[name])
-        return (weight.float() + self._alpha / len(down) ** self._root * (up @ down)).to(weight.dtype)
+        """Give a copy of the stored tensor `name` the values that the adapter has for it."""
+        if name in self._whole:
+            weight.copy_(self._whole[name])
+        return self._updates[name].merge(weight, weight) if name in self._updates else weight
+
+
+def _given(tensor: torch.Tensor) -> Any:
+    return lambda: tensor

@@ -1,32 +1,37 @@
-"""A checkpoint as published: a local folder or a hub id -> config.json and strict, memory-mapped weights.
+"""A checkpoint as published or as training leaves it: a folder or a hub id -> config.json and strict, memory-mapped weights.
 
-Only json, safetensors and tokenizer files are ever fetched or opened; Python files of a checkpoint are not looked at. Knows
-where tensors lie and what they are called, not what they compute.
+Python files of a checkpoint are neither fetched nor looked at. Knows what tensors are called and what is merged into them, not what
+they compute; files are opened in weight_files.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from convert.adapter import Adapter
+from convert.lora import UPSTREAM_SCALE, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
+from convert.weight_files import Shapes, WeightFiles, some
 from runtime.answer.prompt import old_system_message
 from runtime.errors import CheckpointError
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py, never pickles
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-NAMES_SHOWN = 3
+FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py
+PICKLED = ["pytorch_model*.bin"]  # where there are no safetensors; nothing but tensors is read of them
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # that older versions saved, and that are computed
+TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "lm_head.weight", "output.weight")  # a row a token
+MOST_PADDING = 128  # rows that round a table up
+LORA_KEYS = {"language": "use_llm_lora", "vision": "use_backbone_lora"}  # of config.json: ranks
 
-Shapes = dict[str, tuple[int, ...]]
+Empty = Callable[..., torch.Tensor]
 
 
 def resolve(source: str, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None) -> Path:
@@ -49,8 +54,10 @@ def _fetch(repo: str, revision: str | None, token: str | None, cache_dir: str | 
     import httpx
     from huggingface_hub import errors, snapshot_download
 
+    fetch = partial(snapshot_download, repo, revision=revision, token=token, cache_dir=cache_dir)
     try:
-        return Path(snapshot_download(repo, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=FETCHED))
+        folder = Path(fetch(allow_patterns=FETCHED))
+        return folder if any(folder.glob("*.safetensors")) else Path(fetch(allow_patterns=[*FETCHED, *PICKLED]))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its terms on its hub page, then log in (hf auth login) or pass --token"
@@ -71,11 +78,12 @@ def _fetch(repo: str, revision: str | None, token: str | None, cache_dir: str | 
 
 
 class Checkpoint:
-    """A checkpoint folder: its configuration and the tensors of its safetensors files.
+    """A checkpoint folder: its configuration and the tensors of its weight files.
 
     Opening reads headers only. `tensors()` maps a group of tensors into memory; pages are read when they are used and can be
     dropped by the system again. `name` is what the checkpoint is called, if its folder does not tell; `template` and
-    `system_message` take the place of its own; `adapter` is merged into the tensors it is for.
+    `system_message` take the place of its own; `adapter` is merged into the tensors it is for, and so is LoRA that training left
+    unmerged. `notes` are lines about what was found and passed over.
     """
 
     def __init__(
@@ -98,14 +106,19 @@ class Checkpoint:
             system_message = old_system_message(name or folder.name, str(self.raw_config.get("template")))
         self.raw_config = self.raw_config | {"system_message": system_message}
         self.config = InternVLConfig.from_dict(self.raw_config)
-        self.adapter = Adapter(adapter) if adapter is not None else None
+        self._files = WeightFiles(folder)
+        self.notes = self._files.notes
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
-        self._file_of: dict[str, Path] = {}
         self._stored: dict[str, list[str]] = {}  # published name -> tensors of the files that it is made of, row by row
-        for path in self._weight_files():
-            self._read_header(path)
+        self._updates: dict[str, Update] = {}  # by stored name
+        self._cut: set[str] = set()  # tables of which only the first rows are taken
         self._name_tensors(native)
+        self.adapter = Adapter(adapter) if adapter is not None else None
+        if self.adapter is not None:
+            stored = {part: self._files.shapes[part] for parts in self._stored.values() for part in parts}
+            self.adapter.fit(stored, renamed if native else lambda one: next(iter(unwrap([one])[0]), one))
+        self._cut_tables()
 
     def _processor(self) -> dict[str, Any]:
         """The picture settings of a transformers-native checkpoint, where there are any."""
@@ -114,57 +127,70 @@ class Checkpoint:
             return read_config(old)
         return read_config(new).get("image_processor", {}) if new.exists() else {}
 
-    def _weight_files(self) -> list[Path]:
-        index = self.folder / INDEX_FILE
-        if index.exists():
-            listed = read_config(index).get("weight_map")
-            if not isinstance(listed, dict):
-                raise CheckpointError(f"{index} has no weight_map: fetch the checkpoint again")
-            paths = [self.folder / name for name in sorted(set(listed.values()))]
-            absent = [path.name for path in paths if not path.exists()]
-            if absent:
-                raise CheckpointError(
-                    f"{self.folder} lacks {len(absent)} of {len(paths)} weight files: {_some(absent)}; fetch the checkpoint again"
-                )
-            return paths
-        if (self.folder / WEIGHTS_FILE).exists():
-            return [self.folder / WEIGHTS_FILE]
-        if any(path for pattern in PICKLES for path in self.folder.glob(pattern)):
-            raise CheckpointError(
-                f"{self.folder} holds pickled weights (.bin) and no safetensors: opening a pickle can run any code, so it is "
-                "refused; save the model again as safetensors"
-            )
-        raise CheckpointError(f"{self.folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}: fetch the checkpoint again")
-
-    def _read_header(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                    if name in self.shapes:
-                        raise CheckpointError(f"tensor {name} stands in {self._file_of[name].name} and in {path.name}")
-                    view = file.get_slice(name)
-                    self.shapes[name] = tuple(view.get_shape())
-                    self.dtypes[name] = view.get_dtype()
-                    self._file_of[name] = path
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file ({error}; {path.stat().st_size:,} bytes): fetch it again"
-            ) from None
-
     def _name_tensors(self, native: bool) -> None:
-        """Give the tensors of the files their published names."""
-        stored_shapes, stored_types = self.shapes, self.dtypes
-        if self.adapter is not None:
-            self.adapter.fit(stored_shapes, renamed if native else str)
-        self._stored = published_names(list(stored_shapes)) if native else {name: [name] for name in stored_shapes}
-        self.shapes, self.dtypes = {}, {}
+        """Give the tensors of the files their published names, and find the LoRA beside them."""
+        shapes, dtypes = self._files.shapes, self._files.dtypes
+        names = [name for name in shapes if not BUFFERS.search(name)]
+        if len(names) < len(shapes):
+            self.notes.append(f"passed over: {len(shapes) - len(names)} buffers that are computed, not trained")
+        if native:
+            self._stored = published_names(names)
+        else:
+            plain, pairs = unwrap(names)
+            self._stored = {name: [stored] for name, stored in plain.items()}
+            self._find_lora(pairs)
         for name, parts in self._stored.items():
-            missing = [part for part in parts if part not in stored_shapes]
+            missing = [part for part in parts if part not in shapes]
             if missing:
-                raise CheckpointError(f"{self.folder} has {parts[0]} and not {_some(missing)}: fetch the checkpoint again")
-            first = stored_shapes[parts[0]]
-            self.shapes[name] = first if len(parts) == 1 else (sum(stored_shapes[part][0] for part in parts), *first[1:])
-            self.dtypes[name] = stored_types[parts[0]]
+                raise CheckpointError(f"{self.folder} has {parts[0]} and not {some(missing)}: fetch the checkpoint again")
+            first = shapes[parts[0]]
+            self.shapes[name] = first if len(parts) == 1 else (sum(shapes[part][0] for part in parts), *first[1:])
+            self.dtypes[name] = dtypes[parts[0]]
+
+    def _find_lora(self, pairs: dict[str, tuple[str, str]]) -> None:
+        """Take the pairs that training left unmerged, as upstream's own training does. Raises CheckpointError."""
+        shapes, found = self._files.shapes, ranks(self._files.shapes, pairs)
+        for part, key in LORA_KEYS.items():
+            said = self.raw_config.get(key) or 0
+            if said and found[part] not in ([], [said]):
+                raise CheckpointError(
+                    f"config.json: {key} is {said}, the LoRA of the {part} model has rank {', '.join(map(str, found[part]))}: "
+                    "the files are of two trainings"
+                )
+            if said and not found[part]:
+                self.notes.append(
+                    f"config.json: {key} is {said}, and there is no LoRA beside the {part} model: it was merged before"
+                )
+        for name, (down, up) in pairs.items():
+            if name not in self._stored:
+                raise CheckpointError(
+                    f"{self.folder} has {down} and no {name}, which it adapts: the checkpoint was not saved whole"
+                )
+            stored = self._stored[name][0]
+            check_fit(name, shapes[stored], shapes[down], shapes[up])
+            self._updates[stored] = Update(partial(self._open, down), partial(self._open, up), UPSTREAM_SCALE)
+        if pairs:
+            told = [f"{part} rank {', '.join(map(str, found[part]))}" for part in LORA_KEYS if found[part]]
+            self.notes.append(f"merged LoRA: {', '.join(told) or 'rank ' + str(shapes[next(iter(pairs.values()))[0]][0])}")
+            self.raw_config = self.raw_config | {key: 0 for key in LORA_KEYS.values() if key in self.raw_config}
+
+    def _cut_tables(self) -> None:
+        """Leave out the rows with which a vocabulary was rounded up, so that no token without a meaning can win."""
+        said = self.config.language.get("vocab_size")
+        tables = [name for name in self.shapes if name.startswith("language_model.") and name.endswith(TABLES)]
+        rows = {self.shapes[name][0] for name in tables}
+        if not isinstance(said, int) or len(rows) != 1 or (count := rows.pop()) <= said:
+            return
+        wanted = min(count, max(said, _highest_token(self.folder) + 1))
+        if count - wanted >= MOST_PADDING:
+            return
+        self._cut = {*tables}
+        for name in tables:
+            self.shapes[name] = (wanted, *self.shapes[name][1:])
+        if count > wanted:
+            self.notes.append(f"cut off: rows {wanted} to {count - 1} of the vocabulary, which no token has")
+        self.raw_config = self.raw_config | {"llm_config": self.raw_config["llm_config"] | {"vocab_size": wanted}}
+        self.config = InternVLConfig.from_dict(self.raw_config)
 
     def check(self, expected: Shapes) -> None:
         """Require exactly the tensors `expected`, each with its shape; raises CheckpointError with counts and first names."""
@@ -177,7 +203,7 @@ class Checkpoint:
         ]
         strange = sorted({f"{dtype} in {name}" for name, dtype in self.dtypes.items() if dtype not in ("F32", "F16", "BF16")})
         found = [
-            f"{len(names)} {what}: {_some(names)}"
+            f"{len(names)} {what}: {some(names)}"
             for what, names in (
                 ("missing", missing),
                 ("unexpected", extra),
@@ -189,21 +215,51 @@ class Checkpoint:
         if found:
             raise CheckpointError(f"the tensors of {self.folder} do not fit its config.json: {'; '.join(found)}")
 
-    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def changes(self, name: str) -> bool:
+        """Whether a tensor is a copy, with what was trained merged into it."""
+        return any(self._changed(part) for part in self._stored[name])
+
+    def _changed(self, stored: str) -> bool:
+        return stored in self._updates or (self.adapter is not None and self.adapter.changes(stored))
+
+    def tensors(self, names: Iterable[str], *, empty: Empty = torch.empty) -> dict[str, torch.Tensor]:
         """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped.
 
-        Those that an adapter changes, or that are stored in parts, are copies in memory.
+        Those into which something is merged are copied to tensors that `empty` gives; those that are stored in parts are copies.
         """
         wanted = set(names)
         stored = {name: self._stored[name] for name in self.shapes if name in wanted}
-        opened = {path: safe_open(path, "pt") for path in {self._file_of[part] for parts in stored.values() for part in parts}}
+        opened = self._files.open(part for parts in stored.values() for part in parts)
 
-        def mapped(part: str) -> torch.Tensor:
-            tensor = opened[self._file_of[part]].get_tensor(part)
-            return tensor if self.adapter is None else self.adapter.merge(part, tensor)
+        def found(part: str) -> torch.Tensor:
+            tensor = opened.pop(part)
+            if not self._changed(part):
+                return tensor
+            made = empty(tensor.shape, dtype=tensor.dtype)
+            if part in self._updates:
+                self._updates[part].merge(tensor, made)
+            else:
+                made.copy_(tensor)
+            return made if self.adapter is None else self.adapter.merge(part, made)
 
-        return {name: mapped(parts[0]) if len(parts) == 1 else torch.cat([*map(mapped, parts)]) for name, parts in stored.items()}
+        made = {name: found(parts[0]) if len(parts) == 1 else torch.cat([*map(found, parts)]) for name, parts in stored.items()}
+        return made | {name: made[name][: self.shapes[name][0]] for name in self._cut & set(made)}
+
+    def _open(self, name: str) -> torch.Tensor:
+        return self._files.open([name])[name]
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+def _highest_token(folder: Path) -> int:
+    """The highest token id that the tokenizer files of a checkpoint name; -1 where none does."""
+    highest = -1
+    for file, ids in (
+        ("tokenizer.json", lambda raw: [*raw.get("model", {}).get("vocab", {}).values(), *(t["id"] for t in raw["added_tokens"])]),
+        ("added_tokens.json", lambda raw: raw.values()),
+        ("tokenizer_config.json", lambda raw: map(int, raw.get("added_tokens_decoder", {}))),
+    ):
+        try:
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+            highest = max(highest, *ids(found), -1)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # what is wrong with it is the tokenizer's to tell
+    return highest

@@ -98,6 +98,8 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     language_kind(checkpoint.config)
     if options.serving is not None and checkpoint.config.has_visual_experts:
         raise OptionError("OpenVINO Model Server does not feed visual experts: leave --serving out, python -m runtime serve does")
+    for note in checkpoint.notes:
+        print(note, flush=True)
     if checkpoint.config.system_message is not None:
         print(f"system message: {checkpoint.config.system_message}", flush=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
@@ -194,6 +196,7 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
             continue
         stored, cast = 4 if checkpoint.dtypes[name] == "F32" else 2, LOAD_TYPES.get(formats[part])
         wanted = cast.itemsize if cast else 4 if EXPERTS in name else stored
+        copies[part] += weights * (stored if checkpoint.changes(name) else 0)
         copies[part] += weights * ((wanted if wanted != stored or EXPERTS in name else 0) + (stored if PACKED in name else 0))
     return int(sum(sizes.values())) + max(copies.values()) + TOKENIZER_BYTES
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import InternVLError, not_installed
+from runtime.errors import InternVLError, OptionError, not_installed
 from runtime.folder.files import user_cache
+from runtime.terminal import ending_quietly
 
 BUILT_IN = Path(__file__).parent / "shapes" / "checkpoint"
 WEIGHT_FORMAT = "int4"
+PORT, PORTS = 7860, 100  # the first port, and how many are tried
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    p.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    p.add_argument("--port", type=int, metavar="N", help=f"port to listen on (default: {PORT}, or the next that is free)")
     p.add_argument("--share", action="store_true", help="also through a public link of Gradio's, for a week")
     return p
 
@@ -53,10 +56,24 @@ def built_in_folder() -> Path:
     return user_cache() / f"shapes-{weights[:8]}-{WEIGHT_FORMAT}"
 
 
+def free_port(host: str, wanted: int | None) -> int:
+    """The port to listen on: the one that was asked for, or the first that is free. Raises OptionError."""
+    for port in range(PORT, PORT + PORTS) if wanted is None else [wanted]:
+        try:
+            socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0]).close()
+            return port
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+    asked = f"port {wanted}" if wanted is not None else f"any port from {PORT} to {PORT + PORTS - 1}"
+    raise OptionError(f"cannot listen on {host} {asked} ({reason}): give another --port, or leave it out for the next that is free")
+
+
+@ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it at its import
     try:
+        port = free_port(options.host, options.port)
         folder = folder_of(options.folder, options.checkpoint)
         from demo.chatbot import MAX_FILE_SIZE, make_demo
         from runtime.answer.model import OpenedModel
@@ -68,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    make_demo(model).launch(server_name=options.host, server_port=options.port, share=options.share, max_file_size=MAX_FILE_SIZE)
+    make_demo(model).launch(server_name=options.host, server_port=port, share=options.share, max_file_size=MAX_FILE_SIZE)
     return 0
 
 

@@ -224,7 +224,7 @@ def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
         with left:
             textbox = gr.MultimodalTextbox(
                 file_count="multiple",
-                file_types=["image", "video"],
+                file_types=["image", "video", ".pdf", ".heic", ".heif"],
                 placeholder=PLACEHOLDER,
                 show_label=False,
                 autofocus=True,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from runtime.commands import benchmark, chat, info, serve, tune
 from runtime.errors import InternVLError
+from runtime.terminal import ending_quietly
 
 COMMANDS = {
     "chat": (chat, "answer one question, or chat when there is none"),
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags of pictures that are read all the same

@@ -18,7 +18,7 @@ from tests.checkpoints import make_checkpoint
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"  # real tokenizers and pictures; the project stands without it
-GOLDEN = ["qwen2", "internlm2", "phi3", "llama-6b-vision", "chat-v1-2", "qwen3", "qwen3-moe", "hf-native", "mono-internvl"]
+GOLDEN = ["qwen2", "internlm2", "phi3", "llama-6b-vision", "chat-v1-2", "qwen3", "qwen3-moe", "hf-native", "mono-internvl", "lora"]
 
 
 @dataclass(frozen=True)

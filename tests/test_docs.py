@@ -33,7 +33,7 @@ def code_blocks(text: str) -> list[str]:
 
 def commands(starting: str) -> list[str]:
     lines = [
-        line.split("#")[0].strip()
+        re.split(r"\s#", line)[0].strip()
         for document in DOCUMENTS
         for block in code_blocks(document.read_text())
         for line in block.splitlines()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {"convert", "runtime", "demo"}
 MAY_IMPORT = {"runtime": {"runtime"}, "convert": {"convert", "runtime"}, "demo": {"demo", "runtime", "convert"}}
 FLOORS = [  # of runtime, bottom up; rooms of one floor do not know each other
-    {"runtime", "runtime.errors", "runtime.progress"},
+    {"runtime", "runtime.errors", "runtime.progress", "runtime.terminal"},
     {"runtime.folder"},
     {"runtime.media", "runtime.parts"},
     {"runtime.answer"},

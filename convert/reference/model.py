@@ -56,7 +56,7 @@ def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float3
     """
     with torch.device("meta"):
         part = VisionPart(checkpoint.config)
-    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict()), dtype, part, empty), assign=True)
+    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
     part.vision_model.embeddings.fit_position_table()
     return part.requires_grad_(False).eval()
 
@@ -73,7 +73,7 @@ def load_language(
     model = build_language(checkpoint.config, tied=tied)
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
-    mapped = checkpoint.tensors(name for name in names if tied or not head_only or name != table)
+    mapped = checkpoint.tensors((name for name in names if tied or not head_only or name != table), empty=empty)
     state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty), dtype, model, empty)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import InternVLError, not_installed
+from runtime.terminal import ending_quietly
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     try:

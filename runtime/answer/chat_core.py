@@ -12,19 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from runtime.answer.decode import Decoding, Token, write, write_beams, write_rows
+from runtime.answer.decode import Decoding, Rule, Token, write, write_beams, write_rows
 from runtime.answer.features import FeatureCache, encode_pictures, keys_of
+from runtime.answer.grammar import Grammars
 from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_MARK, Template, expand_marks, render, template_of
 from runtime.answer.stream import Statistics, after_lead, lead_ids
 from runtime.answer.turn import Turn
 from runtime.errors import NumericsError, PromptError
 from runtime.folder.config import InternVLConfig
-from runtime.folder.tokenizer import Tokenizer
+from runtime.folder.tokenizer import Tokenizer, check_text
 from runtime.media.tiles import PictureTiles
 from runtime.progress import Progress
 
@@ -102,6 +104,16 @@ class ChatCore(ABC):
         """
         return Decoding.of(self.generation_defaults, {"eos_token_id": self.stop_id, **options})
 
+    def rule_of(self, decoding: Decoding) -> Rule | None:
+        """What says which tokens of an answer may come, where it must fit a schema. Raises OptionError for a bad one."""
+        return None if decoding.json_schema is None else self._grammars.of(decoding.json_schema)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        ends = self.generation_defaults.get("eos_token_id", self.stop_id)
+        own = {self.stop_id, *(ends if isinstance(ends, list) else [ends])}
+        return Grammars(self.tokenizer, self.config.language["vocab_size"], sorted(own))
+
     # ---- prompts
 
     def prompt_of(self, system: str, turns: Sequence[Turn]) -> Prompt:
@@ -115,7 +127,8 @@ class ChatCore(ABC):
         pictures = [picture for turn in turns for picture in turn.pictures]
         answers = [self._own_tokens(turn) for turn in past]
         history = [(turn.question, turn.answer if own is None else CONTEXT_TOKEN) for turn, own in zip(past, answers, strict=True)]
-        text = render(self.conv_template, system, history, asked.question)
+        check_text(asked.answer)
+        text = render(self.conv_template, system, history, asked.question, asked.answer)
         ids = np.array(self.tokenizer.encode(expand_marks(text, [1] * len(pictures), 1)), np.int64)
         counts = iter([picture.count * self.config.tokens_per_tile for picture in pictures])
         known = iter([own for own in answers if own is not None])
@@ -128,6 +141,13 @@ class ChatCore(ABC):
             pieces.append(np.full(next(counts), self.img_context_token_id) if mark == IMAGE_MARK else np.array(next(known)))
             pieces.append(piece[1:])
         return Prompt(np.concatenate(pieces), pictures)
+
+    def prefix_tokens(self, prompt: Prompt, turn: Turn) -> list[int]:
+        """The tokens at the end of a prompt that are the prefix of the answer to come; none where they cannot be told apart."""
+        if not turn.answer:
+            return []
+        own = self.tokenizer.encode(turn.answer, add_special_tokens=False)
+        return own if prompt.ids[-len(own) :].tolist() == own else []
 
     def _own_tokens(self, turn: Turn) -> list[int] | None:
         """A turn's tokens behind the lead, if they are its answer: not when it was edited, cut off in a character, or had white
@@ -173,8 +193,9 @@ class ChatCore(ABC):
         if decoding.num_beams > 1:
             yield from self.answers([prompt], decoding, statistics, progress)[0]
             return
+        rule = self.rule_of(decoding)
         with self.prefilled(prompt, cache, statistics, progress) as (own, logits):
-            yield from write(own, logits, self.embed_tokens, decoding)
+            yield from write(own, logits, self.embed_tokens, decoding, rule)
 
     @contextmanager
     def prefilled(
@@ -226,7 +247,7 @@ class ChatCore(ABC):
             rows = np.repeat(np.arange(len(prompts)), decoding.num_return_sequences)
             cache.reorder(rows.tolist())
             logits = logits[rows]
-        return write_rows(cache, logits, self.embed_tokens, decoding)
+        return write_rows(cache, logits, self.embed_tokens, decoding, [self.rule_of(decoding) for _ in logits])
 
     def _beams(
         self, prompt: Prompt, decoding: Decoding, statistics: Statistics | None, progress: Progress | None

@@ -56,13 +56,15 @@ class Conversation:
 
         `options` are the fields of Question, like images=["photo.jpg"] and max_tiles=6, and those of Decoding, by transformers'
         names, like max_new_tokens=100 and temperature=0.7 (which draws). `progress` hears of frames, tiles and prompt tokens.
-        Raises InternVLError kinds at once for what cannot be asked. A cancelled answer stays in `turns` as far as it came.
+        Raises InternVLError kinds at once for what cannot be asked. A cancelled answer stays in `turns` as far as it came. Of an
+        `answer_prefix` the turn holds all, and what is yielded is what the model wrote after it.
         """
         statistics, core = Statistics(), self._core
         asked, writing = question_of(question, options)
         decoding = core.decoding_of({"max_new_tokens": Decoding.max_new_tokens, **writing})
         if decoding.num_return_sequences > 1:
             raise OptionError("a turn has one answer: ask_batch gives several with num_return_sequences")
+        core.rule_of(decoding)  # what is wrong with a schema is told at once
         turn = asked.open(core.config, progress)
         statistics.tiles = sum(picture.count for picture in turn.pictures)
         prompt = core.prompt_of(self._system, [*self.turns, turn])
@@ -84,6 +86,7 @@ class Conversation:
         core = self._core
         if not self._busy.acquire(blocking=False):
             raise PromptError("this conversation is answering already: wait for it, cancel it, or start another one")
+        prefix, kept = turn.answer, core.prefix_tokens(prompt, turn)
         try:
             self._cancelled.clear()
             self.statistics = statistics
@@ -92,7 +95,7 @@ class Conversation:
                 TextStream(core.tokenizer, core.conv_template, decoding.stop_strings),
                 decoding,
                 statistics,
-                turn.tokens,
+                kept,
                 cancelled=self._cancelled,
                 cancel=self.cancel,
                 progress=progress,
@@ -102,15 +105,19 @@ class Conversation:
                     turn.answer += piece
                     yield piece
         except (GeneratorExit, KeyboardInterrupt):  # nobody reads on: what was said stays said
-            self._keep(turn, statistics)
+            self._keep(turn, statistics, prefix, kept)
             raise
         else:
-            self._keep(turn, statistics)
+            self._keep(turn, statistics, prefix, kept)
         finally:
             self._busy.release()
 
-    def _keep(self, turn: Turn, statistics: Statistics) -> None:
+    def _keep(self, turn: Turn, statistics: Statistics, prefix: str, tokens: list[int]) -> None:
         if self._cancelled.is_set():
             statistics.finish_reason = "cancelled"
-        if turn.answer:
+        if prefix and tokens:  # with the white space between the prefix and what follows, which is not shown
+            whole = self._core.tokenizer.decode(tokens)
+            turn.answer = whole if whole.startswith(prefix) and whole.endswith(turn.answer.removeprefix(prefix)) else turn.answer
+        if turn.answer != prefix:
+            turn.tokens = tokens
             self.turns.append(turn)

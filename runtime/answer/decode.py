@@ -8,9 +8,10 @@ Processors: huggingface/transformers@v5.5.4 src/transformers/generation/logits_p
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -41,6 +42,15 @@ class Cache(Protocol):
     def reorder(self, rows: list[int]) -> None: ...
 
 
+class Rule(Protocol):
+    """Which tokens may come; runtime/answer/grammar.py has one."""
+
+    @property
+    def ended(self) -> bool: ...
+    def allow(self, scores: np.ndarray) -> None: ...
+    def take(self, token: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is written. Temperature 0 takes the likeliest token."""
@@ -66,7 +76,7 @@ class Decoding:
     prompt_lookup_num_tokens: int = 0  # guesses at most
     logprobs: bool = False  # of the tokens, under the model's own logits
     top_logprobs: int = 0  # how many of the likeliest tokens are told beside them
-    json_schema: str | None = None  # what the answer must fit: of the server's genai engine alone
+    json_schema: str | None = None  # what the answer must fit
 
     def __post_init__(self) -> None:
         stops = self.stop_strings
@@ -84,8 +94,12 @@ class Decoding:
         object.__setattr__(self, "temperature", self.temperature if self.temperature >= SMALLEST_TEMPERATURE else 0.0)
         if self.prompt_lookup_num_tokens and not self.is_plain:
             raise OptionError(NO_LOOKUP)
-        if self.num_beams > 1 and (self.temperature or self.logprobs or self.num_return_sequences > self.num_beams):
-            raise OptionError("num_beams takes the likeliest answers: leave out sampling and logprobs, and ask for no more answers")
+        if self.num_beams > 1 and (
+            self.temperature or self.logprobs or self.json_schema or self.num_return_sequences > self.num_beams
+        ):
+            raise OptionError(
+                "num_beams takes the likeliest answers: leave out sampling, logprobs and schemas, and ask for no more answers"
+            )
 
     @property
     def is_plain(self) -> bool:
@@ -101,6 +115,7 @@ class Decoding:
             or self.frequency_penalty
             or self.no_repeat_ngram_size
             or self.min_new_tokens
+            or self.json_schema
         )
 
     @classmethod
@@ -109,13 +124,16 @@ class Decoding:
 
         A temperature above 0 draws, unless do_sample is given and off. Raises OptionError for what is unknown or impossible.
         """
-        known = {field.name for field in fields(cls)} | {"do_sample", "eos_token_id"}
+        known = {field.name for field in fields(cls)} | {"do_sample", "eos_token_id", "schema"}
         for name in options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
                 raise OptionError(f"{name} is not known here" + (f": is {close[0]} meant?" if close else ""))
         given = {name: value for name, value in options.items() if value is not None}
         values = {name: value for name, value in defaults.items() if name in known and value is not None} | given
+        if "schema" in values:
+            schema = values.pop("schema")
+            values["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
         if "eos_token_id" in values:
             ends = values.pop("eos_token_id")
             values["eos_token_ids"] = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
@@ -172,8 +190,8 @@ class Token:
 class Sampler:
     """Chooses the tokens of one row, one after the other, and remembers them."""
 
-    def __init__(self, decoding: Decoding, number: int = 0):
-        self._decoding = decoding
+    def __init__(self, decoding: Decoding, number: int = 0, rule: Rule | None = None):
+        self._decoding, self._rule = decoding, rule
         self._draws = np.random.default_rng(None if decoding.seed is None else decoding.seed + number)
         self.ids: list[int] = []
         self._counts: Counter[int] = Counter()
@@ -182,7 +200,7 @@ class Sampler:
     def ended(self) -> bool:
         """Whether the row is at its end."""
         at_end = bool(self.ids) and self.ids[-1] in self._decoding.eos_token_ids and not self._decoding.ignore_eos
-        return at_end or len(self.ids) >= self._decoding.max_new_tokens
+        return at_end or len(self.ids) >= self._decoding.max_new_tokens or (self._rule is not None and self._rule.ended)
 
     def choose(self, logits: np.ndarray) -> Token:
         """The next token after these logits (V,)."""
@@ -195,6 +213,8 @@ class Sampler:
             found = int(scores.argmax())
         self.ids.append(found)
         self._counts[found] += 1
+        if self._rule is not None:
+            self._rule.take(found)
         return Token(found, *logprobs_of(logits, found, d.top_logprobs)) if d.logprobs else Token(found)
 
     def _race(self, ids: np.ndarray, chances: np.ndarray, vocabulary: int) -> int:
@@ -220,6 +240,8 @@ class Sampler:
             scores[_ending_a_repeat(self.ids, d.no_repeat_ngram_size)] = -np.inf
         if len(self.ids) < d.min_new_tokens:
             scores[list(d.eos_token_ids)] = -np.inf
+        if self._rule is not None:
+            self._rule.allow(scores)
         return scores
 
 
@@ -271,9 +293,12 @@ def _ending_a_repeat(ids: list[int], size: int) -> list[int]:
     return [ids[at + size - 1] for at in range(len(ids) - size + 1) if ids[at : at + size - 1] == begun]
 
 
-def write(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding) -> Iterator[Token]:
-    """The tokens of one answer, from the logits (1, 1, V) of its prompt on; the one that ends it comes too."""
-    sampler = Sampler(decoding)
+def write(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding, rule: Rule | None = None) -> Iterator[Token]:
+    """The tokens of one answer, from the logits (1, 1, V) of its prompt on; the one that ends it comes too.
+
+    `rule` says which tokens may come, where an answer must fit a schema.
+    """
+    sampler = Sampler(decoding, rule=rule)
     if decoding.prompt_lookup_num_tokens:
         for last in _greedy(cache, logits, embed, decoding.prompt_lookup_num_tokens):
             yield sampler.choose(last)
@@ -329,9 +354,11 @@ def look_up(ids: np.ndarray, most: int) -> np.ndarray:
     return ids[:0]
 
 
-def write_rows(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding) -> list[list[Token]]:
-    """One answer for each row of logits (R, 1, V), all at once; rows that end leave the cache."""
-    samplers = [Sampler(decoding, number) for number in range(len(logits))]
+def write_rows(
+    cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding, rules: Sequence[Rule | None] | None = None
+) -> list[list[Token]]:
+    """One answer for each row of logits (R, 1, V), all at once, each under its own rule; rows that end leave the cache."""
+    samplers = [Sampler(decoding, number, rule) for number, rule in enumerate(rules or [None] * len(logits))]
     answers: list[list[Token]] = [[] for _ in samplers]
     rows = [*range(len(logits))]
     while True:

@@ -107,8 +107,10 @@ def check_question(question: str) -> None:
         raise PromptError("the question is empty: write one")
 
 
-def render(template: Template, system_message: str, history: Sequence[tuple[str, str]], question: str) -> str:
-    """The prompt that asks `question` after `history`, ending where the answer begins.
+def render(
+    template: Template, system_message: str, history: Sequence[tuple[str, str]], question: str, answer_prefix: str = ""
+) -> str:
+    """The prompt that asks `question` after `history`, ending where the answer begins, or with the prefix of it.
 
     An empty answer in the history leaves its turn open, as upstream's template does.
     """
@@ -117,7 +119,10 @@ def render(template: Template, system_message: str, history: Sequence[tuple[str,
         parts.append(template.user + asked + template.sep)
         lead = "" if answered.startswith(template.lead) else template.lead  # upstream's histories have it
         parts.append(template.assistant + lead + answered + template.sep if answered else template.assistant)
-    return "".join([*parts, template.user + question + template.sep, template.assistant])
+    begun = template.assistant
+    if answer_prefix:
+        begun += ("" if answer_prefix.startswith(template.lead) else template.lead) + answer_prefix
+    return "".join([*parts, template.user + question + template.sep, begun])
 
 
 def expand_marks(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from runtime.answer.prompt import IMAGE_MARK, check_question, frame_marks, picture_marks
 from runtime.folder.config import InternVLConfig
-from runtime.media.picture import Source, open_picture
+from runtime.media.document import open_pictures
+from runtime.media.picture import Source
 from runtime.media.tiles import PictureTiles, Tiling
 from runtime.media.video import DEFAULT_SEGMENTS, Bound, read_frames
 from runtime.progress import Progress
@@ -21,9 +22,10 @@ from runtime.progress import Progress
 class Question:
     """A question and what it is about.
 
-    `images` are what runtime.media.picture.open_picture takes, cut into at most `max_tiles` tiles each (and a thumbnail). They
-    stand at the `<image>` marks of the text, or before it. Of `video`, `num_segments` frames of its seconds `bound` stand before
-    that, one tile each. `allow_urls` off refuses web addresses.
+    `images` are what runtime.media.document.open_pictures takes, PDFs page by page, cut into at most `max_tiles` tiles each (and
+    a thumbnail). They stand at the `<image>` marks of the text, or before it. Of `video`, `num_segments` frames of its seconds
+    `bound` stand before that, one tile each. `allow_urls` off refuses web addresses. `answer_prefix` is what the answer begins
+    with, given to the model as if it had written it.
     """
 
     text: str
@@ -33,6 +35,7 @@ class Question:
     num_segments: int = DEFAULT_SEGMENTS
     bound: Bound | None = None
     allow_urls: bool = True
+    answer_prefix: str = ""
 
     def open(self, config: InternVLConfig, progress: Progress | None = None) -> Turn:
         """The turn without its answer: the pictures opened and cut, and a mark in the question for each.
@@ -43,17 +46,19 @@ class Question:
         tiling = Tiling.of(config).at_most(self.max_tiles)
         frames = [] if self.video is None else read_frames(self.video, self.num_segments, self.bound, progress)
         several = self.images if isinstance(self.images, list | tuple) else [self.images]
-        pictures = [open_picture(one, allow_urls=self.allow_urls) for one in several]  # type: ignore[arg-type]
+        opened = [open_pictures(one, tiling, allow_urls=self.allow_urls) for one in several]  # type: ignore[arg-type]
+        pictures = [picture for each in opened for picture in each]
         cut = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
         cut += [PictureTiles.of_picture(picture, tiling) for picture in pictures]
         marks = picture_marks(len(pictures)) if pictures and IMAGE_MARK not in self.text else ""
-        return Turn(frame_marks(len(frames)) + marks + self.text, "", cut)
+        return Turn(frame_marks(len(frames)) + marks + self.text, self.answer_prefix, cut)
 
 
 @dataclass
 class Turn:
     """One turn: the question with its picture marks, the answer, and the pictures of the marks in order.
 
+    An answer of the turn that is asked is the prefix of the one that comes.
     `tokens` are those that the model wrote as the answer; where the answer is edited they count no more.
     """
 

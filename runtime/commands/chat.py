@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,14 @@ from runtime.answer.prompt import check_question
 from runtime.commands.options import add_placement, open_model, show_line
 from runtime.errors import InternVLError, OptionError
 from runtime.folder.files import CONFIG_FILE, check_folder
+from runtime.media.document import file_of
 
 if TYPE_CHECKING:
     from runtime.answer.conversation import Conversation
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS, DEFAULT_FRAMES = 256, 8
 AUTO = "auto"
-COMMANDS = """/image FILE    a picture for the next question; may be said several times
+COMMANDS = """/image FILE    a picture or PDF for the next question; may be said several times
 /video FILE    a video for the next question
 /reset         forget the conversation
 /quit          leave (as Ctrl-D does); Ctrl-C stops an answer"""
@@ -30,15 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask; <image> marks where a picture stands")
     parser.add_argument(
-        "--image", metavar="FILE", action="append", default=[], help="picture or its URL; may be given several times"
+        "--image",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="picture, PDF (paper.pdf#page=2-4) or URL; may be given several times",
     )
-    parser.add_argument("--video", metavar="FILE", help="video, of which 8 frames are shown to the model")
+    parser.add_argument("--video", metavar="FILE", help="video, of which some frames are shown to the model")
     parser.add_argument(
         "--max-tiles", type=tiles_or_auto, metavar="N", help="tiles a picture at most, or auto (default: the model's, often 12)"
     )
     parser.add_argument(
         "--first-token", type=float, default=5, metavar="SECONDS", help="with --max-tiles auto, after tune (default: %(default)g)"
     )
+    parser.add_argument("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="of the video (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, metavar="A-B", help="of the video, like 2-5 (default: all)")
+    parser.add_argument("--answer-prefix", metavar="TEXT", default="", help="what every answer begins with; \\n is a new line")
+    parser.add_argument("--schema", metavar="FILE", type=Path, help="a JSON schema that the answer fits")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
     parser.add_argument("--json", action="store_true", help="print the answer and its statistics as one JSON object")
     writing = parser.add_argument_group("how it writes")
@@ -55,6 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guess up to N tokens from what was said before: faster where it repeats; greedy, CPU",
     )
     writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
+
+
+def seconds(text: str) -> tuple[float, float]:
+    """The value of --seconds."""
+    first, dash, last = text.partition("-")
+    try:
+        span = float(first), float(last)
+        if not dash or not 0 <= span[0] < span[1] < math.inf:
+            raise ValueError
+        return span
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no span of seconds, like 2-5 or 0.5-2.25") from None
 
 
 def tiles_or_auto(text: str) -> int | str:
@@ -99,6 +121,20 @@ def writing_options(
     return options
 
 
+def read_schema(file: Path) -> str:
+    """A schema from its file. Raises OptionError."""
+    from runtime.answer.grammar import check_bounds
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        check_bounds(text)
+        return text
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--schema {file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except OptionError as error:
+        raise OptionError(f"--schema {file}: {error}") from None
+
+
 def say(conversation: Conversation, question: str, **options: Any) -> None:
     """Write the answer to standard output as it comes, then its statistics to standard error."""
     begun = False
@@ -118,6 +154,8 @@ def say(conversation: Conversation, question: str, **options: Any) -> None:
 def run(question: str | None, image: list[str], video: str | None, max_tiles: int | str | None, **options: Any) -> None:
     """One question and its answer, or a conversation when there is no question."""
     writing = writing_options(**options)
+    if options["schema"] is not None:
+        writing["schema"] = read_schema(options["schema"])
     if question is not None:
         check_question(question)
     if question is None and options["json"]:
@@ -125,7 +163,15 @@ def run(question: str | None, image: list[str], video: str | None, max_tiles: in
     if max_tiles == AUTO:
         max_tiles = affordable_tiles(**options)
     conversation = open_model(**options).start_conversation(options["system"])
-    asked = {"images": image, "video": video, "max_tiles": max_tiles, **writing}
+    asked = {
+        "images": image,
+        "video": video,
+        "max_tiles": max_tiles,
+        "num_segments": options["frames"],
+        "bound": options["seconds"],
+        "answer_prefix": options["answer_prefix"].replace("\\n", "\n"),
+        **writing,
+    }
     if question is None:
         talk(conversation, asked)
     elif options["json"]:
@@ -179,7 +225,7 @@ def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str]
             elif command in ("/image", "/video"):
                 if not rest:
                     raise OptionError(f"{command} needs a file: {command} FILE")
-                if not rest.startswith(("http://", "https://", "data:")) and not Path(rest).is_file():
+                if not rest.startswith(("http://", "https://", "data:")) and not Path(file_of(rest)).is_file():
                     raise OptionError(f"{rest} is not there")
                 images, video = ([*images, rest], video) if command == "/image" else (images, rest)
                 waiting = len(images) + (video is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ TUNED_FILE = "tuned.json"  # what python -m runtime tune found, by device
 DECODE_FILE = "tuned_decode.xml"  # a language part for single tokens, where tune found it worth its memory
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as the hub has it
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # of a checkpoint
+
+
 def user_cache() -> Path:
     """Where models are kept that nobody said a place for."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-openvino"
@@ -53,8 +58,13 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in [*PART_FILES.values(), CONFIG_FILE] if not (folder / name).exists()]
     if not missing:
         return
-    if list(folder.glob("*.safetensors")):
-        raise ModelFolderError(f"{folder} is a PyTorch checkpoint: convert it first with  python -m convert {folder}")
+    hub_id = not folder.exists() and not folder.parent.exists() and HUB_ID.fullmatch(folder.as_posix())
+    if hub_id or any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern)):
+        where = " on the hub" if hub_id else ""
+        raise ModelFolderError(
+            f"{folder} is a PyTorch checkpoint{where}: convert it first with  python -m convert {folder}  "
+            f"and ask what that writes:  python -m runtime chat {folder.resolve().name}-int4"
+        )
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not there: give a model folder, as python -m convert writes it")
     raise ModelFolderError(f"{folder} is not a whole model folder, it lacks {', '.join(missing)}: convert the checkpoint again")

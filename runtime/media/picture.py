@@ -64,6 +64,7 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
 
 def _decode(file: Any, name: str) -> Image.Image:
     try:
+        _know_heif(file)
         with Image.open(file) as picture:
             return _to_rgb(picture, name)
     except PictureError:
@@ -72,6 +73,15 @@ def _decode(file: Any, name: str) -> Image.Image:
         raise PictureError(f"{name} cannot be read as a picture (not a format that Pillow knows)") from None
     except Exception as error:  # Pillow's readers raise many kinds on broken files, some of them by accident
         raise PictureError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from None
+
+
+def _know_heif(file: Any) -> None:
+    """Teach Pillow the pictures of iPhones, when the first one comes: a box that says ftyp begins them."""
+    if file.read(12)[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:
+        import pi_heif
+
+        pi_heif.register_heif_opener()
+    file.seek(0)
 
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:

@@ -1,12 +1,17 @@
-"""Video -> frames.
+"""Video -> frames, of which only those that are needed are decoded.
 
 The only file that knows PyAV. Index rule: OpenGVLab/InternVL@2410d1d, get_index of the model cards' video example.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
     from runtime.progress import Progress
 
 DEFAULT_SEGMENTS = 8
+HIDDEN_FRAMES = ("vp8",)  # codecs whose packets may show nothing, so that packets do not number the frames
+logger = logging.getLogger(__name__)
 Bound = tuple[float, float]  # first and last second
 
 
@@ -40,37 +47,177 @@ def frame_indices(frames: int, fps: float, segments: int, bound: Bound | None = 
 def read_frames(
     path: str | Path, segments: int = DEFAULT_SEGMENTS, bound: Bound | None = None, progress: Progress | None = None
 ) -> list[Image.Image]:
-    """The chosen frames of a video file as RGB pictures. Raises VideoError; `progress` hears of the frames passed."""
+    """The chosen frames of a video file as RGB pictures. Raises VideoError; `progress` hears of the frames passed.
+
+    Only what is needed is decoded: from the keyframe before each chosen frame, where the container can seek. Where a frame cannot
+    be decoded, the nearest one that can stands in, and a warning counts them.
+    """
     import av
 
     if not Path(path).is_file():
         raise VideoError(f"{path} is not there" if not Path(path).exists() else f"{path} is a folder, expected a video file")
     try:
+        index = _Index(path)
+        wanted = frame_indices(index.count, index.fps, segments, bound)
+        tell = progress or (lambda stage, done, total: None)
+        tell("frames", 0, wanted[-1] + 1)
+        found = _sought(path, index, wanted, tell) if index.can_seek else None
+        if found is None:
+            found = _passed(path, index, wanted, tell)
+    except av.error.FFmpegError as error:
+        reason = "it is cut off: its index at the end is missing" if _lacks_index(Path(path)) else error.strerror
+        raise VideoError(f"{path} cannot be read as a video ({reason})") from None
+    if not found:
+        raise VideoError(f"{path} has {index.count} frames, none of which can be decoded near those that are wanted")
+    missing = {number for number in wanted if number not in found}
+    if missing:
+        logger.warning("%s: %d of %d frames cannot be decoded, the nearest ones stand in", path, len(missing), len(set(wanted)))
+    return [found[min(found, key=lambda number: abs(number - one))] for one in wanted]
+
+
+class _Index:
+    """What the packets of a video say, without decoding: how many frames there are, and when each of them is shown.
+
+    Raises VideoError for a file without video.
+    """
+
+    def __init__(self, path: str | Path):
+        import av
+
+        times: list[int | None] = []
+        keys: list[int] = []
+        self.count = 0
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video in it")
             stream = container.streams.video[0]
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            count = sum(packet.size > 0 for packet in container.demux(stream))  # what the header says is often wrong
-            if not count or not fps:
-                raise VideoError(f"{path} has no frames")
-            wanted = frame_indices(count, fps, segments, bound)
-            container.seek(0)
-            stream.thread_type = "AUTO"
-            found: dict[int, Image.Image] = {}
-            picture = None
-            for index, frame in enumerate(container.decode(stream)):
-                if progress is not None and index % 16 == 0:
-                    progress("frames", index, wanted[-1] + 1)
-                if index in wanted:
-                    found[index] = picture = _upright(frame)
-                if index >= wanted[-1]:
+            self.fps = float(stream.average_rate or stream.guessed_rate or 0)
+            codec = stream.codec_context.name
+            with suppress(av.error.FFmpegError):  # a file that is cut off: what it has
+                for packet in container.demux(stream):  # what the header says is often wrong
+                    if packet.size:
+                        self.count += 1
+                        if not packet.is_discard:
+                            times.append(packet.pts)
+                        if packet.is_keyframe and packet.pts is not None:
+                            keys.append(packet.pts)
+        if not self.count or not self.fps:
+            raise VideoError(f"{path} has no frames")
+        known = None not in times and len(set(times)) == len(times)
+        self.times = sorted(time for time in times if time is not None) if known else []
+        self.keys = sorted(keys)
+        self.numbers = {time: number for number, time in enumerate(self.times)}
+        self.can_seek = known and bool(keys) and codec not in HIDDEN_FRAMES
+
+    def key_before(self, time: int) -> int | None:
+        """The last keyframe shown at a time or before it: frames stored behind one but shown before it need an earlier one."""
+        place = bisect_right(self.keys, time)
+        return self.keys[place - 1] if place else None
+
+
+def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    """The frames that can be decoded, from where the container is; damaged packets are passed over."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.error.FFmpegError:  # the file ends too soon
+            packet = None
+        with suppress(av.error.FFmpegError):
+            yield from stream.decode(packet)
+        if packet is None:
+            return
+
+
+def _sought(path: str | Path, index: _Index, wanted: list[int], tell: Progress) -> dict[int, Image.Image] | None:
+    """The wanted frames by number, each decoded from the keyframe before it; None where seeking does not lead there."""
+    import av
+
+    found: dict[int, Image.Image] = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        frames: Iterator[av.VideoFrame] = iter(())
+        at: int | None = None  # time of the last frame
+        last: av.VideoFrame | None = None
+        for number in sorted(set(wanted)):
+            if number >= len(index.times):
+                number = len(index.times) - 1
+            time = index.times[number]
+            key = index.key_before(time)
+            if key is None:
+                return None
+            if at is None or key > at:
+                container.seek(key, stream=stream)
+                stream.codec_context.flush_buffers()
+                frames, last, at = _frames(container, stream), None, None
+            following = None
+            while at is None or at < time:
+                frame = next(frames, None)
+                if frame is None or frame.pts is None:
                     break
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{path} cannot be read as a video ({error.strerror})") from None
-    if picture is None:
-        raise VideoError(f"{path} has {count} frames, none of which can be decoded up to number {wanted[0]}")
-    return [found.get(index, picture) for index in wanted]
+                if at is None and frame.pts > time:  # the keyframe is damaged, or seeking went too far
+                    return None
+                if frame.pts > time:
+                    following = frame
+                    break
+                last, at = frame, frame.pts
+            for frame in (last, following):
+                if frame is not None and frame.pts in index.numbers:
+                    found[index.numbers[frame.pts]] = _upright(frame)
+            if following is not None:
+                last, at = following, following.pts
+            tell("frames", number, wanted[-1] + 1)
+    return found or None
+
+
+def _passed(path: str | Path, index: _Index, wanted: list[int], tell: Progress) -> dict[int, Image.Image]:
+    """The wanted frames by number, by decoding all frames up to the last of them, and those that are nearest to missing ones."""
+    import av
+
+    found: dict[int, Image.Image] = {}
+    chosen = set(wanted)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        before: tuple[int, av.VideoFrame] | None = None
+        for passed, frame in enumerate(_frames(container, stream)):
+            number = index.numbers.get(frame.pts, passed) if frame.pts is not None else passed
+            if passed % 16 == 0:
+                tell("frames", number, wanted[-1] + 1)
+            if number in chosen:
+                found[number] = _upright(frame)
+            elif before is not None and any(before[0] < one < number for one in chosen):  # one between them is missing
+                found |= {before[0]: _upright(before[1]), number: _upright(frame)}
+            before = number, frame
+            if number >= wanted[-1]:
+                break
+        if before is not None and wanted[-1] not in found:
+            found[before[0]] = _upright(before[1])
+    return found
+
+
+def _lacks_index(path: Path) -> bool:
+    """Whether a file of the MP4 kind has no moov box, which is written last: by the lengths of its boxes."""
+    with open(path, "rb") as file:
+        first = True
+        while len(head := file.read(8)) == 8:
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if first and kind != b"ftyp":
+                return False
+            if kind == b"moov":
+                return False
+            first = False
+            if size == 1:
+                size = int.from_bytes(file.read(8), "big") - 8
+            if size < 8:
+                break
+            file.seek(size - 8, os.SEEK_CUR)
+        return not first
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:

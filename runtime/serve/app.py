@@ -126,7 +126,7 @@ class Server:
 
         def prepare() -> Prompt:
             model = self.engine.model
-            system, turns = turns_of(ask.messages, model.config, self.rules.media)
+            system, turns = turns_of(ask.messages, model.config, self.rules.media, continue_final=ask.continue_final_message)
             return model.prompt_of(model.system_message if system is None else system, turns)
 
         return await asyncio.to_thread(prepare)

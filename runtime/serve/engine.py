@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -104,8 +105,7 @@ class NativeEngine(Engine):
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
-        if decoding.json_schema:
-            raise OptionError("json_schema needs the genai engine: start the server with --engine genai")
+        self.model.rule_of(decoding)  # what is wrong with a schema is told at once
         cancelled = threading.Event()
         decoding = replace(decoding, eos_token_ids=tuple(self.ends))
 
@@ -140,6 +140,18 @@ class NativeEngine(Engine):
         self._worker.shutdown(cancel_futures=True)
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let the process that answers end: its standard input does."""
+    with suppress(OSError, ValueError):
+        assert process.stdin is not None
+        process.stdin.close()
+    try:
+        process.wait(LAST_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @dataclass(eq=False)
 class _Request:
     text: TextStream
@@ -166,6 +178,7 @@ class GenaiEngine(Engine):
         groups = activation_groups(read_part(ov.Core(), model.folder, place, model.config.language["hidden_size"]), place)
         command = [sys.executable, "-m", worker.__name__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        weakref.finalize(self, _end, self._process)  # also when the program just ends
         threading.Thread(target=self._write, name="prompts", daemon=True).start()
         self._outbox.put(
             worker.Setup(str(model.folder.resolve()), place.device, groups | place.properties, cache_gb, PREFILL_AT_ONCE)

@@ -6,7 +6,6 @@ So a schema is tried first on a stand-in, a model of one matrix with the folder'
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import threading
@@ -15,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.answer.grammar import check_bounds
 from runtime.errors import OptionError
-
-MOST_BYTES, MOST_NESTED = 16 << 10, 40  # of a schema: openvino_genai takes minutes for deep ones
 
 
 class SchemaCheck:
@@ -32,10 +30,7 @@ class SchemaCheck:
         """Raise OptionError unless answers can be written after this JSON schema."""
         import openvino_genai
 
-        if len(schema.encode()) > MOST_BYTES or _depth(json.loads(schema)) > MOST_NESTED:
-            raise OptionError(
-                f"the JSON schema has more than {MOST_BYTES >> 10} KB or is nested more than {MOST_NESTED} deep: simplify it"
-            )
+        check_bounds(schema)
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = 1
         config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
@@ -79,12 +74,3 @@ def _one_token() -> Any:
     import openvino_genai
 
     return openvino_genai.TokenizedInputs(ov.Tensor(np.array([[1]])), ov.Tensor(np.array([[1]])))
-
-
-def _depth(value: Any) -> int:
-    """How deep lists and objects are nested, without recursion."""
-    depth, level = 0, [value]
-    while level := [each for each in level if isinstance(each, dict | list)]:
-        depth += 1
-        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
-    return depth

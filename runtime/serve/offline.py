@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import queue
-import re
 import secrets
 import subprocess
 import sys
@@ -31,14 +30,13 @@ from runtime.answer.prompt import IMAGE_MARK
 from runtime.answer.stream import WAKE_SECONDS
 from runtime.answer.turn import Question, Turn
 from runtime.errors import ModelFolderError, OptionError, PromptError
-from runtime.folder.files import user_cache
+from runtime.folder.files import HUB_ID, user_cache
 from runtime.folder.tokenizer import check_text
 from runtime.serve.engine import Engine, GenaiEngine, NativeEngine, Piece
 from runtime.serve.protocol import MediaRules, Message, ResponseFormat, turns_of
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"  # LMDeploy's mark of a picture
 AT_ONCE = 32  # prompts that are being answered; the pictures of the others are not opened yet
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHT_FORMAT = "int4"
 
 

@@ -20,6 +20,7 @@ from runtime.answer.prompt import IMAGE_MARK, frame_marks, picture_marks
 from runtime.answer.turn import Turn
 from runtime.errors import PictureError, PromptError
 from runtime.folder.config import InternVLConfig
+from runtime.media.document import open_pictures
 from runtime.media.picture import fetch, is_web_address, open_picture, read_data_url
 from runtime.media.tiles import PictureTiles, Tiling
 from runtime.media.video import DEFAULT_SEGMENTS, read_frames
@@ -49,12 +50,22 @@ class ImagePart(BaseModel):
     image_url: ImageUrl
 
 
+class File(BaseModel):
+    file_data: str  # a data URL, or base64 alone
+    filename: str = ""
+
+
+class FilePart(BaseModel):
+    type: Literal["file"]
+    file: File
+
+
 class VideoPart(BaseModel):
     type: Literal["video_url"]
     video_url: VideoUrl
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | VideoPart | FilePart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
@@ -133,6 +144,7 @@ class ChatRequest(Writing):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     tools: Nothing = None
     response_format: ResponseFormat | None = None
+    continue_final_message: bool = False  # the last message is of the assistant, and its text what the answer begins with
 
     @property
     def most_tokens(self) -> int | None:
@@ -191,8 +203,10 @@ class MediaRules:
         raise PictureError("this is no data URL and no file that may be read here: send data:image/png;base64,...")
 
 
-def turns_of(messages: list[Message], config: InternVLConfig, rules: MediaRules) -> tuple[str | None, list[Turn]]:
-    """Messages -> the system message, if there is one, and the turns; the last one is without an answer.
+def turns_of(
+    messages: list[Message], config: InternVLConfig, rules: MediaRules, *, continue_final: bool = False
+) -> tuple[str | None, list[Turn]]:
+    """Messages -> the system message, if there is one, and the turns; the last one is without an answer, or has the prefix of it.
 
     Pictures stand at the `<image>` marks of their message's text, or before it. Raises PromptError, PictureError, VideoError.
     """
@@ -201,10 +215,11 @@ def turns_of(messages: list[Message], config: InternVLConfig, rules: MediaRules)
         system = messages[0].text if system is None else f"{system}\n{messages[0].text}"
         messages = messages[1:]
     roles = [message.role for message in messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+    last = ["user", "assistant"] if continue_final else ["user"]
+    if roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-len(last) :] != last:
         raise PromptError(
             f"the roles are {', '.join(roles[:6]) or 'none'}: after the system message, user and assistant take turns, "
-            "the user first and last"
+            f"the user first and the {last[-1]} last" + (" (continue_final_message)" if continue_final else "")
         )
     turns = [_turn(message, config, rules) for message in messages[::2]]
     for turn, answer in zip(turns, messages[1::2], strict=False):
@@ -220,6 +235,10 @@ def _turn(message: Message, config: InternVLConfig, rules: MediaRules) -> Turn:
             one = part.image_url
             most = one.max_dynamic_patch or DETAILS.get(one.detail)
             pictures.append(PictureTiles.of_picture(rules.picture(one.url), tiling.at_most(most)))
+        elif isinstance(part, FilePart):
+            data = part.file.file_data
+            url = data if data[:5].lower() == "data:" else f"data:application/pdf;base64,{data}"
+            pictures += [PictureTiles.of_picture(page, tiling) for page in open_pictures(url, tiling, allow_urls=False)]
         elif isinstance(part, VideoPart):
             read = rules.frames(part.video_url.url, part.video_url.num_segments)
             pictures = [*(PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in read), *pictures]

@@ -11,6 +11,7 @@ import pickle
 import queue
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -143,7 +144,13 @@ def send(message: Any, out: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Serve until standard input ends, or until nobody reads any more: then whoever started this has ended, which is no mistake."""
+    with suppress(BrokenPipeError):
+        serve()
+
+
+def serve() -> None:
+    """Read the setup, then messages; answer them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the engine says when it is over
     given, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -117,8 +117,16 @@ def test_the_folder_holds_the_merged_weights(checkpoint, tmp_path):
     ("settings", "error", "message"),
     [
         ({"peft_type": "IA3"}, UnsupportedModelError, "peft_type is 'IA3'; only LORA can be merged"),
-        ({"use_dora": True, "bias": "all"}, UnsupportedModelError, "asks for use_dora, bias, which cannot be merged here"),
-        ({"init_lora_weights": "pissa"}, UnsupportedModelError, "asks for init_lora_weights pissa, which cannot be merged here"),
+        (
+            {"fan_in_fan_out": True, "lora_bias": True},
+            UnsupportedModelError,
+            r"asks for fan_in_fan_out \(its matrices are turned.*, lora_bias \(.*, which cannot be merged here: merge it with PEFT",
+        ),
+        (
+            {"init_lora_weights": "pissa"},
+            UnsupportedModelError,
+            r"asks for init_lora_weights pissa \(it changed the model's own weights.*, which cannot be merged here",
+        ),
         ({"targets": {"lm_tail": (4, 4)}}, CheckpointError, r"adapts lm_tail.weight \[4, 4\], no such tensor: .* another model"),
         (
             {"targets": {"mlp1.1": (64, 99)}},
@@ -137,9 +145,9 @@ def test_broken_adapters_are_told(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"has no adapter_config.json: give the folder of a LoRA adapter"):
         Checkpoint(checkpoint, adapter=tmp_path)
     folder, tensors = write_adapter(tmp_path / "adapter")
-    tensors["base_model.model.lm_head.magnitude"] = torch.zeros(3)
+    tensors["base_model.model.lm_head.lora_embedding_A"] = torch.zeros(3)
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedModelError, match=r"more than pairs of lora_A and lora_B: base_model.model.lm_head.magnitude"):
+    with pytest.raises(UnsupportedModelError, match=r"holds base_model.model.lm_head.lora_embedding_A, which cannot be merged"):
         Checkpoint(checkpoint, adapter=folder)
     (folder / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"adapter_model.safetensors cannot be read .*: fetch the adapter again"):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.checkpoint import WEIGHTS_FILE, Checkpoint, resolve
+from convert.checkpoint import Checkpoint, resolve
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings
+from convert.weight_files import WEIGHTS_FILE
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig
 from tests.checkpoints import CONFIGS, make_checkpoint, tensor_shapes
@@ -82,7 +83,7 @@ def drop(tensors):
 
 
 def add(tensors):
-    tensors["language_model.model.layers.0.lora_A.weight"] = torch.zeros(4)
+    tensors["language_model.model.layers.0.more.weight"] = torch.zeros(4)
 
 
 def misshape(tensors):
@@ -122,7 +123,7 @@ def test_other_kinds_are_named(tmp_path, raw, message):
     ("change", "message"),
     [
         (drop, r"2 missing: language_model.model.layers.0.mlp.up_proj.weight, language_model.model.layers.1"),
-        (add, r"1 unexpected: language_model.model.layers.0.lora_A.weight"),
+        (add, r"1 unexpected: language_model.model.layers.0.more.weight"),
         (misshape, r"1 of another shape: mlp1.1.weight \[64, 255\] instead of \[64, 256\]"),
         (retype, r"1 of a type other than F32, F16, BF16: I8 in mlp1.1.weight"),
     ],

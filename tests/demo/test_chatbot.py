@@ -66,6 +66,17 @@ def test_a_broken_picture_is_one_line_and_the_page_goes_on(page, tmp_path):
     assert said[0]["content"]
 
 
+def test_a_pdf_is_shown_page_by_page(page, tmp_path):
+    pytest.importorskip("pypdfium2")
+    client, _ = page
+    sheet = Image.new("RGB", (200, 200), "red")
+    sheet.save(tmp_path / "paper.pdf", save_all=True, append_images=[sheet])
+    message = {"text": "What is it?", "files": [gradio_client.handle_file(str(tmp_path / "paper.pdf"))]}
+    said, seen = client.predict(message, *SETTINGS, api_name="/answer")
+    assert said[1]["metadata"]["title"].startswith("20 tiles · "), "each page is as large as its tiles can show"
+    assert [words for _, words in seen] == ["3 x 3 tiles and a thumbnail"] * 2
+
+
 def test_too_many_files_are_told():
     from demo.chatbot import MOST_FILES, sorted_files
 

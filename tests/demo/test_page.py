@@ -216,10 +216,16 @@ def test_another_device_goes_on_with_the_conversation(window, bot):
     ask(page, "Where is it?")
     answers(page, 2)
     assert page.get_by_text("top", exact=True).is_visible()
-    box.click()
-    box.fill("NPX")
-    box.press("Enter")
-    page.get_by_text("there is no device NPX here").wait_for()
+    for attempt in range(5):  # Gradio's list of choices sometimes takes the key for itself
+        box.click()
+        box.fill("NPX")
+        page.wait_for_timeout(300)
+        box.press("Enter")
+        try:
+            page.get_by_text("there is no device NPX here").first.wait_for(timeout=5_000)
+            break
+        except playwright.TimeoutError:
+            assert attempt < 4
     page.screenshot(path=SHOTS / "device.png")
     page.wait_for_function("document.querySelector('[aria-label=Device]').value === 'AUTO'")
 

@@ -131,6 +131,31 @@ def test_a_chat_of_several_turns(folder, wide, capsys):
     assert err.count("prompt tokens") == 3
 
 
+def test_seconds_and_frames_of_a_video(folder, video, capsys):
+    command = ["chat", str(folder), "What moves?", "--video", str(video), "--max-new-tokens", "3"]
+    for more, frames in (
+        ([], 8),
+        (["--frames", "16"], 16),
+        (["--frames", "3", "--seconds", "2-5"], 3),
+        (["--seconds", "0.5-1.25"], 8),
+    ):
+        assert main([*command, *more]) == 0
+        assert f"{frames} tiles, " in capsys.readouterr().err
+    assert main([*command, "--seconds", "20-30"]) == 2
+    assert "seconds 20 to 30 hold no frame: the video is 6.0 s long" in capsys.readouterr().err
+    for wrong in ("5", "5-2", "a-b", "-1-2"):
+        with pytest.raises(SystemExit):
+            main([*command, f"--seconds={wrong}"])
+        assert "is no span of seconds, like 2-5" in capsys.readouterr().err
+
+
+def test_an_answer_prefix_from_the_terminal(folder, capsys):
+    assert main(["chat", str(folder), "Hello?", "--answer-prefix", "It\\n is", "--max-new-tokens", "3", "--json"]) == 0
+    with_prefix = json.loads(capsys.readouterr().out)
+    assert main(["chat", str(folder), "Hello?", "--max-new-tokens", "3", "--json"]) == 0
+    assert with_prefix["prompt_tokens"] > json.loads(capsys.readouterr().out)["prompt_tokens"]
+
+
 def test_a_chat_ends_with_the_input(folder):
     done = subprocess.run(
         [sys.executable, "-m", "runtime", "chat", str(folder), "--max-new-tokens", "3"],

@@ -25,7 +25,6 @@ from tests.conftest import shared
 ROOT = Path(__file__).parents[3]
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
 REFUSED = {  # of the 49 odd pictures: what Pillow cannot read, and what it rightly will not
-    "pillow_avif_hopper.heif",
     "pillow_broken.png",
     "pillow_decompression_bomb.gif",
     "pillow_negative_size.ppm",

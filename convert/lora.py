@@ -1,0 +1,90 @@
+"""What training left beside a matrix, and the matrix with it: LoRA pairs, magnitudes of DoRA.
+
+W' = W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised ones: E. Hu et al. 2021, arXiv:2106.09685;
+D. Kalajdzievski 2023, arXiv:2312.03732. DoRA gives each row of W' the length m: S. Liu et al. 2024, arXiv:2402.09353. Everything in
+float32, one matrix at a time. Also the names that PEFT leaves in a checkpoint that was saved with its LoRA unmerged, as upstream's
+training does: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py (wrap_llm_lora).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from runtime.errors import CheckpointError
+
+WRAPPER = "base_model.model."
+PARTS = {"language": "language_model.", "vision": "vision_model."}
+ROWS_AT_ONCE = 1 << 10  # of a matrix, which stay in the processor's caches on their way
+UPSTREAM_SCALE = 2.0  # upstream's alpha is twice the rank
+PAIR = re.compile(r"\.lora_(A|B)(?:\.default)?\.weight$")
+
+Loader = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to a matrix (rows, columns): `down` (r, columns) and `up` (rows, r); `magnitude` is the length of each row."""
+
+    down: Loader
+    up: Loader
+    scale: float
+    magnitude: Loader | None = None
+
+    def merge(self, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the matrix as it was trained to `out`, which may be of another type; computed in float32, some rows at a time."""
+        down, up = self.down().float(), self.up().float()
+        lengths = None if self.magnitude is None else self.magnitude().float().flatten()
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            merged = torch.addmm(weight[rows].float(), up[rows], down, alpha=self.scale)
+            if lengths is not None:
+                merged *= (lengths[rows] / merged.norm(dim=1))[:, None]
+            out[rows] = merged
+        return out
+
+
+def unwrap(names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """Names of a checkpoint -> stored name by the name without PEFT's wrapping, and the pair beside each adapted matrix.
+
+    A wrapped model's matrix is X.base_layer.weight, in PEFT before 0.7 X.weight. Raises CheckpointError for half of a pair.
+    """
+    plain: dict[str, str] = {}
+    halves: dict[str, dict[str, str]] = {}
+    for stored in names:
+        name = stored
+        for part in PARTS.values():
+            if name.startswith(part + WRAPPER):
+                name = part + name.removeprefix(part + WRAPPER)
+        found = PAIR.search(name)
+        if found:
+            halves.setdefault(name[: found.start()] + ".weight", {})[found[1]] = stored
+        else:
+            plain[name.replace(".base_layer.", ".")] = stored
+    single = [next(iter(half.values())) for half in halves.values() if len(half) == 1]
+    if single:
+        raise CheckpointError(
+            f"{len(single)} adapted matrices have a lora_A without lora_B, or the other way round, like {single[0]}: "
+            "the checkpoint was not saved whole"
+        )
+    return plain, {name: (half["A"], half["B"]) for name, half in halves.items()}
+
+
+def check_fit(name: str, weight: tuple[int, ...], down: tuple[int, ...], up: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless `up` @ `down` has the shape of the matrix."""
+    if len(down) != 2 or len(up) != 2 or up[1] != down[0] or (up[0], down[1]) != tuple(weight):
+        raise CheckpointError(
+            f"the LoRA of {name} {list(weight)} does not fit it: A is {list(down)}, B {list(up)}; "
+            "it was trained on another model, or is damaged"
+        )
+
+
+def ranks(shapes: dict[str, tuple[int, ...]], pairs: dict[str, tuple[str, str]]) -> dict[str, list[int]]:
+    """The ranks of the adapted matrices of each part, ascending."""
+    return {
+        part: sorted({shapes[down][0] for name, (down, _) in pairs.items() if name.startswith(prefix)})
+        for part, prefix in PARTS.items()
+    }
