@@ -41,11 +41,6 @@ class Prompt:
     ids: np.ndarray  # (T,) int64
     pictures: Sequence[PictureTiles]  # of its context tokens, in order
 
-    @property
-    def tiles(self) -> int:
-        """Of all its pictures."""
-        return sum(picture.count for picture in self.pictures)
-
 
 class ChatCore(ABC):
     """Backend and prompts. Subclasses set the attributes and give what is abstract."""

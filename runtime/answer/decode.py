@@ -85,7 +85,7 @@ class Decoding:
         )
         for field, (kinds, holds, what) in _RULES.items():
             value = getattr(self, field)
-            if value is None and field == "seed":
+            if value is None and field in ("seed", "json_schema"):
                 continue
             if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds) or not holds(value):
                 raise OptionError(
@@ -175,6 +175,7 @@ _RULES: dict[str, _Rule] = {  # field -> its types, whether a value holds, what 
     "prompt_lookup_num_tokens": (int, lambda v: v >= 0, "0 (off) or positive"),
     "logprobs": (bool, lambda v: True, "true or false"),
     "top_logprobs": (int, lambda v: v >= 0, "0 or more"),
+    "json_schema": (str, lambda v: True, "a JSON schema as text"),
 }
 
 

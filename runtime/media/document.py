@@ -55,11 +55,6 @@ def open_pictures(source: Source, tiling: Tiling, *, allow_urls: bool | Collecti
     return _render(Path(named["file"]), named["file"], tiling, pages)
 
 
-def is_document(name: str) -> bool:
-    """Whether a name is that of a PDF, with pages behind it or not."""
-    return NAMED.fullmatch(name) is not None
-
-
 def file_of(name: str) -> str:
     """The file of a picture's or document's name, without its pages."""
     named = NAMED.fullmatch(name)

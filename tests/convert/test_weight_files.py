@@ -5,7 +5,6 @@ Weight files as people have them: torch's own, shards without an index, a stale 
 
 import json
 import pickle
-import re
 import shutil
 
 import numpy as np
@@ -242,4 +241,3 @@ def test_what_a_trainer_leaves_beside_is_not_looked_at(folder, whole):
         (folder / name).write_bytes(b"never opened")
     (folder / "global_step120").mkdir()
     same(check(folder), whole)
-    assert re.search("qwen2", str(whole.folder))

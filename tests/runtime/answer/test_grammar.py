@@ -57,6 +57,7 @@ def test_several_answers_have_a_grammar_each(model):
         ({"type": "no such"}, "cannot be followed"),
         ({"type": "string", "pattern": "("}, "cannot be followed"),
         ({"enum": ["a" * 20000]}, "more than 16 KB"),
+        (5, "is a int, expected an object"),
     ],
 )
 def test_schemas_that_cannot_be_followed_are_one_line(model, schema, message):
