@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from convert import convert
-from convert.options import BACKUP_PRECISIONS, FORMATS, W8A8, ConvertOptions
+from convert.options import BACKUP_PRECISIONS, FORMATS, VISION_FORMATS, ConvertOptions
 from convert.serving import OVMS
 from runtime.errors import InternVLError, not_installed
 from runtime.terminal import ending_quietly
@@ -32,12 +32,14 @@ def parser() -> argparse.ArgumentParser:
         "--weight-format",
         choices=FORMATS,
         default=default.weight_format,
-        help="of the language part; with int4, vision is int4 (InternViT-6B: int8), text embeddings int8 (default: %(default)s)",
+        help="of the language part; with int4, text embeddings are int8, vision as its own flag says (default: %(default)s)",
     )
     weights.add_argument(
         "--vision-weight-format",
-        choices=[*FORMATS, W8A8],
-        help="of the vision part; w8a8 computes in 8 bits too and needs --dataset (default: follows --weight-format)",
+        choices=VISION_FORMATS,
+        default=default.vision_weight_format,
+        help="of the vision part; w8a8 computes in 8 bits too; auto: beside int4, w8a8 if pictures prove it, else int8 (as for "
+        "InternViT-6B); beside others, theirs (default: %(default)s)",
     )
     weights.add_argument(
         "--text-embeddings-weight-format", choices=FORMATS, help="of the text embeddings (default: follows --weight-format)"
@@ -68,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     )
     weights.add_argument("--scale-estimation", action="store_true", help="fit int4 scales to activations; needs --dataset")
     weights.add_argument(
-        "--dataset", metavar="FOLDER", help="pictures to calibrate on; NAME.txt beside NAME.jpg is the question (default: none)"
+        "--dataset",
+        metavar="FOLDER",
+        help="pictures to calibrate on, beside those at hand for w8a8; NAME.txt beside NAME.jpg is the question (default: none)",
     )
     weights.add_argument(
         "--num-samples", type=int, default=default.num_samples, metavar="N", help="pictures used at most (default: %(default)s)"

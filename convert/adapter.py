@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from convert.lora import WRAPPER, Update, check_fit
+from convert.lora import WRAPPER, Update, check_fit, given
 from convert.weight_files import load_pickle, some
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import read_config
@@ -97,10 +96,10 @@ class Adapter:
         for module, pair in pairs.items():
             magnitude = magnitudes.pop(module, None)
             self._updates[module + ".weight"] = Update(
-                _given(pair[A]),
-                _given(pair[B]),
+                given(pair[A]),
+                given(pair[B]),
                 self._scale(module, len(pair[A])),
-                None if magnitude is None else _given(magnitude),
+                None if magnitude is None else given(magnitude),
             )
         if magnitudes:
             raise CheckpointError(f"{self.folder} holds magnitudes without their pairs: {some(sorted(magnitudes))}")
@@ -141,12 +140,12 @@ class Adapter:
         """Whether the stored tensor `name` is changed."""
         return name in self._updates or name in self._whole
 
+    def update_alone(self, name: str) -> Update | None:
+        """The pair for the stored tensor `name`, if it is all that changes it."""
+        return None if name in self._whole else self._updates.get(name)
+
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """Give a copy of the stored tensor `name` the values that the adapter has for it."""
         if name in self._whole:
             weight.copy_(self._whole[name])
         return self._updates[name].merge(weight, weight) if name in self._updates else weight
-
-
-def _given(tensor: torch.Tensor) -> Any:
-    return lambda: tensor

@@ -1,6 +1,7 @@
-"""Pictures of a folder -> inputs of the language part, for the data-aware compression of its weights.
+"""Pictures -> what the parts are calibrated on: tiles for the vision part, embeddings for the language part.
 
-Uses the parts that are already converted, so that the activations are those the language part will see.
+Pictures of a folder, and those that are at hand. The language part's inputs come from the parts that are already converted, so that
+the activations are those it will see.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from convert import scenes
 from convert.reference.language import language_kind
 from convert.tokenizer import context_id, prompt_of
 from convert.verify import Part
@@ -23,7 +26,8 @@ from runtime.media.tiles import Tiling, cut_pixels, cut_tiles, normalise
 from runtime.parts.part import VISUAL_MASK
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-TILES = 64  # seen by the vision part when its activations are quantised; each takes seconds
+TILES = 24  # of a dataset, seen by the vision part when its ranges are found; each takes a second or two
+UNSEEN = 7  # seed of the drawn pictures that are kept apart
 QUESTION = "Describe this picture in detail."
 
 
@@ -42,6 +46,30 @@ def calibration_tiles(pictures: list[Path], config: InternVLConfig) -> list[np.n
     cut = [cut_pixels(open_picture(path), tiling)[::-1] for path in pictures[:TILES]]  # bytes, the thumbnail first
     turns = [tile for turn in zip_longest(*cut) for tile in turn if tile is not None]
     return [normalise(tile[None]) for tile in turns[:TILES]]
+
+
+def tiles_at_hand(config: InternVLConfig) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tiles (1, 3, S, S) of photographs, pages, charts and screenshots to find ranges on, and others to prove them on."""
+    photographs = scenes.photographs()
+    seen, apart = photographs[:2], photographs[2:]
+    if not apart:
+        print("vision: there are no photographs here (scikit-learn, matplotlib): calibrated on drawn pictures alone", flush=True)
+    pictures = [crop for photograph in seen for crop in _crops(photograph)]
+    pictures += [draw(seed) for draw in scenes.DRAWN for seed in ((0,) if seen else (0, 1, 2))]
+    unseen = apart + [draw(UNSEEN) for draw in (scenes.page, scenes.chart)]
+    found = [[_tile(picture, config.tile_size) for picture in group] for group in (pictures, unseen)]
+    return found[0], found[1]
+
+
+def _crops(photograph: Image.Image) -> list[Image.Image]:
+    """As much of it as is square, and a detail."""
+    width, height = photograph.size
+    side, detail = min(width, height), min(width, height) // 2
+    return [photograph.crop((width - side, height - side, width, height)), photograph.crop((0, height - detail, detail, height))]
+
+
+def _tile(picture: Image.Image, side: int) -> np.ndarray:
+    return normalise(np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))[None])
 
 
 def calibration_samples(

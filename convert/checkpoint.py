@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from convert.adapter import Adapter
-from convert.lora import UPSTREAM_SCALE, Update, check_fit, ranks, unwrap
+from convert.lora import UNCOPIED, UPSTREAM_SCALE, Later, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
 from convert.weight_files import Shapes, WeightFiles, some
 from runtime.answer.prompt import old_system_message
@@ -215,17 +215,29 @@ class Checkpoint:
         if found:
             raise CheckpointError(f"the tensors of {self.folder} do not fit its config.json: {'; '.join(found)}")
 
-    def changes(self, name: str) -> bool:
-        """Whether a tensor is a copy, with what was trained merged into it."""
-        return any(self._changed(part) for part in self._stored[name])
+    def copies(self, name: str, *, later: bool = False) -> bool:
+        """Whether a tensor is a copy, with what was trained merged into it; `later` leaves out those that can wait for it."""
+        return any(self._changed(part) for part in self._stored[name]) and not (later and self._waits(name))
+
+    def _waits(self, name: str) -> Update | None:
+        """The one update of a matrix that is traced where it lies in its file."""
+        (first, *rest) = self._stored[name]
+        if rest or not UNCOPIED.search(name) or name in self._cut:
+            return None
+        own, adapted = self._updates.get(first), None if self.adapter is None else self.adapter.update_alone(first)
+        return adapted if own is None else own if adapted is None and not self._adapted(first) else None
+
+    def _adapted(self, stored: str) -> bool:
+        return self.adapter is not None and self.adapter.changes(stored)
 
     def _changed(self, stored: str) -> bool:
-        return stored in self._updates or (self.adapter is not None and self.adapter.changes(stored))
+        return stored in self._updates or self._adapted(stored)
 
-    def tensors(self, names: Iterable[str], *, empty: Empty = torch.empty) -> dict[str, torch.Tensor]:
+    def tensors(self, names: Iterable[str], *, empty: Empty = torch.empty, later: Later | None = None) -> dict[str, torch.Tensor]:
         """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped.
 
-        Those into which something is merged are copied to tensors that `empty` gives; those that are stored in parts are copies.
+        Those into which something is merged are copied to tensors that `empty` gives, or wait in `later` as they are stored,
+        if they can; those that are stored in parts are copies.
         """
         wanted = set(names)
         stored = {name: self._stored[name] for name in self.shapes if name in wanted}
@@ -242,7 +254,14 @@ class Checkpoint:
                 made.copy_(tensor)
             return made if self.adapter is None else self.adapter.merge(part, made)
 
-        made = {name: found(parts[0]) if len(parts) == 1 else torch.cat([*map(found, parts)]) for name, parts in stored.items()}
+        made: dict[str, torch.Tensor] = {}
+        for name, parts in stored.items():
+            update = None if later is None else self._waits(name)
+            if later is not None and update is not None:
+                made[name] = opened.pop(parts[0])
+                later.add(made[name], update)
+            else:
+                made[name] = found(parts[0]) if len(parts) == 1 else torch.cat([*map(found, parts)])
         return made | {name: made[name][: self.shapes[name][0]] for name in self._cut & set(made)}
 
     def _open(self, name: str) -> torch.Tensor:

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import torch
 from openvino import opset13 as opset
 
+from convert.lora import Later
 from convert.options import W8A8, ConvertOptions
 from runtime.errors import OptionError
 from runtime.parts.memory import page_out
@@ -70,26 +72,50 @@ def _copy(result: ov.Tensor | np.ndarray) -> ov.Tensor | np.ndarray:
     return copied
 
 
-def compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] = ()) -> ov.Model:
+@contextmanager
+def _merging(later: Later) -> Iterator[None]:
+    """Give NNCF each matrix as it was trained when it asks for it, to compress it."""
+    _nncf()
+    from nncf.quantization.algorithms.weight_compression import openvino_backend
+
+    stored = openvino_backend.get_const_value_as_ov_tensor
+
+    def trained(constant: ov.Node) -> ov.Tensor:
+        merged = later.merge(np.asarray(constant.data).ctypes.data)
+        if merged is None:
+            return stored(constant)
+        raw = merged.view(torch.uint8).numpy()  # numpy has no bfloat16
+        return ov.Tensor(raw, ov.Shape([*merged.shape]), constant.get_output_element_type(0))
+
+    openvino_backend.get_const_value_as_ov_tensor = trained
+    try:
+        yield
+    finally:
+        openvino_backend.get_const_value_as_ov_tensor = stored
+    if len(later):
+        raise RuntimeError(f"{len(later)} matrices were to be merged when they are compressed, and were not")
+
+
+def compress(
+    model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] = (), later: Later | None = None
+) -> ov.Model:
     """Compress the weights of `model`, which must not be used any more; fp32 and fp16 are left as they were traced.
 
     int8 is one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
     table and the last matrix in the backup precision, as NNCF has it. `samples` are inputs of the model, for the data-aware
-    algorithms; w8a8 also computes in 8 bits, with ranges and smoothing found on them. Raises OptionError when the group size does
-    not divide a layer.
+    algorithms. Of a part in w8a8 (convert/quantise.py) int8 is what was spared. Matrices that wait in `later` are merged on their
+    way, where `options.looks_once`. Raises OptionError when the group size does not divide a layer.
     """
     if weight_format in ("fp32", "fp16"):
         return model
-    if weight_format == W8A8:
-        return _quantise(model, list(samples))
-    with _compiled_once():
+    with _compiled_once(), _merging(later or Later()):
         return _compress(model, weight_format, options, samples)
 
 
 def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any]) -> ov.Model:
     nncf = _nncf()
     kind = "SYM" if options.sym else "ASYM"
-    if weight_format == "int8":
+    if weight_format in ("int8", W8A8):
         _compress_vocabulary_matrix(model, f"INT8_{kind}")
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[f"INT8_{kind}"])
     backup = options.backup_precision.upper()
@@ -111,11 +137,6 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
     except nncf.InvalidGroupSizeError as error:
         sizes = [int(size) for size in re.findall(r"channel size: (\d+)", str(error))]
         raise OptionError(_group_size_advice(sizes, options.group_size)) from None
-
-
-def _quantise(model: ov.Model, samples: list[Any]) -> ov.Model:
-    nncf = _nncf()
-    return nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
 
 
 def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ WRAPPER = "base_model.model."
 PARTS = {"language": "language_model.", "vision": "vision_model."}
 ROWS_AT_ONCE = 1 << 10  # of a matrix, which stay in the processor's caches on their way
 UPSTREAM_SCALE = 2.0  # upstream's alpha is twice the rank
+UNCOPIED = re.compile(r"^(?!.*(embed|lm_head|output\.weight|\.experts\.)).*\.weight$")  # matrices that are traced where they lie
 PAIR = re.compile(r"\.lora_(A|B)(?:\.default)?\.weight$")
 
 Loader = Callable[[], torch.Tensor]
@@ -38,13 +39,53 @@ class Update:
         """Write the matrix as it was trained to `out`, which may be of another type; computed in float32, some rows at a time."""
         down, up = self.down().float(), self.up().float()
         lengths = None if self.magnitude is None else self.magnitude().float().flatten()
+        room = torch.empty(min(len(weight), ROWS_AT_ONCE), weight.shape[1])  # new memory for each block takes longer than the rest
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            merged = torch.addmm(weight[rows].float(), up[rows], down, alpha=self.scale)
+            merged = room[: len(weight[rows])].copy_(weight[rows]).addmm_(up[rows], down, alpha=self.scale)
             if lengths is not None:
                 merged *= (lengths[rows] / merged.norm(dim=1))[:, None]
             out[rows] = merged
         return out
+
+
+class Later:
+    """Matrices that are merged one at a time when they are compressed, known by the address of their memory.
+
+    What is merged before is written to the disk, read again, and for a large model takes longer than all the rest.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[torch.Tensor, Update]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, weight: torch.Tensor, update: Update) -> None:
+        """Let a matrix wait for its update."""
+        self._waiting[weight.data_ptr()] = weight, update
+
+    def move(
+        self, weight: torch.Tensor, parts: Iterable[torch.Tensor], split: Callable[[torch.Tensor], list[torch.Tensor]]
+    ) -> None:
+        """Let parts wait in the place of a matrix that `split` cut into them by its rows, if it waits."""
+        _, update = self._waiting.pop(weight.data_ptr(), (None, None))
+        if update is None:
+            return
+        ups = split(update.up())
+        lengths = [None] * len(ups) if update.magnitude is None else split(update.magnitude().reshape(-1, 1))
+        for part, up, length in zip(parts, ups, lengths, strict=True):
+            self.add(part, replace(update, up=given(up), magnitude=None if length is None else given(length)))
+
+    def merge(self, address: int) -> torch.Tensor | None:
+        """A copy of the matrix at this address as it was trained; None where none waits."""
+        weight, update = self._waiting.pop(address, (None, None))
+        return None if weight is None or update is None else update.merge(weight, torch.empty_like(weight))
+
+
+def given(tensor: torch.Tensor) -> Loader:
+    """A loader of what is there."""
+    return lambda: tensor
 
 
 def unwrap(names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:

@@ -9,6 +9,8 @@ from runtime.folder.files import PARTS
 
 FORMATS = ("fp32", "fp16", "int8", "int4")
 W8A8 = "w8a8"  # of the vision part: weights and activations in 8 bits
+AUTO = "auto"  # of the vision part, beside int4: w8a8 if it is proven on pictures, else int8
+VISION_FORMATS = (AUTO, *FORMATS, W8A8)
 BACKUP_PRECISIONS = ("none", "int8_sym", "int8_asym")
 
 
@@ -17,7 +19,7 @@ class ConvertOptions:
     """How to convert. Names and meanings are optimum-cli's; the defaults are the InternVL tutorial's recipe."""
 
     weight_format: str = "int4"  # of the language part; the other parts follow by convert/compress.py's table
-    vision_weight_format: str | None = None  # None: what the table says; w8a8 needs a dataset
+    vision_weight_format: str = AUTO
     text_embeddings_weight_format: str | None = None
     group_size: int = 128  # weights that share a scale in int4; -1 is one scale a row
     ratio: float = 1.0  # share of int4 layers, the rest in the backup precision
@@ -40,11 +42,9 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         for name in ("weight_format", "vision_weight_format", "text_embeddings_weight_format"):
             value = getattr(self, name)
-            known = (*FORMATS, W8A8) if name == "vision_weight_format" else FORMATS
+            known = VISION_FORMATS if name == "vision_weight_format" else FORMATS
             if value is not None and value not in known:
                 raise OptionError(f"{name} {value!r} is not known; known are {', '.join(known)}")
-        if self.vision_weight_format == W8A8 and not self.dataset:
-            raise OptionError("w8a8 needs to see activations: give a folder of pictures with --dataset")
         if self.group_size != -1 and self.group_size < 1:
             raise OptionError(f"group size {self.group_size} is neither positive nor -1 (one scale a row)")
         if not 0 <= self.ratio <= 1:
@@ -53,8 +53,11 @@ class ConvertOptions:
             raise OptionError(f"backup precision {self.backup_precision!r} is not known; known are {', '.join(BACKUP_PRECISIONS)}")
         if self.scale_estimation and not self.dataset:
             raise OptionError("scale estimation needs activations: give a folder of pictures with --dataset")
-        if self.dataset and not (self.calibrates_language or self.vision_weight_format == W8A8):
-            raise OptionError("the dataset would not be used: it serves w8a8, --awq, --scale-estimation and a --ratio below 1")
+        may_see = self.vision_weight_format == W8A8 or (self.vision_weight_format == AUTO and self.weight_format == "int4")
+        if self.dataset and not (self.calibrates_language or may_see):
+            raise OptionError(
+                "the dataset would not be used: it serves a vision part in w8a8, --awq, --scale-estimation and a --ratio below 1"
+            )
         if self.num_samples < 1:
             raise OptionError(f"num samples {self.num_samples} is not positive")
         if self.weight_format != "int4" and (self.awq or self.scale_estimation or self.ratio != 1):
@@ -63,14 +66,23 @@ class ConvertOptions:
     @property
     def calibrates_language(self) -> bool:
         """Whether the compression of the language part looks at activations."""
-        return self.dataset is not None and (self.awq or self.scale_estimation or self.ratio < 1)
+        return self.dataset is not None and not self.looks_once
+
+    @property
+    def looks_once(self) -> bool:
+        """Whether a matrix is looked at for nothing but its own numbers, when it is compressed."""
+        return not (self.awq or self.scale_estimation or self.ratio < 1)
 
     def formats(self, *, vision_is_6b: bool) -> dict[str, str]:
-        """The weight format of each part. InternViT-6B stays int8: its authors warn of 4-bit errors."""
+        """The weight format of each part; `AUTO` for a vision part that is to be proven.
+
+        InternViT-6B is int8: its activations are thousands wide, and finding their ranges takes minutes.
+        """
         small = {"int4": "int8"}.get(self.weight_format, self.weight_format)
+        vision = AUTO if self.weight_format == "int4" and not vision_is_6b else small
         chosen = {
             "text_embeddings": self.text_embeddings_weight_format or small,
-            "vision": self.vision_weight_format or (small if vision_is_6b else self.weight_format),
+            "vision": vision if self.vision_weight_format == AUTO else self.vision_weight_format,
             "language": self.weight_format,
         }
         return {part: chosen[part] for part in PARTS}

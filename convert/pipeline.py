@@ -16,14 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import openvino as ov
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from convert.calibration import calibration_samples, calibration_tiles, find_pictures
+from convert.calibration import calibration_samples, calibration_tiles, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, check_group_size, compress
-from convert.options import W8A8, ConvertOptions
+from convert.lora import Later
+from convert.options import AUTO, W8A8, ConvertOptions
+from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
 from convert.scratch import Scratch
@@ -48,8 +52,8 @@ from runtime.folder.files import (
 from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
 from runtime.parts import memory
 
-LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16, W8A8: torch.float32}  # int8 and int4 start from the stored type, mapped
-BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, "int8": 1.02, "int4": 0.70}  # int4: with its int8 head and scales
+LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the others start from the stored type, mapped
+BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, AUTO: 1.02, "int8": 1.02, "int4": 0.70}  # with an int8 head and scales
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
 DEFAULT_REPOSITORY = "models"
@@ -65,6 +69,7 @@ class Summary:
     peak_bytes: int = 0
     part_bytes: dict[str, int] = field(default_factory=dict)
     widths: dict[str, dict[str, float]] = field(default_factory=dict)
+    proof: str = ""  # of a vision part in w8a8
     report: Report | None = None
 
     def lines(self) -> list[str]:
@@ -72,7 +77,8 @@ class Summary:
         rows = [f"{'file':<44}{'size':>10}   weights"]
         for part in PARTS:
             widths = ", ".join(f"{share:.0%} {kind}" for kind, share in self.widths[part].items() if share >= 0.005)
-            rows.append(f"{PART_FILES[part]:<44}{self.part_bytes[part] / 1e6:>7.1f} MB   {widths}")
+            told = f" ({self.proof})" if part == "vision" and self.proof else ""
+            rows.append(f"{PART_FILES[part]:<44}{self.part_bytes[part] / 1e6:>7.1f} MB   {widths}{told}")
         took = f"{self.seconds:.0f} s" + (f" + {self.verify_seconds:.0f} s to verify" if self.report else ", not verified")
         total = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         return [*rows, f"{str(self.folder) + '/':<44}{total / 1e6:>7.1f} MB   in {took}, peak {self.peak_bytes / 1e9:.2f} GB"]
@@ -106,7 +112,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
-    check_space(final, _expected_bytes(checkpoint, formats))
+    check_space(final, _expected_bytes(checkpoint, formats, options))
     check_group_size(_row_widths(checkpoint, formats), options.group_size)
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
@@ -115,15 +121,15 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             saved_tokenizer = pool.submit(save_tokenizer, tokenizer, work)
             # 3) one part in memory at a time
             for part in PARTS:
-                with _step(f"{part} ({formats[part]})", partial(bytes_of, work, part)):
+                with _step(f"{part} ({W8A8 if formats[part] == AUTO else formats[part]})", partial(bytes_of, work, part)):
                     samples: Iterable[Any] = ()
-                    if formats[part] == W8A8:
-                        samples = calibration_tiles(pictures, checkpoint.config)
                     # the language part comes last: what it is calibrated on goes through the other two
                     if part == "language" and options.calibrates_language:
                         saved_tokenizer.result()
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
-                    summary.widths[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples)
+                    if formats[part] in (AUTO, W8A8):
+                        samples = calibration_tiles(pictures, checkpoint.config)
+                    formats[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples, summary)
                 summary.part_bytes[part] = bytes_of(work, part)
             with _step("tokenizer"):
                 saved_tokenizer.result()
@@ -152,25 +158,44 @@ def _convert_part(
     source: str,
     work: Path,
     samples: Iterable[Any],
-) -> dict[str, float]:
-    """Load, trace, compress and save one part; return its bit widths."""
+    summary: Summary,
+) -> str:
+    """Load, trace, compress and save one part; return its weight format, which `AUTO` leaves open."""
     dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
+    later = Later() if _merges_later(weight_format, options) else None
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
-        "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty)),
+        "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
         "language": lambda: trace_language(
-            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty), quantised=weight_format in ("int8", "int4")
+            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later), quantised=dtype is None
         ),
     }[part]()
-    model = compress(model, weight_format, options, samples)
+    if weight_format in (AUTO, W8A8):
+        model, weight_format, summary.proof = _in_8_bits(model, weight_format, [*samples], checkpoint)
+        samples = ()
+    model = compress(model, weight_format, options, samples, later)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
     save_model(model, work / PART_FILES[part])
-    widths = bit_widths(model)
+    summary.widths[part] = bit_widths(model)
     del model
     forget_traces()
     scratch.clear()
-    return widths
+    return weight_format
+
+
+def _in_8_bits(model: ov.Model, weight_format: str, samples: list[np.ndarray], checkpoint: Checkpoint) -> tuple[ov.Model, str, str]:
+    """The vision part in w8a8, or, if it was not asked for and is not proven, as it is for int8; and a line of what was found."""
+    tiles, unseen = tiles_at_hand(checkpoint.config)
+    made, proof = quantise(model, tiles + samples, unseen)
+    if proof.holds or weight_format == W8A8:
+        return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
+    return model, "int8", f"int8, since w8a8 gives {proof}"
+
+
+def _merges_later(weight_format: str, options: ConvertOptions) -> bool:
+    """Whether LoRA is merged when a matrix is compressed: not where others look at it before, or where it is cast."""
+    return weight_format in ("int8", "int4") and options.looks_once
 
 
 def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
@@ -184,7 +209,7 @@ def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
     return widths
 
 
-def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
+def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: ConvertOptions) -> int:
     """About what the folder will take on disk, and the copies of one part beside it."""
     sizes, copies = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
     for name, shape in checkpoint.shapes.items():
@@ -196,7 +221,7 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str]) -> int:
             continue
         stored, cast = 4 if checkpoint.dtypes[name] == "F32" else 2, LOAD_TYPES.get(formats[part])
         wanted = cast.itemsize if cast else 4 if EXPERTS in name else stored
-        copies[part] += weights * (stored if checkpoint.changes(name) else 0)
+        copies[part] += weights * (stored if checkpoint.copies(name, later=_merges_later(formats[part], options)) else 0)
         copies[part] += weights * ((wanted if wanted != stored or EXPERTS in name else 0) + (stored if PACKED in name else 0))
     return int(sum(sizes.values())) + max(copies.values()) + TOKENIZER_BYTES
 

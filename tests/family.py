@@ -26,12 +26,13 @@ KINDS = {  # llm_config.architectures -> (name, what proves it)
 }
 CONVERTED = ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL2-8B")  # at full size, with random weights
 CONVERTING, RUNNING = 1.6e9, 1.6e9  # bytes beside the largest compressed part, and beside vision and language part
+CALIBRATING = 2.2e9  # bytes while the ranges of InternViT-300M are found
 EXPERT_BYTES = 2.7  # of memory a weight beside its result, while joined experts are traced
 SCALE_INT4, SCALE_INT8 = 2.5, 3  # bytes of the scale and the zero point that weights share
 
 
 def int4_bytes(config: dict) -> dict[str, float]:
-    """Bytes of each part of a model folder: int4 with an int8 head, int8 text embeddings, InternViT-6B int8, vectors in float32."""
+    """Bytes of each part of a model folder: int4 with an int8 head, the other parts in 8 bits, vectors in float32."""
     group = next(size for size in (128, 64, 32) if not config["llm_config"]["hidden_size"] % size)
     sizes = {"text_embeddings": 0.0, "vision": 0.0, "language": 0.0}
     for name, shape in tensor_shapes(config):
@@ -41,7 +42,7 @@ def int4_bytes(config: dict) -> dict[str, float]:
         wide = part == "text_embeddings" or "head" in name or name.endswith("output.weight")
         if len(shape) == 1 or "embedding" in name.partition("vision_model.")[2]:
             sizes[part] += 4 * weights
-        elif wide or (part == "vision" and config["vision_config"]["qk_normalization"]):
+        elif wide or part == "vision":
             sizes[part] += weights + SCALE_INT8 * rows
         else:
             sizes[part] += weights / 2 + SCALE_INT4 * weights / group
@@ -52,7 +53,8 @@ def memory(config: dict) -> tuple[float, float]:
     """Anonymous bytes to convert to int4, and to answer about a picture."""
     sizes = int4_bytes(config)
     experts = sum(math.prod(shape) for name, shape in tensor_shapes(config) if ".mlp.experts." in name)
-    return max(sizes.values()) + EXPERT_BYTES * experts + CONVERTING, sizes["vision"] + sizes["language"] + RUNNING
+    converting = max(max(sizes.values()) + EXPERT_BYTES * experts + CONVERTING, CALIBRATING)
+    return converting, sizes["vision"] + sizes["language"] + RUNNING
 
 
 def rows() -> list[str]:

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from convert.checkpoint import Shapes
+from convert.lora import Later
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig
 
@@ -269,11 +270,16 @@ def build_rows(config: InternVLConfig) -> tuple[int, int, int]:
 
 
 def to_transformers(
-    config: InternVLConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None, empty: Empty = torch.empty
+    config: InternVLConfig,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    empty: Empty = torch.empty,
+    later: Later | None = None,
 ) -> dict[str, torch.Tensor]:
     """Give published tensors the names (and, for packed attention, the split) of transformers' class.
 
-    What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None.
+    What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None. The
+    parts of a packed matrix that waits in `later` wait there in its place.
     """
     kind = language_kind(config)
     state: dict[str, torch.Tensor] = {}
@@ -281,7 +287,10 @@ def to_transformers(
     for published, tensor in joined.items():
         name = published.removeprefix(PREFIX)
         if kind.packed_attention and PACKED in name:
-            state |= zip((name.replace(PACKED, part) for part in SPLIT), _split_packed(config, tensor, empty), strict=True)
+            matrices = _split_packed(config, tensor, empty)
+            state |= zip((name.replace(PACKED, part) for part in SPLIT), matrices, strict=True)
+            if later is not None:
+                later.move(tensor, matrices, lambda rows: _split_packed(config, rows, torch.empty))
         else:
             state[_rename(name, kind.names)] = tensor
     return state

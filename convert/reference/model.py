@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from convert.checkpoint import Checkpoint, Shapes
+from convert.lora import Later
 from convert.reference.language import (
     PREFIX,
     Empty,
@@ -49,22 +50,29 @@ def expected_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
     return vision | published_shapes(config, tied=tied)
 
 
-def load_vision(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty) -> VisionPart:
+def load_vision(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty, later: Later | None = None
+) -> VisionPart:
     """Load the vision part. `dtype` None keeps the matrices as they are stored, mapped from the file.
 
-    What has to be copied goes into tensors that `empty` gives.
+    What has to be copied goes into tensors that `empty` gives; matrices that can be merged later are left to `later`.
     """
     with torch.device("meta"):
         part = VisionPart(checkpoint.config)
-    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
+    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty, later=later), dtype, part, empty), assign=True)
     part.vision_model.embeddings.fit_position_table()
     return part.requires_grad_(False).eval()
 
 
 def load_language(
-    checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, head_only: bool = False, empty: Empty = torch.empty
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    head_only: bool = False,
+    empty: Empty = torch.empty,
+    later: Later | None = None,
 ) -> PreTrainedModel:
-    """Load the language part. `dtype` and `empty` as in `load_vision`.
+    """Load the language part. `dtype`, `empty` and `later` as in `load_vision`.
 
     `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
     takes embeddings, so the table would only take memory.
@@ -73,8 +81,8 @@ def load_language(
     model = build_language(checkpoint.config, tied=tied)
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
-    mapped = checkpoint.tensors((name for name in names if tied or not head_only or name != table), empty=empty)
-    state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty), dtype, model, empty)
+    mapped = checkpoint.tensors((name for name in names if tied or not head_only or name != table), empty=empty, later=later)
+    state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty, later), dtype, model, empty)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     elif head_only:
@@ -203,7 +211,7 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
 class ReferenceCache:
     """The calls of runtime's KV caches over transformers' own: every prompt is computed anew and at once, as the original does."""
 
-    room_for_drafts = 0
+    room_for_drafts = free_guesses = 0
     ids = np.zeros(0, np.int64)
 
     def __init__(self, model: InternVLChatModel):

@@ -9,8 +9,8 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,23 +61,28 @@ def leave_mapped(file: Path) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
-@contextmanager
-def leaving_mapped(file: Path) -> Iterator[None]:
+def leaving_mapped(file: Path) -> AbstractContextManager[None]:
     """Let the pages of a mapped file leave this process while the block reads through it, and once more at its end."""
+    return leaving(lambda: leave_mapped(file))
+
+
+@contextmanager
+def leaving(leave: Callable[[], None]) -> Iterator[None]:
+    """Call `leave`, which lets pages go, again and again while the block reads through them, and once more at its end."""
     done = threading.Event()
 
-    def leave() -> None:
+    def watch() -> None:
         while not done.wait(LEAVE_SECONDS):
-            leave_mapped(file)
+            leave()
 
-    thread = threading.Thread(target=leave, name="pages", daemon=True)
+    thread = threading.Thread(target=watch, name="pages", daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        leave_mapped(file)
+        leave()
 
 
 def peak_bytes() -> int:

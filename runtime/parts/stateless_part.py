@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from runtime.parts.attention import open_attention
 from runtime.parts.device import Placement
 from runtime.parts.part import compile_part, infer, leaving_file, read_part, threads_of
 
@@ -22,7 +23,8 @@ class StatelessPart:
     """One part without memory of its own, one input and one output, that several threads may call."""
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int):
-        self._compiled = compile_part(core, read_part(core, folder, placement, width), placement)
+        model = read_part(core, folder, placement, width)
+        self._compiled = compile_part(core, open_attention(model) if placement.device == "CPU" else model, placement)
         self._request = self._compiled.create_infer_request()
         self._input = self._compiled.input().get_any_name()
         self._lock = threading.Lock()

@@ -65,6 +65,10 @@ def constants(model: ov.Model) -> list:
         ({"weight_format": "int8"}, {"text_embeddings": {"int8"}, "vision": {"int8"}, "language": {"int8"}}),
         (
             {"weight_format": "int4", "group_size": 32},
+            {"text_embeddings": {"int8"}, "vision": {"int8"}, "language": {"int4", "int8"}},
+        ),
+        (
+            {"weight_format": "int4", "group_size": 32, "vision_weight_format": "int4"},
             {"text_embeddings": {"int8"}, "vision": {"int4", "int8"}, "language": {"int4", "int8"}},
         ),
         (
@@ -73,14 +77,14 @@ def constants(model: ov.Model) -> list:
         ),
         (
             {"weight_format": "int4", "group_size": 32, "ratio": 0.5, "sym": True, "backup_precision": "int8_sym"},
-            {"text_embeddings": {"int8"}, "vision": {"int4", "int8"}, "language": {"int4", "int8"}},
+            {"text_embeddings": {"int8"}, "vision": {"int8"}, "language": {"int4", "int8"}},
         ),
         (
             {"weight_format": "int4", "group_size": 32, "awq": True, "text_embeddings_weight_format": "fp16"},
-            {"text_embeddings": {"fp16"}, "vision": {"int4", "int8"}, "language": {"int4", "int8"}},
+            {"text_embeddings": {"fp16"}, "vision": {"int8"}, "language": {"int4", "int8"}},
         ),
     ],
-    ids=["fp32", "fp16", "int8", "int4", "int4, vision fp16", "int4_sym, ratio 0.5", "int4, awq"],
+    ids=["fp32", "fp16", "int8", "int4", "int4, vision int4", "int4, vision fp16", "int4_sym, ratio 0.5", "int4, awq"],
 )
 def test_weight_formats_give_these_types(options, expected, tiny, converted):
     folder = converted(tiny("tiny-qwen2"), **options)
@@ -103,7 +107,9 @@ def test_only_the_head_of_an_int4_language_part_is_int8(tiny, converted):
 
 def test_the_6b_vision_transformer_stays_int8():
     assert ConvertOptions().formats(vision_is_6b=True) == {"text_embeddings": "int8", "vision": "int8", "language": "int4"}
-    assert ConvertOptions().formats(vision_is_6b=False)["vision"] == "int4"
+    assert ConvertOptions().formats(vision_is_6b=False)["vision"] == "auto"
+    assert ConvertOptions(weight_format="int8").formats(vision_is_6b=False)["vision"] == "int8"
+    assert ConvertOptions(vision_weight_format="w8a8").formats(vision_is_6b=True)["vision"] == "w8a8"
     assert ConvertOptions(vision_weight_format="int4").formats(vision_is_6b=True)["vision"] == "int4"
 
 
@@ -115,7 +121,8 @@ def test_the_6b_vision_transformer_stays_int8():
         ({"ratio": 1.5}, "ratio 1.5 is not between 0 and 1"),
         ({"backup_precision": "int6"}, "backup precision 'int6' is not known"),
         ({"scale_estimation": True}, "scale estimation needs activations: give a folder of pictures with --dataset"),
-        ({"dataset": "pictures"}, "the dataset would not be used"),
+        ({"dataset": "pictures", "vision_weight_format": "int8"}, "the dataset would not be used"),
+        ({"dataset": "pictures", "weight_format": "int8"}, "the dataset would not be used"),
         ({"awq": True, "weight_format": "int8"}, "awq, scale estimation and ratio are for weight format int4, not int8"),
         ({"awq": True, "dataset": "x", "num_samples": 0}, "num samples 0 is not positive"),
     ],

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import ConvertOptions, convert, pipeline
 from convert.__main__ import main
-from convert.calibration import calibration_tiles
+from convert.calibration import TILES, calibration_tiles
 from convert.checkpoint import Checkpoint
 from runtime.errors import DriftError
 from runtime.folder.files import PART_FILES
@@ -50,7 +50,7 @@ def assert_one_clear_line(capsys, message: str, *arguments, code: int = 2):
 def test_it_says_what_it_does_and_proves_the_result(capsys, tiny, tmp_path):
     code, out, err = run(capsys, tiny("tiny-qwen2"), tmp_path / "out", *INT4)
     assert code == 0, err
-    for part, weights in (("text_embeddings", "int8"), ("vision", "int4"), ("language", "int4")):
+    for part, weights in (("text_embeddings", "int8"), ("vision", "w8a8"), ("language", "int4")):
         assert f"{part} ({weights}) ..." in out
         assert f"{part} ({weights}): " in out
         assert PART_FILES[part] in out
@@ -123,20 +123,17 @@ def test_w8a8_computes_the_vision_part_in_8_bits(capsys, tiny, tmp_path):
     for n in range(4):
         pixels = np.random.default_rng(n).integers(0, 255, (30, 45, 3), np.uint8)
         Image.fromarray(pixels).resize((90, 60)).save(pictures / f"{n}.png")
-    arguments = ["--vision-weight-format", "w8a8", "--dataset", pictures, "--weight-format", "int8"]
+    arguments = ["--vision-weight-format", "w8a8", "--weight-format", "int8"]
     code, out, err = run(capsys, tiny("tiny-qwen2"), tmp_path / "out", *arguments)
     assert code == 0, err
     assert "vision          w8a8" in out
     model = ov.Core().read_model(tmp_path / "out" / "openvino_vision_embeddings_model.xml")
     kinds = [node.get_type_name() for node in model.get_ops()]
-    assert kinds.count("FakeQuantize") > 20
+    assert 0 < kinds.count("FakeQuantize") <= 3 * 4 + 2  # of random weights, some may be too noisy
     pictures = sorted(pictures.iterdir())
     tiles = calibration_tiles(pictures, Checkpoint(tiny("tiny-qwen2")).config)
-    assert len(tiles) == 4 * 7
+    assert len(tiles) == TILES < 4 * 7
     assert tiles[0].shape == (1, 3, 56, 56)
-    assert_one_clear_line(
-        capsys, "w8a8 needs to see activations", tiny("tiny-qwen2"), tmp_path / "no", "--vision-weight-format", "w8a8"
-    )
 
 
 def test_a_dataset_without_pictures_is_told(capsys, tiny, tmp_path):
@@ -204,7 +201,7 @@ def test_an_interrupted_conversion_leaves_nothing(tiny, tmp_path, sent):
         **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
     )
     for line in process.stdout:
-        if line.startswith("vision (int4) ..."):
+        if line.startswith("vision (w8a8) ..."):
             break
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"], "midway, beside the final name"
     process.send_signal(sent)

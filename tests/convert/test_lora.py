@@ -15,9 +15,11 @@ from torch import nn
 
 from convert import ConvertOptions, convert
 from convert.checkpoint import Checkpoint
+from convert.lora import Update
 from convert.reference.model import InternVLChatModel, expected_shapes, is_tied
 from convert.weight_files import WEIGHTS_FILE
 from runtime.errors import CheckpointError
+from runtime.folder.files import PART_FILES
 from tests.checkpoints import make_checkpoint
 from tests.conftest import DATA
 
@@ -77,7 +79,7 @@ def check(checkpoint: Checkpoint, wanted: dict[str, torch.Tensor]) -> int:
         if name in wanted:
             assert (tensor.float() - wanted[name].float()).abs().max() < 1e-6, name
     assert set(found) <= set(wanted) | {"vision_model.embeddings.position_embedding"}
-    return sum(checkpoint.changes(name) for name in found)
+    return sum(checkpoint.copies(name) for name in found)
 
 
 @pytest.mark.parametrize("layout", ["peft", "before 0.7"])
@@ -144,6 +146,30 @@ def test_a_fine_tuned_checkpoint_converts_and_says_so(tmp_path, capsys):
     assert not config["use_llm_lora"]
     assert not config["use_backbone_lora"]
     assert not [*output.glob("scratch-*")]
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["packed", "tiny-qwen2", "tiny-phi3"])
+def test_merging_a_matrix_when_it_is_compressed_writes_the_same_bytes(base, tmp_path, monkeypatch, name, weight_format):
+    """Beside merging all of a part before: packed attention, DoRA, and every matrix of both parts."""
+    adapter = None
+    if name == "packed":
+        source = DATA / "golden" / "lora"
+    else:
+        source, adapter = base(name), str(tmp_path / "adapter")
+        settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*LANGUAGE[name], *VISION], use_dora=True)
+        shake(peft.get_peft_model(published(source), settings)).save_pretrained(adapter)
+    options = ConvertOptions(weight_format=weight_format, group_size=-1, adapter=adapter, verify=False)
+    merged = []
+    update = Update.merge
+    monkeypatch.setattr(Update, "merge", lambda self, weight, out: merged.append(weight is out) or update(self, weight, out))
+    later = convert(str(source), tmp_path / "later", options).folder
+    assert len(merged) > 10
+    monkeypatch.setattr("convert.pipeline._merges_later", lambda weight_format, options: False)
+    before = convert(str(source), tmp_path / "before", options).folder
+    for file in PART_FILES.values():
+        weights = file.replace(".xml", ".bin")
+        assert (later / weights).read_bytes() == (before / weights).read_bytes(), file
 
 
 @pytest.fixture

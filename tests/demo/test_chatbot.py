@@ -107,7 +107,7 @@ def test_the_built_in_model_is_converted_once(monkeypatch, tmp_path, capsys):
     folder = folder_of(None, None)
     assert folder.parent == tmp_path / "internvl-openvino"
     check_folder(folder)
-    assert "vision (int4)" in capsys.readouterr().out
+    assert "vision (w8a8)" in capsys.readouterr().out
     assert folder_of(None, None) == folder
     assert capsys.readouterr().out == ""
     assert folder_of(tmp_path / "mine", None) == tmp_path / "mine"
