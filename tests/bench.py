@@ -32,6 +32,7 @@ SIZES = {1: (448, 448), 7: (1200, 800), 13: (1000, 750)}  # pictures that are cu
 NEW_TOKENS, BATCH_TOKENS = 32, 32
 LONG_REPEATS, LONG_SECONDS = 2, 30  # a figure that takes longer is measured so often, or a slow machine needs hours
 LONG_WORDS = 4000  # two tokens each: about 8,000
+RECIPE = ["--vision-weight-format", "int8"]
 TUNED = "tuned"  # ours, after `python -m runtime tune`; opening and the batch are left out to save time
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # of a figure, of a peer
 
@@ -161,11 +162,11 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
             if number == 0:
                 fresh(name, folder, work / f"cache-{name}")  # which fills it
             note("load cached", name, fresh(name, folder, work / f"cache-{name}"))
-    for tiles in (1, 13):
+    for tiles, tokens in ((1, 16), (13, 128)):
         for number in range(repeats):
             for name in ("ours", "genai"):
                 if name in folders:
-                    note(f"command {tiles}", name, command(name, folders[name], picture(work, tiles, number)))
+                    note(f"command {tiles}", name, command(name, folders[name], picture(work, tiles, number), tokens))
     peers = {name: Peer(name, folder) for name, folder in folders.items()}
     for peer in peers.values():
         peer.do("first", image=str(picture(work, 1, repeats)), tokens=4)  # what is done once
@@ -180,6 +181,13 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
                     note(f"{tiles} tiles again", name, peer.do("first", image=image, tokens=4, again=True))
     for name, peer in peers.items():
         note("peak", name, peer.do("peak"))
+    if "ours" in peers:
+        for number in range(repeats):
+            note("scanned page", "ours", peers["ours"].do("first", image=str(page(work, number)), tokens=1))
+            still = [str(picture(work, 1, 100 + number))] * 8
+            moving = [str(picture(work, 1, 200 + 8 * number + frame)) for frame in range(8)]
+            note("still frames", "ours", peers["ours"].do("frames", images=still))
+            note("moving frames", "ours", peers["ours"].do("frames", images=moving))
     if "optimum" in peers:
         peers.pop("optimum").close()
     long = "red ball " * LONG_WORDS
@@ -198,6 +206,18 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
     return runs
 
 
+def page(folder: Path, number: int) -> Path:
+    """A scanned page of 13 tiles: white, with print in two of them."""
+    file = folder / f"page-{number}.png"
+    sheet = Image.new("RGB", (448 * 4, 448 * 3), "white")
+    for column in (0, 2):
+        print_ = picture(folder, 1, 300 + 2 * number + column // 2)
+        with Image.open(print_) as ink:
+            sheet.paste(ink.convert("1").convert("RGB").resize((400, 400)), (448 * column + 20, 448 + 20))
+    sheet.save(file)
+    return file
+
+
 def enough(runs: Runs, figure: str, name: str, number: int, key: str) -> bool:
     """Whether a figure that takes long has been measured often enough."""
     return number >= LONG_REPEATS and runs[figure][name][0][key] > LONG_SECONDS
@@ -210,11 +230,12 @@ def fresh(name: str, folder: Path, cache: Path | None = None) -> dict[str, float
     return peer.load
 
 
-def command(name: str, folder: Path, image: Path) -> dict[str, float]:
-    """One question from a terminal: seconds from the start of the process to its first printed letter, and its peak memory."""
+def command(name: str, folder: Path, image: Path, tokens: int) -> dict[str, float]:
+    """One question from a terminal: seconds from the start of the process to its first letter and to its end, and its peak."""
     question = "Describe this picture."
-    script = [str(Path(__file__).with_name("bench_script.py")), str(folder), question, str(image)]
-    ours = ["-m", "runtime", "chat", str(folder), question, "--image", str(image), "--max-new-tokens", "16"]
+    script = [str(Path(__file__).with_name("bench_script.py")), str(folder), question, str(image), str(tokens)]
+    ours = ["-m", "runtime", "chat", str(folder), question, "--image", str(image), "--max-new-tokens", str(tokens)]
+    ours += ["--prompt-lookup", "0"]
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *(script if name == "genai" else ours)],
@@ -254,6 +275,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | Non
     for tiles in (1, 13):
         add(f"start of a command to its first letter, {tiles} tiles", f"command {tiles}", "letter")
         add(f"peak memory of that command, {tiles} tiles", f"command {tiles}", "peak_gb", None, "GB")
+    add("that command as a whole, 13 tiles and 128 tokens", "command 13", "whole")
     for tiles in SIZES:
         floor = tiles * low["tile"]
         prompt = m[f"{tiles} tiles"]["ours"]["prompt_tokens"] * low["prompt_token"]
@@ -268,6 +290,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | Non
     add("same picture, another question, 13 tiles", "13 tiles again", "first_token")
     add("eight prompts of one tile at once", "batch of 8", "tokens_a_second", None, "tokens/s")
     add("peak resident memory", "peak", "peak_gb", None, "GB")
+    if "scanned page" in m:
+        add("a scanned page, print in 2 of 12 tiles, first token", "scanned page", "first_token")
+        add("eight frames of a still camera, first token", "still frames", "first_token")
+        add("eight different frames, first token", "moving frames", "first_token")
     return made
 
 
@@ -318,6 +344,9 @@ def main() -> None:
     parser.add_argument(
         "--tuned-with", metavar="FLAGS", default="", help="flags of convert for the tuned folder, like those of w8a8"
     )
+    parser.add_argument(
+        "--other", metavar="FOLDER", type=Path, help="what the peers open, from optimum-cli (default: its recipe, converted by us)"
+    )
     parser.add_argument("--peers", default=f"ours,{TUNED},genai,optimum", help="whose answers are timed (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, default=Path("build/bench.json"), help="(default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="bars of the ratios")
@@ -337,7 +366,11 @@ def main() -> None:
     found: dict[str, Any] = {"model": options.model, "machine": machine(), "peers": options.peers.split(",")}
     found["ceilings"] = ceilings()
     found["floors"] = floors(checkpoint, folder, found["ceilings"])
-    folders = dict.fromkeys(found["peers"], folder)
+    recipe = options.other
+    if recipe is None:  # as optimum-cli has it: the vision part in int8, the language part in int4
+        recipe = folder.with_name(f"{folder.name}-recipe")
+        timed([*(str(recipe) if part == str(folder) else part for part in commands["ours"]), *RECIPE], recipe)
+    folders = {name: folder if name in ("ours", TUNED) else recipe for name in found["peers"]}
     if TUNED in folders:
         folders[TUNED] = tuned_folder(commands["ours"], folder, shlex.split(options.tuned_with))
     with tempfile.TemporaryDirectory() as work:

@@ -1,4 +1,4 @@
-"""python tests/bench_script.py FOLDER QUESTION PICTURE: the ten lines in which openvino_genai answers, for tests.bench to time."""
+"""python tests/bench_script.py FOLDER QUESTION PICTURE TOKENS: ten lines by which openvino_genai answers, for tests.bench."""
 
 import sys
 
@@ -7,7 +7,7 @@ import openvino as ov
 import openvino_genai
 from PIL import Image
 
-folder, question, picture = sys.argv[1:]
+folder, question, picture, tokens = sys.argv[1:]
 pipe = openvino_genai.VLMPipeline(folder, "CPU")
 image = ov.Tensor(np.asarray(Image.open(picture).convert("RGB"))[None])
-pipe.generate(question, images=[image], max_new_tokens=16, streamer=lambda text: print(text, end="", flush=True))
+pipe.generate(question, images=[image], max_new_tokens=int(tokens), streamer=lambda text: print(text, end="", flush=True))

@@ -68,6 +68,9 @@ class ChatCore(ABC):
     def settle(self) -> None:  # noqa: B027  a backend may have nothing to do
         """Somebody asks: what the backend does in the background ends, so that it does not compute beside an answer."""
 
+    def rest(self) -> None:  # noqa: B027
+        """An answer is over."""
+
     def release_vision(self) -> None:  # noqa: B027
         """All tiles of a prompt are encoded: intermediate memory may go back."""
 
@@ -189,8 +192,12 @@ class ChatCore(ABC):
             yield from self.answers([prompt], decoding, statistics, progress)[0]
             return
         rule = self.rule_of(decoding)
-        with self.prefilled(prompt, cache, statistics, progress) as (own, logits):
-            yield from write(own, logits, self.embed_tokens, decoding, rule)
+        try:
+            with self.prefilled(prompt, cache, statistics, progress) as (own, logits):
+                own.repeatable = decoding.seed is not None
+                yield from write(own, logits, self.embed_tokens, decoding, rule)
+        finally:  # who reads stops at the token that ends the answer
+            self.rest()
 
     @contextmanager
     def prefilled(
@@ -237,12 +244,15 @@ class ChatCore(ABC):
         if features:
             embeds[visual] = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features])
         cache = self.new_cache()
+        cache.repeatable = decoding.seed is not None
         logits = cache.feed(embeds, mask, None, progress, visual.astype(np.int64))
         if decoding.num_return_sequences > 1:
             rows = np.repeat(np.arange(len(prompts)), decoding.num_return_sequences)
             cache.reorder(rows.tolist())
             logits = logits[rows]
-        return write_rows(cache, logits, self.embed_tokens, decoding, [self.rule_of(decoding) for _ in logits])
+        written = write_rows(cache, logits, self.embed_tokens, decoding, [self.rule_of(decoding) for _ in logits])
+        self.rest()
+        return written
 
     def _beams(
         self, prompt: Prompt, decoding: Decoding, statistics: Statistics | None, progress: Progress | None

@@ -33,6 +33,8 @@ class Cache(Protocol):
     """What decoding needs of a KV cache; runtime/parts/kv_cache.py has them."""
 
     @property
+    def free_guesses(self) -> int: ...
+    @property
     def ids(self) -> np.ndarray: ...
     @property
     def room_for_drafts(self) -> int: ...
@@ -73,7 +75,7 @@ class Decoding:
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: above 0 for longer ones
     early_stopping: bool = False  # end when as many beams as asked for are finished
-    prompt_lookup_num_tokens: int = 0  # guesses at most
+    prompt_lookup_num_tokens: int | None = None  # guesses at most; None: as many as cost nothing on this processor
     logprobs: bool = False  # of the tokens, under the model's own logits
     top_logprobs: int = 0  # how many of the likeliest tokens are told beside them
     json_schema: str | None = None  # what the answer must fit
@@ -85,7 +87,7 @@ class Decoding:
         )
         for field, (kinds, holds, what) in _RULES.items():
             value = getattr(self, field)
-            if value is None and field in ("seed", "json_schema"):
+            if value is None and field in ("seed", "json_schema", "prompt_lookup_num_tokens"):
                 continue
             if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds) or not holds(value):
                 raise OptionError(
@@ -300,8 +302,11 @@ def write(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding, ru
     `rule` says which tokens may come, where an answer must fit a schema.
     """
     sampler = Sampler(decoding, rule=rule)
-    if decoding.prompt_lookup_num_tokens:
-        for last in _greedy(cache, logits, embed, decoding.prompt_lookup_num_tokens):
+    guesses = decoding.prompt_lookup_num_tokens
+    if guesses is None and decoding.is_plain:
+        guesses = cache.free_guesses
+    if guesses:
+        for last in _greedy(cache, logits, embed, guesses):
             yield sampler.choose(last)
             if sampler.ended:
                 return

@@ -1,4 +1,4 @@
-"""Pictures -> the rows that stand for them in a prompt: the cache of vision features, and which row is whose.
+"""Pictures -> the rows that stand for them in a prompt: the cache of their tiles' features, and which row is whose.
 
 Knows tiles, and how to have them encoded; no parts, no prompt text and no KV cache.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 import numpy as np
 
@@ -20,7 +19,10 @@ FEATURE_CACHE_BYTES = 256 << 20  # 22 pictures of 13 tiles for a 1B model
 
 
 class FeatureCache:
-    """Context embeddings of pictures by their content and tiling, least recently used out first, bounded in bytes."""
+    """Context embeddings of tiles by their content, least recently used out first, bounded in bytes.
+
+    Blank parts of a page, a still camera's frames and the corners of a screenshot that did not change are looked at once.
+    """
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
@@ -29,7 +31,7 @@ class FeatureCache:
         self._lock = threading.Lock()
 
     def find(self, key: bytes) -> np.ndarray | None:
-        """The features (n, P, D) of a picture, or None."""
+        """The features (P, D) of a tile, or None."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -39,7 +41,7 @@ class FeatureCache:
             return self._kept.get(key)
 
     def add(self, key: bytes, features: np.ndarray) -> None:
-        """Remember features (n, P, D), unless they alone pass the limit."""
+        """Remember the features (P, D) of a tile, unless they alone pass the limit."""
         if features.nbytes > self.limit:
             return
         with self._lock:
@@ -63,23 +65,22 @@ def encode_pictures(
     cache: FeatureCache,
     progress: Progress | None = None,
 ) -> tuple[list[np.ndarray], int]:
-    """Pictures -> their features (n, P, D) in order, and how many tiles were encoded for it; the others were in the cache."""
-    found = {picture.key: cache.find(picture.key) for picture in pictures}
-    missing = {picture.key: picture for picture in pictures if found[picture.key] is None}
-    total = sum(picture.count for picture in missing.values())
-    rows: list[np.ndarray] = []
-    tiles = (tile for picture in missing.values() for tile in picture.normalised())
-    for start, end in equal_spans(total, tiles_at_once):
+    """Pictures -> their features (n, P, D) in order, and how many tiles were encoded for it.
+
+    Each different tile is encoded once, if it is not in the cache.
+    """
+    tiles = {key: (picture, number) for picture in pictures for number, key in enumerate(picture.tile_keys)}
+    found = {key: cache.find(key) for key in tiles}
+    missing = [key for key, features in found.items() if features is None]
+    for start, end in equal_spans(len(missing), tiles_at_once):
         if progress is not None:
-            progress("tiles", start, total)
-        rows.append(encode(np.stack(list(islice(tiles, end - start)))))
-    if rows:
-        ends = np.cumsum([picture.count for picture in missing.values()])
-        split = np.split(np.concatenate(rows), ends[:-1])
-        for key, features in zip(missing, split, strict=True):
-            found[key] = features.copy() if len(missing) > 1 else features  # a view would keep all the others alive
+            progress("tiles", start, len(missing))
+        now = missing[start:end]
+        encoded = encode(np.stack([picture.normalised(number) for picture, number in map(tiles.__getitem__, now)]))
+        for key, features in zip(now, encoded, strict=True):
+            found[key] = features.copy()  # a view would keep all of them alive
             cache.add(key, found[key])  # type: ignore[arg-type]
-    return [found[picture.key] for picture in pictures], total  # type: ignore[misc]
+    return [np.stack([found[key] for key in picture.tile_keys]) for picture in pictures], len(missing)  # type: ignore[misc]
 
 
 def keys_of(ids: np.ndarray, context_id: int, pictures: Sequence[PictureTiles], tokens_per_tile: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from runtime.errors import InternVLError, ModelFolderError, TokenizerError
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, check_folder
 from runtime.folder.generation import read_generation_config
-from runtime.folder.settings import tuned_decode, tuned_properties
+from runtime.folder.settings import settings_of
 from runtime.folder.tokenizer import Tokenizer
 from runtime.parts.device import place_parts
 from runtime.parts.kv_cache import KVCache
@@ -80,8 +80,7 @@ class OpenedModel(ChatModel):
             cache_dir=cache_dir,
             ov_config=ov_config,
             part_config=part_config,
-            tuned=partial(tuned_properties, folder, core) if tuned else lambda part, device: {},
-            decode=partial(tuned_decode, folder, core) if tuned else lambda device: None,
+            tuned=partial(settings_of, folder, core) if tuned else lambda device: None,
         )
         width = self.config.language["hidden_size"]
         self.language_placement = placed["language"]
@@ -98,6 +97,7 @@ class OpenedModel(ChatModel):
                     window=self.config.window,
                     reuse=reuse_kv,
                     decode=placed.get("decode"),
+                    later=placed.get("later"),
                 )
             text = beside.submit(StatelessPart, folder, core, placed["text_embeddings"], width)
             self.tokenizer = Tokenizer.from_folder(folder)
@@ -116,6 +116,9 @@ class OpenedModel(ChatModel):
 
     def settle(self) -> None:
         self.language_part.settle()
+
+    def rest(self) -> None:
+        self.language_part.rest()
 
     def wait_until_packed(self) -> None:
         """Do now what the language part does once. Raises what goes wrong there."""

@@ -60,9 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     writing.add_argument(
         "--prompt-lookup",
         type=int,
-        default=0,
         metavar="N",
-        help="guess up to N tokens from what was said before: faster where it repeats; greedy, CPU",
+        help="guess up to N tokens from what was said before: faster where it repeats; greedy, CPU (default: what costs nothing)",
     )
     writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
 
@@ -98,7 +97,7 @@ def writing_options(
     top_p: float | None,
     top_k: int | None,
     repetition_penalty: float | None,
-    prompt_lookup: int,
+    prompt_lookup: int | None,
     seed: int | None,
     **_: Any,
 ) -> dict[str, Any]:

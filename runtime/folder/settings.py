@@ -18,7 +18,7 @@ from runtime.folder.files import DECODE_FILE, TUNED_FILE
 
 
 def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | None:
-    """What was found for this device, if it was on this processor and this OpenVINO: {"parts", "seconds", ...}."""
+    """What was found for this device, if it was on this processor and this OpenVINO: {"parts", "decode", "seconds", ...}."""
     try:
         found = json.loads((folder / TUNED_FILE).read_text(encoding="utf-8"))[device]
         return found if found["machine"] == machine(core, device) else None
@@ -48,18 +48,6 @@ def tiles_within(settings: dict[str, Any], seconds: float, config: InternVLConfi
     each = measured["tile"] + config.tokens_per_tile * measured["prompt_token"]
     room = int(seconds / each) - (1 if config.use_thumbnail else 0)
     return max(1, min(room, config.max_tiles))
-
-
-def tuned_properties(folder: Path, core: ov.Core, part: str, device: str) -> dict[str, Any]:
-    """OpenVINO properties of a part on a device; none where nothing was found."""
-    found = settings_of(folder, core, device)
-    return dict(found["parts"].get(part, {})) if found else {}
-
-
-def tuned_decode(folder: Path, core: ov.Core, device: str) -> tuple[str, dict[str, Any]] | None:
-    """File and properties of a second compilation of the language part for single tokens; None where none was worth it."""
-    found = (settings_of(folder, core, device) or {}).get("decode")
-    return (found["file"], found["properties"]) if found and (folder / found["file"]).exists() else None
 
 
 def keep(folder: Path, device: str, settings: dict[str, Any]) -> None:

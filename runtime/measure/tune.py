@@ -76,8 +76,9 @@ def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, 
         chosen = hold(part, trial(placed[part]), plans)
         found["parts"][part] = chosen or {}
         placed[part] = _with(placed[part], chosen or {})
+    placed = place_parts(core, folder, device, tuned=lambda device: found)
     try:
-        found["decode"] = _tune_decode(folder, core, placed["language"], config, trial, hold)
+        found["decode"] = _tune_decode(folder, core, placed["language"], placed.get("later"), config, trial, hold)
         keep(folder, device, found | {"agreement": 1.0, "accuracy": None})
     finally:
         for file in _both(folder / TRIED_FILE):
@@ -170,12 +171,15 @@ def _tune_decode(
     folder: Path,
     core: ov.Core,
     language: Placement,
+    default: Placement | None,
     config: InternVLConfig,
     trial: Callable[..., _Trial],
     hold: Callable[[str, _Trial, Plans], dict[str, Any] | None],
 ) -> dict[str, Any] | None:
-    """Whether single tokens are better computed by a part of their own: its file, properties and bytes."""
+    """Whether single tokens are better computed by a part of their own than by `default`: its file, properties and bytes."""
     offered = [*candidates(core, language.device, "decode")]
+    if default is not None:
+        offered = [(name, more) for name, more in offered if _with(language, more) != default]
     if not offered:  # what a processor keeps here is not this device's
         return None
     if any("rows" in more for _, more in offered):
@@ -191,7 +195,7 @@ def _tune_decode(
         properties = {key: value for key, value in more.items() if key != "rows"}
         second = replace(_with(language, properties), other_file=file)
         plans[name] = {"file": file, "properties": properties}, partial(trial, language, second)
-    chosen = hold("decode", trial(language), plans) if plans else None
+    chosen = hold("decode", trial(language, default), plans) if plans else None
     for target in _both(folder / DECODE_FILE):
         target.unlink(missing_ok=True)
     if chosen is None:

@@ -6,7 +6,6 @@ Grid rule: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/train/dataset.py (d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha1
 
@@ -92,11 +91,16 @@ def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PictureTiles:
-    """The tiles of one picture, a key of their content, and the columns and rows they were cut in, where that is known."""
+    """The tiles of one picture, keys of their contents, and the columns and rows they were cut in, where that is known."""
 
-    key: bytes
+    tile_keys: tuple[bytes, ...]
     pixels: np.ndarray = field(repr=False, compare=False)  # (N, S, S, 3) uint8, or (N, 3, S, S) float32 when normalised already
     grid: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def key(self) -> bytes:
+        """A key of the content of all tiles."""
+        return sha1(b"".join(self.tile_keys), usedforsecurity=False).digest()
 
     @property
     def count(self) -> int:
@@ -111,8 +115,10 @@ class PictureTiles:
     @classmethod
     def of_tiles(cls, tiles: np.ndarray, grid: tuple[int, int] | None = None) -> PictureTiles:
         """Tiles that were cut already."""
-        return cls(sha1(np.ascontiguousarray(tiles).data, usedforsecurity=False).digest(), tiles, grid)
+        keys = tuple(sha1(np.ascontiguousarray(tile).data, usedforsecurity=False).digest() for tile in tiles)
+        return cls(keys, tiles, grid)
 
-    def normalised(self) -> Iterator[np.ndarray]:
-        """The tiles (3, S, S) float32 one by one."""
-        return (normalise(tile[None])[0] if tile.dtype == np.uint8 else tile for tile in self.pixels)
+    def normalised(self, number: int) -> np.ndarray:
+        """One tile (3, S, S) float32."""
+        tile = self.pixels[number]
+        return normalise(tile[None])[0] if tile.dtype == np.uint8 else tile

@@ -7,7 +7,7 @@ Property names: openvinotoolkit/openvino src/inference/include/openvino/runtime/
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +19,50 @@ PRECISIONS = ("default", "accuracy")
 MODEL_CACHE = "model_cache"  # folder of compiled models, inside the model folder
 
 
+PRECISION_HINTS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "KV_CACHE_PRECISION")
+
+
 class Core(Protocol):
     """What is asked of ov.Core."""
 
     available_devices: Sequence[str]
+
+    def get_property(self, device: str, name: str, /) -> Any:
+        """A property of a device."""
+
+
+@dataclass(frozen=True)
+class ProcessorClass:
+    """What a CPU is best at, as it was measured; `needs` are capabilities by which OpenVINO tells that it belongs here.
+
+    `activation_groups`: how many activations share a scale, best first, where they are quantised to be multiplied with compressed
+    weights. `pages`: the precision of keys and values. `tokens`: properties of a second compilation of the language part, for
+    single tokens; None is one compilation for all. `guesses`: how many guessed tokens are computed beside a token for nothing.
+    """
+
+    name: str
+    needs: frozenset[str]
+    activation_groups: tuple[int, ...]
+    pages: str
+    tokens: Mapping[str, Any] | None
+    guesses: int
+
+
+# The first that fits. BENCHMARKS.md has the measurements, under "What the defaults on a CPU rest on":
+#   AMX: prompts in bfloat16 take two thirds of their time in float32, single tokens in float32 two thirds of theirs in bfloat16 (a
+#   token 21 ms after 300 and 29 after 3,380, and 30 and 34 in one compilation). Both read pages of 8 bits only.
+#   Others: float32, in which a second compilation would be the same one. Groups of 128 take four fifths of the time of OpenVINO's
+#   32; pages of 16 bits are exact, and read faster than 8 bits are unpacked.
+PROCESSOR_CLASSES = (
+    ProcessorClass("AMX", frozenset({"BF16", "FP16"}), (128, 64), "f16", {"INFERENCE_PRECISION_HINT": "f32"}, 2),
+    ProcessorClass("AVX2 to AVX-512 VNNI", frozenset({"FP32", "INT8"}), (128, 64), "f16", None, 1),
+)
+
+
+def processor_class(core: Core) -> ProcessorClass | None:
+    """The class of this machine's CPU; None for one that nobody measured, which gets OpenVINO's defaults."""
+    able = {*core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")}
+    return next((each for each in PROCESSOR_CLASSES if each.needs <= able), None)
 
 
 @dataclass(frozen=True)
@@ -77,15 +117,14 @@ def place_parts(
     cache_dir: str | Path | None = None,
     ov_config: Mapping[str, Any] | None = None,
     part_config: Mapping[str, Mapping[str, Any]] | None = None,
-    tuned: Callable[[str, str], Mapping[str, Any]] = lambda part, device: {},
-    decode: Callable[[str], tuple[str, Mapping[str, Any]] | None] = lambda device: None,
+    tuned: Callable[[str], Mapping[str, Any] | None] = lambda device: None,
 ) -> dict[str, Placement]:
     """The device and the properties of every part.
 
     `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `tuned` says what was found best
-    for a part on a device, and `decode` the file and properties of a second compilation of the language part, for single tokens,
-    which is then placed as "decode"; neither is asked where a precision is. `ov_config` holds properties for all parts and
-    `part_config` for single ones; both win over what is chosen here.
+    on a device (runtime/folder/settings.py); it is not asked where a precision is. A second compilation of the language part, for
+    single tokens, is placed as "decode" where it was found, else as "later" where the class of the processor wants one. `ov_config`
+    holds properties for all parts and `part_config` for single ones; both win over what is chosen here.
     Raises DeviceError for a device that is not here, OptionError for an unknown precision or part.
     """
     if precision not in PRECISIONS:
@@ -99,14 +138,26 @@ def place_parts(
     for part, name in devices.items():
         check_device(core, name)
         properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide_vision and part == "vision")
-        if precision == "default":
-            properties |= tuned(part, name)
+        found = tuned(name) if precision == "default" else None
+        if found is not None:
+            properties |= found["parts"].get(part, {})
         placed[part] = Placement(part, name, properties | own[part])
-    second = decode(device) if precision == "default" else None
-    if second is not None:
-        file, more = second
-        placed["decode"] = Placement("language", device, placed["language"].properties | dict(more) | own["language"], file)
+    if precision == "default":
+        second = (tuned(device) or {}).get("decode")
+        if second is not None and (folder / second["file"]).exists():
+            properties = placed["language"].properties | second["properties"] | own["language"]
+            placed["decode"] = Placement("language", device, properties, second["file"])
+        elif (known := _single_tokens(core, placed["language"])) is not None:
+            placed["later"] = known
     return placed
+
+
+def _single_tokens(core: Core, language: Placement) -> Placement | None:
+    """The second compilation that the processor's class wants, unless somebody says how exact the first one is to be."""
+    known = processor_class(core) if language.device == "CPU" else None
+    if known is None or known.tokens is None or any(name in language.properties for name in PRECISION_HINTS):
+        return None
+    return replace(language, properties=language.properties | dict(known.tokens))
 
 
 def _chosen(

@@ -22,10 +22,11 @@ import openvino as ov
 from openvino import opset13 as opset
 
 from runtime.errors import NumericsError
-from runtime.parts.part import VISUAL_MASK, equal_spans, infer
+from runtime.parts.part import VISUAL_MASK, infer
 from runtime.progress import Cancelled, Progress
 
 PREFILL_AT_ONCE = 1024  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
+EVEN_WIDTH = 128
 FIRST_PAGES = 32
 LEAST_ADOPTED = 32  # tokens that are worth the copy: the beginning that all prompts of a template share is about so long
 _SIBLINGS = Lock()  # a set must not grow in one thread while another one reads it
@@ -39,6 +40,8 @@ class KVCache(ABC):
     the one that holds `busy`. `siblings` are the caches over the same weights that can be copied from, this one too when made.
     Runs are inside `first_runs()`, which may watch them.
     """
+
+    repeatable = False  # whether single tokens are computed as in the first answer of a process, so that a seed repeats one
 
     def __init__(
         self,
@@ -133,6 +136,11 @@ class KVCache(ABC):
         return 0
 
     @property
+    def free_guesses(self) -> int:
+        """How many guessed tokens are computed beside a token in about its time."""
+        return 0
+
+    @property
     def ids(self) -> np.ndarray:
         """Ids of the tokens of a single row, as far as `keep` was told; negative where one stands for a picture.
 
@@ -163,7 +171,7 @@ class KVCache(ABC):
     def _pieces(self, past: int, count: int) -> Iterable[tuple[int, int]]:
         """Spans in which `count` tokens are fed after `past` others: one, where rotary positions depend on the whole length."""
         long = self._plain_length is not None and past + count > self._plain_length
-        return equal_spans(count, count if long else PREFILL_AT_ONCE)
+        return [(0, count)] if long else prompt_spans(count, PREFILL_AT_ONCE)
 
     def _remember(self, keys: np.ndarray) -> None:
         self._keys = np.concatenate([self._keys, keys])
@@ -172,6 +180,19 @@ class KVCache(ABC):
         """The next `count` tokens of the prompt that `keep` was told are here now."""
         self._remember(self._coming[:count])
         self._coming = self._coming[count:]
+
+
+def prompt_spans(total: int, most: int) -> list[tuple[int, int]]:
+    """Cut a prompt into spans [start, end) of `most` tokens and a rest, of which a multiple of `EVEN_WIDTH` is a span of its own.
+
+    On AMX such widths take a sixth less time, elsewhere about a thirtieth; a second, short span costs more than that where the
+    rest is short (BENCHMARKS.md).
+    """
+    starts = [*range(0, total, most)]
+    even = total // EVEN_WIDTH * EVEN_WIDTH
+    if starts and starts[-1] + 2 * EVEN_WIDTH <= even < total:
+        starts.append(even)
+    return [*zip(starts, [*starts[1:], total], strict=False)]
 
 
 def head_of(model: ov.Model) -> ov.Node:
@@ -266,8 +287,9 @@ class StatefulCache(KVCache):
 class PagedCache(KVCache):
     """Pages of keys and values in our own memory, and a table of pages a row; rows share pages that are full.
 
-    Where `decode` is given, steps of one token a row and guesses run there, over the same pages: the part compiled another way,
-    since a prompt and a single token are not fastest in the same one.
+    Where `decode` is given, or from when `second` gives one, steps of one token a row and guesses run there, over the same pages:
+    the part compiled another way, since a prompt and a single token are not fastest in the same one. `guesses` says how many
+    guessed tokens are free.
     """
 
     @staticmethod
@@ -285,9 +307,18 @@ class PagedCache(KVCache):
         model.validate_nodes_and_infer_types()
         return model
 
-    def __init__(self, compiled: ov.CompiledModel, decode: ov.CompiledModel | None = None, **options: Any):
+    def __init__(
+        self,
+        compiled: ov.CompiledModel,
+        decode: ov.CompiledModel | None = None,
+        second: Callable[[], ov.CompiledModel | None] = lambda: None,
+        guesses: Callable[[], int] = lambda: 0,
+        **options: Any,
+    ):
         super().__init__(compiled, **options)
-        self._compiled_decode = decode
+        self._guesses = guesses
+        self._compiled_decode, self._second = decode, second
+        self._decoding: ov.InferRequest | None = None
         self._shapes = page_shapes(compiled)
         self._tensors: dict[str, ov.Tensor] = {}  # the pages, by input
         self._page = next(shape[1] for name, (_, shape) in self._shapes.items() if name.startswith("value_cache"))  # tokens a page
@@ -306,9 +337,18 @@ class PagedCache(KVCache):
         """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
         return self._over_pages(self._compiled)
 
-    @cached_property
+    @property
     def _decode(self) -> ov.InferRequest:
-        return self._prefill if self._compiled_decode is None else self._over_pages(self._compiled_decode)
+        compiled = self._compiled_decode or (None if self.repeatable else self._second())
+        if compiled is None:
+            return self._prefill
+        if self._decoding is None:
+            self._decoding = self._over_pages(compiled)
+        return self._decoding
+
+    @property
+    def free_guesses(self) -> int:
+        return 0 if self.repeatable else self._guesses()
 
     def _over_pages(self, compiled: ov.CompiledModel) -> ov.InferRequest:
         request = compiled.create_infer_request()
@@ -318,7 +358,7 @@ class PagedCache(KVCache):
 
     def _requests(self) -> list[ov.InferRequest]:
         """Those that were made."""
-        return [vars(self)[name] for name in ("_prefill", "_decode") if name in vars(self)]
+        return [each for each in (vars(self).get("_prefill"), self._decoding) if each is not None]
 
     def cancel(self) -> None:
         for request in self._requests():  # pages count only once they are written

@@ -6,10 +6,11 @@ Knows embeddings and keys of tokens, nothing of who generates with it; what a ca
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -18,19 +19,22 @@ import numpy as np
 import openvino as ov
 
 from runtime.errors import DeviceError
-from runtime.parts.device import Placement
+from runtime.parts.device import Placement, processor_class
 from runtime.parts.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
 from runtime.parts.part import compile_part, leaving_file, read_part, threads_of
 
 PAGES = "KV_CACHE_PRECISION"
 IDLE_CACHES = 2  # KV caches kept for stateless calls
-IDLE_SECONDS = 0.3  # after which weights are packed before somebody asks
+IDLE_SECONDS, GLANCE_SECONDS = 0.3, 0.05  # after which weights are packed before somebody asks, and how soon an end is seen
+ANSWERS_BEFORE = 4  # single tokens are compiled apart
 
 
 class LanguagePart:
     """The part as it is placed, of `width` D; with `decode` compiled a second time, for single tokens.
 
-    `reuse` off computes every prompt anew. Several threads may use it at once, each with a cache of its own.
+    `later` is compiled for them after `ANSWERS_BEFORE` answers, in a quiet moment if there is one, else before the next: it takes
+    the time that some hundred tokens gain, which who asks one question would only wait for. `reuse` off computes every prompt
+    anew. Several threads may use it at once, each with a cache of its own.
     """
 
     def __init__(
@@ -44,10 +48,11 @@ class LanguagePart:
         window: int | None,
         reuse: bool,
         decode: Placement | None = None,
+        later: Placement | None = None,
     ):
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
         if self._cache_kind is PagedCache:
-            placement = replace(placement, properties=_paged_properties(placement, decode))
+            placement = replace(placement, properties=_paged_properties(core, placement, decode or later))
         self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
         second: dict[str, Any] = {}
         if decode is not None and self._cache_kind is PagedCache:
@@ -60,14 +65,23 @@ class LanguagePart:
             "siblings": WeakSet() if reuse else None,
             "first_runs": self._first_runs,
         }
+        self._later: Callable[[], ov.CompiledModel] | None = None
+        self._second: ov.CompiledModel | None = None
+        if self._cache_kind is PagedCache:
+            if later is not None:
+                self._later = partial(_compile_later, core, folder, later, width, self._compiled)
+            guesses = {soon: _free_guesses(core, later if soon and later else decode or placement) for soon in (False, True)}
+            self._cache_options["second"] = lambda: self._second
+            self._cache_options["guesses"] = lambda: guesses[self._second is not None]
         self._idle: list[KVCache] = []  # least recently used first
         self._lock = threading.RLock()  # a conversation may end, and give its cache back, anywhere
         self._most_idle = IDLE_CACHES if reuse else 0
-        self._placed = [placed for placed in (placement, decode) if placed is not None]
+        self._placed = [placed for placed in (placement, decode, later) if placed is not None]
         self._folder, self._width = folder, width
         self._runs_to_pack = 2
         self._asked = threading.Event()
         self._background: Future[None] | None = None
+        self._answers = 0
 
     def pack(self) -> None:
         """Run a prompt and a token, unless that was done: devices pack weights when they first run."""
@@ -78,19 +92,53 @@ class LanguagePart:
 
     def pack_when_idle(self) -> None:
         """Pack in a thread, if nobody asks for some moments: two parts that run at once on few cores take longer than in turn."""
-        beside = ThreadPoolExecutor(1, thread_name_prefix="pack")
-        self._background = beside.submit(self._wait_and_pack)
-        beside.shutdown(wait=False)
+        self._when_idle(self.pack)
 
-    def _wait_and_pack(self) -> None:
-        if not self._asked.wait(IDLE_SECONDS):
-            self.pack()
+    def rest(self) -> None:
+        """An answer is over."""
+        self._answers += 1
+        if self._later is not None and self._answers >= ANSWERS_BEFORE:
+            self._when_idle(self._take_second)
+
+    def _take_second(self) -> None:
+        with self._lock:
+            later, self._later = self._later, None
+        if later is None:
+            return
+        try:
+            self._second = later()
+        except DeviceError:  # single tokens go on as before
+            return
+        self._runs_to_pack = 2
+        self.pack()
+
+    def _when_idle(self, work: Callable[[], None]) -> None:
+        """Do something in a thread, once nobody asks for some moments; not any more when the program ends."""
+        self._asked.clear()
+        done: Future[None] = Future()
+        self._background = done
+
+        def wait_and_work() -> None:
+            try:
+                quiet = all(
+                    not self._asked.wait(GLANCE_SECONDS) and threading.main_thread().is_alive()
+                    for _ in range(round(IDLE_SECONDS / GLANCE_SECONDS))
+                )
+                if quiet:
+                    work()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=wait_and_work, name="idle").start()
 
     def settle(self) -> None:
-        """Somebody asks: nothing runs in the background from now on. Raises what went wrong there."""
+        """Somebody asks: nothing runs in the background until the answer is over. Raises what went wrong there."""
         self._asked.set()
         if self._background is not None:
             self._background.result()
+        if self._later is not None and self._answers >= ANSWERS_BEFORE:  # no quiet moment came
+            self._take_second()
 
     def _first_runs(self) -> AbstractContextManager[None]:
         """What a cache runs in: weights are packed by a prompt and by a token, while their file leaves memory."""
@@ -141,25 +189,36 @@ class LanguagePart:
             self._idle.clear()
 
 
-def _paged_properties(placement: Placement, decode: Placement | None) -> dict[str, Any]:
+def _paged_properties(core: ov.Core, placement: Placement, decode: Placement | None) -> dict[str, Any]:
     """Properties of the part where its attention is paged.
 
-    Keys and values are kept in 16 bits, which OpenVINO makes bfloat16 where it computes in that. Its own choice, 8 bits, is further
-    from the original and takes longer to unpack than 16 bits to read (BENCHMARKS.md), but is all that compilations of two
-    precisions can both read. A compiled part is not kept: OpenVINO cannot read one with paged attention again, and would write it
-    each time.
+    Keys and values are kept as the processor's class says: in 16 bits, which OpenVINO makes bfloat16 where it computes in that. Its
+    own choice, 8 bits, is all that compilations of two precisions can both read. A compiled part is not kept: OpenVINO cannot read
+    one with paged attention again, and would write it each time.
     """
     properties = {name: value for name, value in placement.properties.items() if name != "CACHE_DIR"}
-    if placement.accurate:
+    known = None if placement.accurate else processor_class(core)
+    if known is None:
         return properties
     hints = {each.properties.get("INFERENCE_PRECISION_HINT") for each in (placement, decode or placement)}
-    return {PAGES: "f16" if len(hints) == 1 else "u8"} | properties
+    return {PAGES: known.pages if len(hints) == 1 else "u8"} | properties
+
+
+def _free_guesses(core: ov.Core, tokens: Placement) -> int:
+    """How many guessed tokens cost nothing beside a token, as it is compiled: none in bfloat16, where each costs a tenth."""
+    known = processor_class(core)
+    in_float32 = "f32" in (tokens.properties.get("INFERENCE_PRECISION_HINT"), core.get_property("CPU", "INFERENCE_PRECISION_HINT"))
+    return known.guesses if known is not None and in_float32 else 0
+
+
+def _compile_later(core: ov.Core, folder: Path, placement: Placement, width: int, prefill: ov.CompiledModel) -> ov.CompiledModel:
+    return _compile_decode(core, PagedCache.adapt(read_part(core, folder, placement, width)), placement, prefill)
 
 
 def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
     """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
     pages = {PAGES: prefill.get_property(PAGES)}
-    compiled = compile_part(core, model, replace(placement, properties=_paged_properties(placement, None) | pages))
+    compiled = compile_part(core, model, replace(placement, properties=_paged_properties(core, placement, None) | pages))
     if page_shapes(compiled) != page_shapes(prefill):
         raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
     return compiled

@@ -14,11 +14,10 @@ import numpy as np
 import openvino as ov
 
 from runtime.errors import DeviceError, ModelFolderError
-from runtime.parts.device import Placement
+from runtime.parts.device import Core, Placement, processor_class
 from runtime.parts.memory import leaving_mapped
 
 ACTIVATION_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
-ACTIVATION_GROUPS = (128, 64)  # activations that share a scale, best first; OpenVINO's own number is 32
 STORED_KINDS = ("u4", "i4", "u8", "i8")
 VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
 THREADS = "INFERENCE_NUM_THREADS"
@@ -49,7 +48,7 @@ def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> 
 def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.CompiledModel:
     """Compile a part where it was placed. Raises DeviceError when its device refuses it or one of its properties."""
     try:
-        return core.compile_model(model, placement.device, activation_groups(model, placement) | placement.properties)
+        return core.compile_model(model, placement.device, activation_groups(core, model, placement) | placement.properties)
     except RuntimeError as error:
         raise DeviceError(
             f"{placement.device} cannot run the {placement.part} part ({last_line(error)}): "
@@ -57,16 +56,16 @@ def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.Com
         ) from error
 
 
-def activation_groups(model: ov.Model, placement: Placement) -> dict[str, Any]:
+def activation_groups(core: Core, model: ov.Model, placement: Placement) -> dict[str, Any]:
     """In which groups a processor with 8-bit products quantises activations before it multiplies them with compressed weights.
 
-    Groups of 128 take four fifths of the time of OpenVINO's 32, and the built-in model answers as many questions right with
-    either, or with none (BENCHMARKS.md). More than share a scale of the weights would mean none at all.
+    More than share a scale of the weights would mean none at all.
     """
-    if placement.device != "CPU" or placement.accurate:
+    known = None if placement.device != "CPU" or placement.accurate else processor_class(core)
+    if known is None:
         return {}
     sizes = {size for node in model.get_ops() if node.get_type_name() == "MatMul" for size in _shared_scale(node)}
-    group = next((group for group in ACTIVATION_GROUPS if sizes and all(size % group == 0 for size in sizes)), None)
+    group = next((group for group in known.activation_groups if sizes and all(size % group == 0 for size in sizes)), None)
     return {} if group is None else {ACTIVATION_GROUP: group}
 
 

@@ -75,8 +75,8 @@ class Caches(Collector):
     def collect(self) -> Iterator[Metric]:
         """Prometheus'."""
         cache, share = self._engine.model.feature_cache, self._engine.kv_cache_share
-        yield CounterMetricFamily("internvl_feature_cache_hits", "Pictures whose features were kept", value=cache.hits)
-        yield CounterMetricFamily("internvl_feature_cache_misses", "Pictures that the vision part looked at", value=cache.misses)
+        yield CounterMetricFamily("internvl_feature_cache_hits", "Tiles whose features were kept", value=cache.hits)
+        yield CounterMetricFamily("internvl_feature_cache_misses", "Tiles that the vision part looked at", value=cache.misses)
         if share is not None:
             yield GaugeMetricFamily("internvl_kv_cache_used_ratio", "Share of the KV cache that is in use", value=share)
 

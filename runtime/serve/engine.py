@@ -175,7 +175,8 @@ class GenaiEngine(Engine):
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ended = False
         place = model.language_placement
-        groups = activation_groups(read_part(ov.Core(), model.folder, place, model.config.language["hidden_size"]), place)
+        core = ov.Core()
+        groups = activation_groups(core, read_part(core, model.folder, place, model.config.language["hidden_size"]), place)
         command = [sys.executable, "-m", worker.__name__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         weakref.finalize(self, _end, self._process)  # also when the program just ends

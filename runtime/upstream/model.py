@@ -70,7 +70,7 @@ class OVInternVLChatModel(UpstreamCalls, OpenedModel):
         **options: Any,
     ) -> Any:
         self.settle()
-        return self.language_model.generate(
+        written = self.language_model.generate(
             many_rows=many_rows(options),
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -79,3 +79,5 @@ class OVInternVLChatModel(UpstreamCalls, OpenedModel):
             progress=progress,
             **options,
         )
+        self.rest()
+        return written

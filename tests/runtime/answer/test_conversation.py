@@ -28,6 +28,7 @@ from runtime.errors import NumericsError, OptionError, PictureError, PromptError
 from runtime.folder.files import PART_FILES
 from runtime.folder.settings import keep, machine
 from runtime.media.tiles import PictureTiles, Tiling
+from runtime.parts.kv_cache import prompt_spans
 from runtime.parts.part import equal_spans
 from tests.conftest import shared
 
@@ -309,7 +310,29 @@ def test_a_picture_goes_through_the_vision_part_once(model):
     assert again.statistics.tiles == 6
     assert again.statistics.encoded_tiles == 0
     again.ask("With other tiles?", images=[picture(5)], max_tiles=1, max_new_tokens=2)
-    assert again.statistics.encoded_tiles == again.statistics.tiles == 1
+    assert (again.statistics.tiles, again.statistics.encoded_tiles) == (1, 0)  # it was the thumbnail
+    again.ask("Another one?", images=[picture(6)], max_new_tokens=2)
+    assert again.statistics.encoded_tiles == again.statistics.tiles == 3
+
+
+def test_equal_tiles_go_through_the_vision_part_once(model, reference):
+    """A scanned page: white, with print in two of its tiles; then a still camera's frames, in which one corner changes."""
+    page = np.full((224, 168, 3), 255, np.uint8)
+    page[10:40, 10:40] = page[180:200, 120:150] = 0
+    for each in (model, reference):
+        each.forget()
+        talk = each.start_conversation()
+        talk.ask("What?", images=[page], **OPTIONS)
+        tiles = talk.statistics.tiles
+        assert tiles == 13
+        assert talk.statistics.encoded_tiles == 4  # two with print, a white one, the thumbnail
+    talk, other = model.start_conversation(), reference.start_conversation()
+    frames = [page.copy() for _ in range(4)]
+    frames[3][:20, :20] = 100
+    answers = [each.ask("What?", images=frames, **OPTIONS) for each in (talk, other)]
+    assert answers[0] == answers[1]
+    assert talk.statistics.tiles == 4 * tiles
+    assert talk.statistics.encoded_tiles == 2  # the corner and the thumbnail it is seen in
 
 
 def test_odd_pictures_are_answered_or_refused_and_the_conversation_goes_on(model):
@@ -363,9 +386,28 @@ def test_a_long_prompt_is_prefilled_in_pieces(model, reference, monkeypatch):
     assert answer == reference.start_conversation().ask("What?", images=picture(1), **OPTIONS)
     prompt = conversation.statistics.prompt_tokens
     fed = [stage for stage in stages if stage[0] == "prefill"]
-    assert len(fed) == -(-prompt // 7)
-    assert fed == [("prefill", start, prompt) for start, _ in equal_spans(prompt, 7)]
+    assert fed == [("prefill", start, prompt) for start in range(0, prompt, 7)]
     assert ("tiles", 0, 3) in stages
+
+
+@pytest.mark.parametrize(
+    ("total", "widths"),
+    [
+        (0, []),
+        (1, [1]),
+        (255, [255]),
+        (256, [256]),
+        (300, [256, 44]),
+        (1024, [1024]),
+        (1030, [1024, 6]),
+        (1844, [1024, 768, 52]),
+        (3380, [1024, 1024, 1024, 256, 52]),
+    ],
+)
+def test_a_prompt_is_cut_into_even_widths(total, widths):
+    spans = prompt_spans(total, 1024)
+    assert [end - start for start, end in spans] == widths
+    assert [n for start, end in spans for n in range(start, end)] == list(range(total))
 
 
 @pytest.mark.parametrize(("total", "most"), [(1, 4), (4, 4), (5, 4), (13, 4), (3380, 2048), (0, 4)])
@@ -480,7 +522,7 @@ def test_what_a_conversation_writes_is_what_transformers_writes(model, reference
     conversation.ask("What is it?", images=picture(2), max_new_tokens=20, **options)
     turn = conversation.turns[0]
     prompt = reference.prompt_of(reference.system_message, [Turn(turn.question, "", turn.pictures)])
-    tiles = torch.from_numpy(np.stack([*turn.pictures[0].normalised()]))
+    tiles = torch.from_numpy(np.stack([turn.pictures[0].normalised(n) for n in range(turn.pictures[0].count)]))
     wanted = reference.generate(
         tiles, torch.from_numpy(prompt.ids)[None], max_new_tokens=20, do_sample=False, eos_token_id=reference.stop_id, **options
     )
@@ -715,7 +757,7 @@ def test_an_answer_goes_on_from_a_prefix(model, reference, prefix):
     assert turn.answer.endswith(answer)
     text = reference.prompt_text(reference.system_message, [], turn.question, turn.pictures) + prefix
     ids = reference.tokenizer.encode(text)
-    tiles = torch.from_numpy(np.stack([*turn.pictures[0].normalised()]))
+    tiles = torch.from_numpy(np.stack([turn.pictures[0].normalised(n) for n in range(turn.pictures[0].count)]))
     options = {"do_sample": False, "eos_token_id": reference.stop_id, **OPTIONS}
     wanted = [
         token for token in reference.generate(tiles, torch.tensor([ids]), **options)[0].tolist() if token != reference.stop_id

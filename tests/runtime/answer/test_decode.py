@@ -141,7 +141,7 @@ def test_log_probabilities_are_those_of_torch():
 class Countdown:
     """A cache and a model in one: after token n comes n - 1, and 0 ends."""
 
-    room_for_drafts = 0
+    room_for_drafts = free_guesses = 0
     ids = np.zeros(0, np.int64)
 
     def __init__(self):

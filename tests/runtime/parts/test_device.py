@@ -20,8 +20,8 @@ from convert.reference.model import InternVLChatModel
 from runtime import OVInternVLChatModel
 from runtime.errors import DeviceError, ModelFolderError, OptionError
 from runtime.folder.files import PARTS
-from runtime.parts.device import Placement, check_device, place_parts
-from runtime.parts.part import ACTIVATION_GROUP, compile_part, read_part
+from runtime.parts.device import Placement, check_device, place_parts, processor_class
+from runtime.parts.part import ACTIVATION_GROUP, activation_groups, compile_part, read_part
 
 FOLDER = Path("somewhere")
 
@@ -31,6 +31,11 @@ class StandIn:
     """A machine with these devices."""
 
     available_devices: list[str] = field(default_factory=lambda: ["CPU", "GPU.0", "GPU.1", "NPU"])
+    able: tuple[str, ...] = ("FP32", "INT8", "BIN")
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return [*self.able]
 
 
 LAPTOP = StandIn(["CPU", "GPU"])
@@ -60,6 +65,38 @@ def test_a_processor_gets_latency_and_nothing_else():
     for placement in place_parts(LAPTOP, FOLDER, "CPU").values():
         assert placement.device == "CPU"
         assert placement.properties == {"PERFORMANCE_HINT": "LATENCY"}
+
+
+AMX = StandIn(["CPU", "GPU"], ("BF16", "WINOGRAD", "FP32", "FP16", "INT8"))
+
+
+def test_single_tokens_are_compiled_apart_where_the_class_of_the_processor_wants_it():
+    placed = place_parts(AMX, FOLDER, "CPU")
+    assert placed["later"] == Placement("language", "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+    assert "INFERENCE_PRECISION_HINT" not in placed["language"].properties
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"device": "GPU"},
+        {"precision": "accuracy"},
+        {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
+        {"part_config": {"language": {"KV_CACHE_PRECISION": "f16"}}},
+        {"tuned": lambda device: {"parts": {"language": {"INFERENCE_PRECISION_HINT": "f32"}}, "decode": None}},
+    ],
+    ids=str,
+)
+def test_who_says_how_exact_it_is_to_be_gets_one_compilation(given):
+    assert "later" not in place_parts(AMX, FOLDER, **{"device": "CPU"} | given)
+
+
+def test_a_processor_that_nobody_measured_gets_the_defaults_of_openvino():
+    unknown = StandIn(["CPU"], ("FP32",))
+    assert processor_class(unknown) is None
+    assert place_parts(unknown, FOLDER, "CPU").keys() == {*PARTS}
+    assert activation_groups(unknown, product(ov.Type.u4, 7, 128), Placement("language", "CPU", {})) == {}
+    assert [processor_class(each).name for each in (AMX, LAPTOP)] == ["AMX", "AVX2 to AVX-512 VNNI"]
 
 
 def product(kind: ov.Type, *row: int) -> ov.Model:

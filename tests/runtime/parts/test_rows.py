@@ -4,6 +4,8 @@ Matrices of a language part written anew as rows of int8, and answers whose sing
 """
 
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from runtime import OVInternVLChatModel
 from runtime.errors import DeviceError
 from runtime.folder.files import DECODE_FILE, PART_FILES, TUNED_FILE, save_model
 from runtime.folder.settings import keep, machine, reset
+from runtime.parts import device, language_part
 from runtime.parts.rows import to_int8_rows
 
 ROOT = Path(__file__).parents[3]
@@ -131,7 +134,9 @@ def test_guesses_are_checked_by_the_weights_of_single_tokens(folders):
         assert answers[0] == answers[1]
 
 
-def test_it_is_used_where_it_was_found_and_nowhere_else(folders, tmp_path):
+def test_it_is_used_where_it_was_found_and_nowhere_else(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "PROCESSOR_CLASSES", device.PROCESSOR_CLASSES[1:])  # of which none wants two by itself
+
     def twice(folder: Path, *given, **options) -> bool:
         return "decode" in OVInternVLChatModel(folder, *given, **options).language_part._cache_options
 
@@ -145,6 +150,30 @@ def test_it_is_used_where_it_was_found_and_nowhere_else(folders, tmp_path):
     assert reset(own)
     assert not [*own.glob(f"{Path(DECODE_FILE).stem}*"), *own.glob(TUNED_FILE)]
     assert not twice(own)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_the_class_of_a_processor_wants_comes_after_some_answers(shapes, monkeypatch, quiet):
+    """In a quiet moment, or before the next answer if there is none; the answers stay right."""
+    wants = replace(device.PROCESSOR_CLASSES[-1], tokens={"INFERENCE_PRECISION_HINT": "f32"}, needs=frozenset())
+    monkeypatch.setattr(device, "PROCESSOR_CLASSES", (wants,))
+    monkeypatch.setattr(language_part, "IDLE_SECONDS", 0.1 if quiet else 60)
+    model = OVInternVLChatModel(shapes)
+    part = model.language_part
+    talk = model.start_conversation()
+    for _ in range(language_part.ANSWERS_BEFORE):
+        assert part._second is None
+        assert talk.ask("Which shape is purple?", images=[PICTURE]) == "circle"
+    deadline = time.monotonic() + 30
+    while quiet and part._second is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (part._second is not None) == quiet
+    assert talk.ask("Which shape is purple?", images=[PICTURE]) == "circle"  # over the pages that were there before
+    assert part._second is not None
+    assert talk._cache._decode is not talk._cache._prefill
+    talk.ask("Which shape is purple?", images=[PICTURE], temperature=1.0, seed=1)
+    assert talk._cache._decode is talk._cache._prefill, "a seed repeats what it gave before"
+    assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
 
 
 def test_a_part_with_other_pages_is_told(tiny, converted, tmp_path):
