@@ -52,7 +52,7 @@ def tiles_at_hand(config: InternVLConfig) -> tuple[list[np.ndarray], list[np.nda
     """Tiles (1, 3, S, S) of photographs, pages, charts and screenshots to find ranges on, and others to prove them on."""
     photographs = scenes.photographs()
     seen, apart = photographs[:2], photographs[2:]
-    if not apart:
+    if not photographs:
         print("vision: there are no photographs here (scikit-learn, matplotlib): calibrated on drawn pictures alone", flush=True)
     pictures = [crop for photograph in seen for crop in _crops(photograph)]
     pictures += [draw(seed) for draw in scenes.DRAWN for seed in ((0,) if seen else (0, 1, 2))]

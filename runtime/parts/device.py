@@ -49,8 +49,8 @@ class ProcessorClass:
 
 
 # The first that fits. BENCHMARKS.md has the measurements, under "What the defaults on a CPU rest on":
-#   AMX: prompts in bfloat16 take two thirds of their time in float32, single tokens in float32 two thirds of theirs in bfloat16 (a
-#   token 21 ms after 300 and 29 after 3,380, and 30 and 34 in one compilation). Both read pages of 8 bits only.
+#   AMX: prompts in bfloat16 take two thirds of their time in float32, single tokens in float32 three quarters of theirs in bfloat16
+#   (22 and 30 ms after 300 tokens, 29 and 34 after 3,380). Both read pages of 8 bits only.
 #   Others: float32, in which a second compilation would be the same one. Groups of 128 take four fifths of the time of OpenVINO's
 #   32; pages of 16 bits are exact, and read faster than 8 bits are unpacked.
 PROCESSOR_CLASSES = (

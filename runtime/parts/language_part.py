@@ -56,9 +56,7 @@ class LanguagePart:
         self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
         second: dict[str, Any] = {}
         if decode is not None and self._cache_kind is PagedCache:
-            second = {
-                "decode": _compile_decode(core, PagedCache.adapt(read_part(core, folder, decode, width)), decode, self._compiled)
-            }
+            second = {"decode": _compile_decode(core, folder, decode, width, self._compiled)}
         self._cache_options: dict[str, Any] = second | {
             "plain_length": plain_length,
             "window": window,
@@ -69,7 +67,7 @@ class LanguagePart:
         self._second: ov.CompiledModel | None = None
         if self._cache_kind is PagedCache:
             if later is not None:
-                self._later = partial(_compile_later, core, folder, later, width, self._compiled)
+                self._later = partial(_compile_decode, core, folder, later, width, self._compiled)
             guesses = {soon: _free_guesses(core, later if soon and later else decode or placement) for soon in (False, True)}
             self._cache_options["second"] = lambda: self._second
             self._cache_options["guesses"] = lambda: guesses[self._second is not None]
@@ -211,12 +209,9 @@ def _free_guesses(core: ov.Core, tokens: Placement) -> int:
     return known.guesses if known is not None and in_float32 else 0
 
 
-def _compile_later(core: ov.Core, folder: Path, placement: Placement, width: int, prefill: ov.CompiledModel) -> ov.CompiledModel:
-    return _compile_decode(core, PagedCache.adapt(read_part(core, folder, placement, width)), placement, prefill)
-
-
-def _compile_decode(core: ov.Core, model: ov.Model, placement: Placement, prefill: ov.CompiledModel) -> ov.CompiledModel:
+def _compile_decode(core: ov.Core, folder: Path, placement: Placement, width: int, prefill: ov.CompiledModel) -> ov.CompiledModel:
     """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
+    model = PagedCache.adapt(read_part(core, folder, placement, width))
     pages = {PAGES: prefill.get_property(PAGES)}
     compiled = compile_part(core, model, replace(placement, properties=_paged_properties(core, placement, None) | pages))
     if page_shapes(compiled) != page_shapes(prefill):
