@@ -1,4 +1,5 @@
-"""python -m runtime {chat,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, or see what it holds.
+"""python -m runtime {chat,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, or see what it holds;
+python -m runtime doctor: which devices there are.
 
 Chooses the command; what each does is in runtime/commands.
 """
@@ -10,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from runtime.commands import benchmark, chat, info, serve, tune
+from runtime.commands import benchmark, chat, doctor, info, serve, tune
 from runtime.errors import InternVLError
 from runtime.terminal import ending_quietly
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "serve": (serve, "an OpenAI-compatible server over the folder"),
     "tune": (tune, "find the fastest settings of this machine and keep them in the folder"),
     "info": (info, "what a model folder holds"),
+    "doctor": (doctor, "which devices there are, and what keeps a GPU from being used"),
 }
 
 

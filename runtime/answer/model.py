@@ -5,12 +5,12 @@ Puts the parts together; what they do is in runtime/parts, what is asked of them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -23,24 +23,27 @@ from runtime.errors import InternVLError, ModelFolderError, TokenizerError
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, check_folder
 from runtime.folder.generation import read_generation_config
-from runtime.folder.settings import settings_of
+from runtime.folder.settings import BEST, overflowing, settings_of
 from runtime.folder.tokenizer import Tokenizer
-from runtime.parts.device import place_parts
+from runtime.parts.device import choose_devices, place_parts
 from runtime.parts.kv_cache import KVCache
 from runtime.parts.language_part import LanguagePart
 from runtime.parts.stateless_part import StatelessPart
+from runtime.progress import Progress, beside
 
+GLANCE_SECONDS = 1.0  # how often it is looked which parts are compiled
 PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more fall out of the processor's caches, fewer are more calls
 
 
 class OpenedModel(ChatModel):
     """The three parts of a model folder, compiled for their devices.
 
-    `device` is OpenVINO's name, `vision_device` another one for the vision part. `precision` accuracy trades speed for the digits
-    of the PyTorch path. `cache_dir` keeps compiled models (on a GPU by default in the folder). `ov_config` holds OpenVINO
-    properties of all parts, `part_config` of single ones. `feature_cache_bytes` bounds the cache of vision features, and
-    `reuse_kv` off makes stateless calls compute their whole prompt. `language` off leaves the language part to somebody else:
-    prompts can be made and embedded, and not answered. `tuned` off ignores what python -m runtime tune found for the devices.
+    `device` is OpenVINO's name, or auto for what tune found best, else a rule; `vision_device` is another one for the vision part.
+    `precision` accuracy trades speed for the digits of the PyTorch path. `cache_dir` keeps compiled parts (on a GPU by default in
+    the folder; False keeps none). `ov_config` holds OpenVINO properties of all parts, `part_config` of single ones.
+    `feature_cache_bytes` bounds the cache of vision features, and `reuse_kv` off makes stateless calls compute their whole prompt.
+    `language` off leaves the language part to somebody else: prompts can be made and embedded, and not answered. `tuned` off
+    ignores what python -m runtime tune found for the devices. `progress` hears every second how many parts are compiled.
     Raises ModelFolderError for a folder that is not whole or not converted, TokenizerError for one without its tokenizer,
     DeviceError for a device that is not there.
     """
@@ -52,13 +55,14 @@ class OpenedModel(ChatModel):
         *,
         vision_device: str | None = None,
         precision: str = "default",
-        cache_dir: str | Path | None = None,
+        cache_dir: str | Path | Literal[False] | None = None,
         ov_config: Mapping[str, Any] | None = None,
         part_config: Mapping[str, Mapping[str, Any]] | None = None,
         feature_cache_bytes: int = FEATURE_CACHE_BYTES,
         reuse_kv: bool = True,
         language: bool = True,
         tuned: bool = True,
+        progress: Progress | None = None,
     ):
         self.folder = folder = Path(model_dir)
         check_folder(folder)
@@ -69,6 +73,10 @@ class OpenedModel(ChatModel):
         self.tiles_at_once = max(1, PATCHES_AT_ONCE // self.config.grid_side**2)
         self.generation_defaults = _checked_defaults(folder / GENERATION_CONFIG_FILE)
         core = ov.Core()
+        self.choice = None
+        if device == BEST:
+            self.choice = choose_devices(core, settings_of(folder, core, BEST) if tuned else None)
+            device, vision_device = self.choice.language, vision_device or self.choice.vision
         self.ov_device, self.ov_devices = device, [*core.available_devices]  # where it runs, and where it could
         placed = place_parts(
             core,
@@ -81,14 +89,17 @@ class OpenedModel(ChatModel):
             ov_config=ov_config,
             part_config=part_config,
             tuned=partial(settings_of, folder, core) if tuned else lambda device: None,
+            overflowing=partial(overflowing, folder),
         )
         width = self.config.language["hidden_size"]
         self.language_placement = placed["language"]
-        with ThreadPoolExecutor(3) as beside:  # compiling lets other threads run
-            vision = beside.submit(StatelessPart, folder, core, placed["vision"], width)
-            if language:
-                part = beside.submit(
-                    LanguagePart,
+        # Compiling lets other threads run.
+        vision = beside(lambda: StatelessPart(folder, core, placed["vision"], width))
+        text = beside(lambda: StatelessPart(folder, core, placed["text_embeddings"], width))
+        opening: list[Future[Any]] = [vision, text]
+        if language:
+            part = beside(
+                lambda: LanguagePart(
                     folder,
                     core,
                     placed["language"],
@@ -99,13 +110,16 @@ class OpenedModel(ChatModel):
                     decode=placed.get("decode"),
                     later=placed.get("later"),
                 )
-            text = beside.submit(StatelessPart, folder, core, placed["text_embeddings"], width)
+            )
+            opening.append(part)
+        try:
             self.tokenizer = Tokenizer.from_folder(folder)
             self.img_context_token_id = _context_id(self.tokenizer, raw, folder)
-            self._text, self._vision = text.result(), vision.result()
-            if language:
-                self.language_part = part.result()
+        finally:
+            _wait(opening, progress)
+        self._text, self._vision = text.result(), vision.result()
         if language:
+            self.language_part = part.result()
             self.language_part.pack_when_idle()
 
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
@@ -140,6 +154,13 @@ class OpenedModel(ChatModel):
 
     def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[KVCache]:
         return self.language_part.lend_cache(keys)
+
+
+def _wait(opening: Sequence[Future[Any]], progress: Progress | None) -> None:
+    """Wait until all parts are opened, or could not be; Ctrl-C ends the waiting."""
+    while (seen := wait(opening, timeout=GLANCE_SECONDS)).not_done:
+        if progress is not None:
+            progress("parts", len(seen.done), len(opening))
 
 
 def _checked_defaults(file: Path) -> dict[str, Any]:

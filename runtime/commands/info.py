@@ -8,6 +8,7 @@ from pathlib import Path
 from runtime.commands.options import add_folder
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, PART_FILES, PARTS, bytes_of, check_folder
+from runtime.parts.device import MODEL_CACHE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(folder: Path) -> None:
     """Print what a model folder holds."""
+    from runtime.parts.compile_cache import bytes_kept
+
     check_folder(folder)
     config = InternVLConfig.from_dict(read_config(folder / CONFIG_FILE))
     tiles = f"{config.min_tiles} to {config.max_tiles}" if config.dynamic_image_size else "1"
@@ -28,5 +31,7 @@ def run(folder: Path) -> None:
         "tiles": f"{tiles} of {config.tile_size} pixels, {config.tokens_per_tile} tokens each",
         **{part: f"{bytes_of(folder, part) / 1e6:.1f} MB  {PART_FILES[part]}" for part in PARTS},
     }
+    if (folder / MODEL_CACHE).is_dir():
+        rows["compiled"] = f"{bytes_kept(folder / MODEL_CACHE) / 1e6:.1f} MB  {MODEL_CACHE}"
     for name, value in rows.items():
         print(f"{name:<16} {value}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.parts.device import PRECISIONS
 
@@ -22,21 +23,45 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     """FOLDER, and on which device it runs."""
     add_folder(parser)
     where = parser.add_argument_group("where it runs")
-    where.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
+    where.add_argument(
+        "--device", default="CPU", help="OpenVINO device, like CPU or GPU; auto: the best for each part (default: %(default)s)"
+    )
     where.add_argument("--vision-device", metavar="DEVICE", help="another device for the vision part (default: --device)")
     where.add_argument(
         "--precision", choices=PRECISIONS, default="default", help="accuracy: slower, closest to PyTorch (default: %(default)s)"
     )
-    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled models there (default: on a GPU, in FOLDER)")
+    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled parts there (default: on a GPU, in FOLDER)")
+    where.add_argument("--no-cache", dest="cache_dir", action="store_const", const=False, help="keep no compiled parts")
 
 
 def open_model(
-    folder: Path, device: str, vision_device: str | None, precision: str, cache_dir: Path | None, **_: Any
+    folder: Path, device: str, vision_device: str | None, precision: str, cache_dir: Path | Literal[False] | None, **_: Any
 ) -> OpenedModel:
     """The model of the command line's options."""
     from runtime.answer.model import OpenedModel
 
-    return OpenedModel(folder, device, vision_device=vision_device, precision=precision, cache_dir=cache_dir)
+    started = time.perf_counter()
+
+    def show(stage: str, done: int, total: int) -> None:
+        show_line(f"compiling: {done} of {total} {stage}, {time.perf_counter() - started:.0f} s ")
+
+    try:
+        model = OpenedModel(folder, device, vision_device=vision_device, precision=precision, cache_dir=cache_dir, progress=show)
+    finally:
+        show_line("")
+    if model.choice is not None:
+        print(f"device auto: {model.choice}", file=sys.stderr)
+    return model
+
+
+def check_thinking(folder: Path) -> None:
+    """Raise OptionError for a folder whose model has no thinking mode."""
+    from runtime.answer.prompt import thinking_system
+    from runtime.folder.config import InternVLConfig, read_config
+    from runtime.folder.files import CONFIG_FILE, check_folder
+
+    check_folder(folder)
+    thinking_system(InternVLConfig.from_dict(read_config(folder / CONFIG_FILE)), None)
 
 
 def show_line(text: str) -> None:

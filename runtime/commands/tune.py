@@ -12,12 +12,13 @@ from runtime.folder.files import check_folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
-    parser.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
+    parser.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU, or auto for all (default: %(default)s)")
     parser.add_argument("--reset", action="store_true", help="forget what was found, for all devices")
 
 
 def run(folder: Path, device: str, reset: bool) -> None:
     """Measure, keep, and say what it brings; or forget it."""
+    from runtime.folder.settings import BEST
     from runtime.folder.settings import reset as forget
 
     check_folder(folder)
@@ -31,6 +32,15 @@ def run(folder: Path, device: str, reset: bool) -> None:
     for trial in found["tried"]:
         said = f"{trial['gain']:+.0%}" if "gain" in trial else f"refused ({trial['refused']})"
         print(f"{trial['stage']:<10}{trial['candidate']:<42}{said}")
+    seconds = found["seconds"]
+    times = (
+        f"a tile {seconds['tile']:.3f} s, a prompt token {1000 * seconds['prompt_token']:.2f} ms, "
+        f"a new token {1000 * seconds['token']:.1f} ms"
+    )
+    if device == BEST:
+        print(f"auto: language on {found['device']}, vision on {found['vision_device']}\n{times}")
+        print(json.dumps({name: found[name] for name in ("device", "vision_device", "seconds", "gain")}))
+        return
     for part, properties in found["parts"].items():
         chosen = ", ".join(f"{name}={value}" for name, value in properties.items()) or "the default"
         print(f"{part}: {chosen}" + (f", {found['gain'][part]:.0%} less time" if properties else ""))
@@ -43,11 +53,7 @@ def run(folder: Path, device: str, reset: bool) -> None:
         )
     else:
         print("decode: the default, by the same weights as the prompt")
-    seconds = found["seconds"]
-    print(
-        f"a tile {seconds['tile']:.3f} s, a prompt token {1000 * seconds['prompt_token']:.2f} ms, "
-        f"a new token {1000 * seconds['token']:.1f} ms; {found['agreement']:.0%} of the greedy tokens are the default's"
-    )
+    print(f"{times}; {found['agreement']:.0%} of the greedy tokens are the default's")
     if found["accuracy"]:
         right = found["accuracy"]
         print(f"right answers of the built-in model: {right['tuned']:.1%}, with the defaults {right['default']:.1%}")

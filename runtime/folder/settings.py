@@ -1,7 +1,8 @@
-"""What `python -m runtime tune` found for a model folder: kept in its `tuned.json`, by device.
+"""What was found out about a model folder on this machine: what `python -m runtime tune` measured, in its `tuned.json`, and which
+parts overflowed in float16, in its `overflows.json`; by device.
 
-Counts only on the processor and the OpenVINO on which it was found. Knows how to read, write and forget it, and how many tiles it
-allows; measures nothing.
+What was measured counts only on the processor and the OpenVINO on which it was. Knows how to read, write and forget it, and how
+many tiles it allows; measures nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import openvino as ov
 
 from runtime.errors import OptionError
 from runtime.folder.config import InternVLConfig
-from runtime.folder.files import DECODE_FILE, TUNED_FILE
+from runtime.folder.files import DECODE_FILE, OVERFLOWS_FILE, TUNED_FILE
+
+BEST = "auto"  # the device that stands for the best one of each part; OpenVINO's AUTO chooses another way
 
 
 def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | None:
@@ -30,8 +33,8 @@ def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | No
 
 def reset(folder: Path) -> bool:
     """Forget what was found, of all devices; False when there was nothing."""
-    there = (folder / TUNED_FILE).exists()
-    for file in (folder / TUNED_FILE, folder / DECODE_FILE, (folder / DECODE_FILE).with_suffix(".bin")):
+    there = (folder / TUNED_FILE).exists() or (folder / OVERFLOWS_FILE).exists()
+    for file in (folder / TUNED_FILE, folder / OVERFLOWS_FILE, folder / DECODE_FILE, (folder / DECODE_FILE).with_suffix(".bin")):
         file.unlink(missing_ok=True)
     return there
 
@@ -57,7 +60,31 @@ def keep(folder: Path, device: str, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(kept | {device: settings}, indent=1) + "\n", encoding="utf-8")
 
 
+def overflowing(folder: Path, device: str) -> list[str]:
+    """The parts that are known to overflow in float16 on a device. Raises OptionError when the file cannot be read."""
+    file = folder / OVERFLOWS_FILE
+    try:
+        return [*json.loads(file.read_text(encoding="utf-8")).get(device, [])]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, AttributeError):
+        raise OptionError(f"{file} cannot be read: delete it, and what it says is found out again") from None
+
+
+def remember_overflow(folder: Path, device: str, part: str) -> bool:
+    """Write down that a part overflows in float16 on a device; False where the folder cannot be written."""
+    file = folder / OVERFLOWS_FILE
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(json.dumps(known | {device: sorted({*known.get(device, []), part})}) + "\n", encoding="utf-8")
+        return True
+    except OSError:
+        return False
+
+
 def machine(core: ov.Core, device: str) -> dict[str, str]:
     """What settings are good for."""
-    able = " ".join(sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")))  # virtual processors share a name
-    return {"processor": str(core.get_property(device, "FULL_DEVICE_NAME")), "able": able, "openvino": ov.__version__}
+    names = core.available_devices if device == BEST else [device]
+    able = " ".join(able for name in names for able in sorted(core.get_property(name, "OPTIMIZATION_CAPABILITIES")))
+    processor = ", ".join(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names)  # virtual ones share it
+    return {"processor": processor, "able": able, "openvino": ov.__version__}

@@ -27,7 +27,7 @@ import openvino as ov
 from runtime.errors import DeviceError, InternVLError, ModelFolderError
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, DECODE_FILE, PART_FILES, TUNED_FILE, bytes_of, check_folder, check_space, save_model
-from runtime.folder.settings import keep, machine
+from runtime.folder.settings import BEST, keep, machine, settings_of
 from runtime.parts.device import COMBINING, Placement, place_parts
 from runtime.parts.language_part import LanguagePart
 from runtime.parts.part import ACTIVATION_GROUP, read_part
@@ -57,6 +57,8 @@ def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, 
     if not os.access(folder, os.W_OK):
         raise ModelFolderError(f"{folder} cannot be written, and what tune finds is kept there: copy it to a place of your own")
     core = ov.Core()
+    if device == BEST:
+        return _tune_devices(folder, core, report)
     if device.partition(":")[0] in COMBINING:
         raise DeviceError(f"{device} is made of other devices: tune one, like {core.available_devices[0]}")
     config = InternVLConfig.from_dict(read_config(folder / CONFIG_FILE))
@@ -90,6 +92,31 @@ def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, 
         "accuracy": _accuracy(folder, device) if changed else None,
     }
     keep(folder, device, found)
+    return found
+
+
+def _tune_devices(folder: Path, core: ov.Core, report: Report) -> dict[str, Any]:
+    """Tune each device, then try each large part on each of them, as it is tuned, beside the CPU; for `--device auto`.
+
+    The parts of an answer run one after the other, so that the best device of each is the best of all their pairs. Returns
+    {"device", "vision_device"} and "seconds", "gain", "tried", "machine" as for a single one.
+    """
+    config = InternVLConfig.from_dict(read_config(folder / CONFIG_FILE))
+    devices = [name for name in core.available_devices if name == "CPU" or name.startswith("GPU")]
+    for name in devices:
+        tune(folder, name, lambda what, done, total, name=name: report(f"{name}, {what}", done, total))  # type: ignore[misc]
+    placed = {name: place_parts(core, folder, name, tuned=partial(settings_of, folder, core)) for name in devices}
+    found: dict[str, Any] = {"machine": machine(core, BEST), "seconds": {}, "gain": {}, "tried": []}
+
+    def trial(device: str, part: str) -> _Trial:
+        decode = placed[device].get("decode") or placed[device].get("later")
+        return _Trial(folder, core, config, placed[device][part], decode if part == "language" else None)
+
+    for part, key in (("language", "device"), ("vision", "vision_device")):
+        plans: Plans = {f"on {name}": ({"device": name}, partial(trial, name, part)) for name in devices if name != "CPU"}
+        chosen = _contest(part, trial("CPU", part), plans, config, found, lambda what, done: report(what, done, 2 * len(devices)))
+        found[key] = (chosen or {"device": "CPU"})["device"]
+    keep(folder, BEST, found)
     return found
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from runtime.errors import DeviceError, OptionError
 from runtime.folder.files import PART_FILES, PARTS
+from runtime.parts.gpu_access import why_no_gpu
 
 COMBINING = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices made of others, which may follow after a colon
 PRECISIONS = ("default", "accuracy")
 MODEL_CACHE = "model_cache"  # folder of compiled models, inside the model folder
 
 
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 PRECISION_HINTS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "KV_CACHE_PRECISION")
 
 
@@ -66,6 +68,49 @@ def processor_class(core: Core) -> ProcessorClass | None:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What `--device auto` takes, and why."""
+
+    language: str
+    vision: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"language on {self.language}, vision on {self.vision}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class GPUKind:
+    """A kind of GPU: what OpenVINO says of it, and which of the large parts it is given. None of it was measured on one."""
+
+    name: str
+    needs: frozenset[str]  # among its type and capabilities
+    language: bool
+    reason: str
+
+
+# The first that fits. No GPU was at hand: these rest on what is known of the hardware, and tune --device auto measures.
+GPU_KINDS = (
+    GPUKind("Arc", frozenset({"DISCRETE"}), True, "a GPU with memory of its own"),
+    GPUKind("integrated, with matrix units", frozenset({"GPU_HW_MATMUL"}), True, "a GPU with matrix units"),
+    GPUKind("integrated", frozenset(), False, "the GPU computes faster, and single tokens wait for memory that both share"),
+)
+NOT_MEASURED = "a rule, not measured here: python -m runtime tune FOLDER --device auto does"
+
+
+def choose_devices(core: Core, found: Mapping[str, Any] | None = None) -> Choice:
+    """Where the large parts run for `--device auto`: as tune `found`, else by the kind of GPU."""
+    if found is not None:
+        return Choice(found["device"], found["vision_device"], "fastest of what tune measured here")
+    gpu = next((name for name in core.available_devices if name.startswith("GPU")), None)
+    if gpu is None:
+        return Choice("CPU", "CPU", "there is no GPU that OpenVINO sees")
+    told = {str(core.get_property(gpu, "DEVICE_TYPE")).rpartition(".")[2], *core.get_property(gpu, "OPTIMIZATION_CAPABILITIES")}
+    kind = next(kind for kind in GPU_KINDS if kind.needs <= told)
+    return Choice(gpu if kind.language else "CPU", gpu, f"{kind.reason} ({NOT_MEASURED})")
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where one part runs, and from which file of the model folder where that is not the part's own."""
 
@@ -85,6 +130,14 @@ class Placement:
         return self.properties.get("EXECUTION_MODE_HINT") == "ACCURACY"
 
 
+def widened(core: Core, placement: Placement) -> Placement | None:
+    """The same part in float32, where it computes in float16 and nobody chose that."""
+    chosen = placement.accurate or any(name in placement.properties for name in PRECISION_HINTS)
+    if chosen or not uses(core, placement.device, "GPU"):
+        return None
+    return replace(placement, properties=placement.properties | FLOAT32)
+
+
 def check_device(core: Core, device: str) -> None:
     """Raise DeviceError unless `device`, like CPU, GPU.1, AUTO or HETERO:GPU,CPU, is here."""
     seen = [*core.available_devices]
@@ -94,7 +147,8 @@ def check_device(core: Core, device: str) -> None:
     for name in wanted:
         name = name.partition("(")[0]  # MULTI:GPU(2)
         if name not in seen and name not in families and not (name == "GPU.0" and "GPU" in seen):
-            raise DeviceError(f"there is no device {name} here; there are {', '.join(seen)}")
+            reasons = why_no_gpu() if name.startswith("GPU") and "GPU" not in families else []
+            raise DeviceError("; ".join([f"there is no device {name} here; there are {', '.join(seen)}", *reasons]))
 
 
 def uses(core: Core, device: str, family: str) -> bool:
@@ -114,15 +168,17 @@ def place_parts(
     vision_device: str | None = None,
     wide_vision: bool = False,
     precision: str = "default",
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path | Literal[False] | None = None,
     ov_config: Mapping[str, Any] | None = None,
     part_config: Mapping[str, Mapping[str, Any]] | None = None,
     tuned: Callable[[str], Mapping[str, Any] | None] = lambda device: None,
+    overflowing: Callable[[str], Sequence[str]] = lambda device: (),
 ) -> dict[str, Placement]:
     """The device and the properties of every part.
 
     `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `tuned` says what was found best
-    on a device (runtime/folder/settings.py); it is not asked where a precision is. A second compilation of the language part, for
+    on a device and `overflowing` which parts cannot be computed in float16 there (runtime/folder/settings.py); they are not asked
+    where a precision is. A second compilation of the language part, for
     single tokens, is placed as "decode" where it was found, else as "later" where the class of the processor wants one. `ov_config`
     holds properties for all parts and `part_config` for single ones; both win over what is chosen here.
     Raises DeviceError for a device that is not here, OptionError for an unknown precision or part.
@@ -137,7 +193,8 @@ def place_parts(
     placed, own = {}, {part: dict(ov_config or {}) | dict((part_config or {}).get(part, {})) for part in PARTS}
     for part, name in devices.items():
         check_device(core, name)
-        properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide_vision and part == "vision")
+        wide = (wide_vision and part == "vision") or (precision == "default" and part in overflowing(name))
+        properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide)
         found = tuned(name) if precision == "default" else None
         if found is not None:
             properties |= found["parts"].get(part, {})
@@ -161,7 +218,7 @@ def _single_tokens(core: Core, language: Placement) -> Placement | None:
 
 
 def _chosen(
-    core: Core, folder: Path, part: str, device: str, precision: str, cache_dir: str | Path | None, *, wide: bool
+    core: Core, folder: Path, part: str, device: str, precision: str, cache_dir: str | Path | Literal[False] | None, *, wide: bool
 ) -> dict[str, Any]:
     """Properties of one part before the caller's own.
 
@@ -176,9 +233,9 @@ def _chosen(
         if part == "language":
             properties["KV_CACHE_PRECISION"] = "f16" if gpu else "f32"
     elif gpu and wide:
-        properties["INFERENCE_PRECISION_HINT"] = "f32"
-    if cache_dir is not None:
+        properties |= FLOAT32
+    if cache_dir is not None and cache_dir is not False:
         properties["CACHE_DIR"] = str(cache_dir)
-    elif gpu:  # compiling for a GPU takes minutes the first time
+    elif gpu and cache_dir is None:  # compiling for a GPU takes minutes the first time
         properties["CACHE_DIR"] = str(folder / MODEL_CACHE)
     return properties

@@ -1,10 +1,8 @@
-"""KV caches of the language part, two kinds behind one set of calls: pages of our own, and OpenVINO's state.
+"""What a KV cache of the language part is to those who feed it, whatever holds the keys and values.
 
-On a CPU the attention of the saved part is turned into paged attention when it is opened: measured on the 1B shape, a prompt of
-3,380 tokens takes two thirds of the time and half of the memory, a cache that holds more than a new prompt wants is simply
-shortened, and one that holds less copies pages of another one. Other devices keep the part's own state. Knows embeddings, logits
-and the key of each token; nothing of sampling, prompts or pictures.
-Pages: Kwon et al. 2023, arXiv:2309.06180; inputs as openvinotoolkit/openvino src/core/src/op/paged_attention.cpp names them.
+Which tokens are kept, what a new prompt shares with them and with other caches, in which pieces a prompt is fed. Pages of our own
+(paged_cache.py) hold them on a CPU, OpenVINO's state (stateful_cache.py) elsewhere. Knows embeddings, logits and the key of each
+token; nothing of sampling, prompts or pictures.
 """
 
 from __future__ import annotations
@@ -12,25 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import openvino as ov
-from openvino import opset13 as opset
 
 from runtime.errors import NumericsError
-from runtime.parts.part import VISUAL_MASK, infer
+from runtime.parts.part import VISUAL_MASK
 from runtime.progress import Cancelled, Progress
 
 PREFILL_AT_ONCE = 1024  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
 EVEN_WIDTH = 128
-FIRST_PAGES = 32
 LEAST_ADOPTED = 32  # tokens that are worth the copy: the beginning that all prompts of a template share is about so long
 _SIBLINGS = Lock()  # a set must not grow in one thread while another one reads it
-LAST_POSITION = "last_position"  # our input of the paged part: which tokens the head sees
+LAST_POSITION = "last_position"  # our input of the opened part: which tokens the head sees
 
 
 class KVCache(ABC):
@@ -79,8 +74,24 @@ class KVCache(ABC):
         self._keys, self._coming = self._keys[:kept], keys[kept:]
         return kept
 
-    def _adopt(self, keys: np.ndarray) -> None:  # noqa: B027  a state cannot be copied in part
+    def _adopt(self, keys: np.ndarray) -> None:
         """Take over what a sibling holds of a prompt with these keys (T,), if it is worth it."""
+        with _SIBLINGS:
+            others = [cache for cache in self._siblings if cache is not self and cache._compiled is self._compiled]
+        for donor in sorted(others, key=lambda cache: -cache.shared_with(keys)):
+            if donor.shared_with(keys) < self.shared_with(keys) + LEAST_ADOPTED:
+                return
+            if donor.busy.acquire(blocking=False):
+                try:
+                    self._copy_from(donor, keys)
+                finally:
+                    donor.busy.release()
+                return
+
+    def _join_siblings(self) -> None:
+        """Now that it is whole: others may ask it at once."""
+        with _SIBLINGS:
+            self._siblings.add(self)
 
     def feed(
         self,
@@ -110,7 +121,11 @@ class KVCache(ABC):
             if "Infer Request was canceled" in str(error):
                 raise Cancelled from None
             raise
-        if not np.isfinite(logits[..., :64]).all():  # what is no number before the head makes no logit one
+        while not np.isfinite(logits[..., :64]).all():  # what is no number before the head makes no logit one
+            again = self._recompute()
+            if again is not None:
+                logits = again
+                continue
             self._cut(0)
             self._keys = self._keys[:0]
             raise NumericsError(
@@ -119,21 +134,28 @@ class KVCache(ABC):
             )
         return logits
 
+    def _recompute(self) -> np.ndarray | None:
+        """The logits of the last run again, in a wider precision; None where there is none."""
+        return None
+
     def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Embeddings (1, T, D) of a token and of guesses what follows, with their ids (T,) -> logits (T, V) after each of them.
 
         All of them count as here until `drop` says how many were wrong. Only with `room_for_drafts`.
         """
-        raise NotImplementedError  # room_for_drafts is 0
+        logits = self._checked(self._feed_draft, embeds)
+        self._remember(keys)
+        return logits.reshape(len(keys), -1)
 
     def drop(self, count: int) -> None:
         """Forget the last `count` tokens of a single row. Only with `room_for_drafts`."""
-        raise NotImplementedError
+        self._cut(self._count() - count)
+        self._keys = self._keys[: len(self._keys) - count]
 
     @property
     def room_for_drafts(self) -> int:
-        """How many tokens may be fed at once as if one by one: none where this cache cannot, or positions depend on the length."""
-        return 0
+        """How many tokens may be fed at once as if one by one: none where positions depend on the length."""
+        return 1 << 30 if self._plain_length is None else max(0, self._plain_length - self._count())
 
     @property
     def free_guesses(self) -> int:
@@ -161,12 +183,24 @@ class KVCache(ABC):
         """Let row i go on as row `rows[i]` did: beams."""
 
     @abstractmethod
+    def _count(self) -> int:
+        """Tokens of a single row, those without a key too."""
+
+    @abstractmethod
     def _cut(self, length: int) -> int:
         """Forget all but the first tokens of a single row, or all; returns how many were kept."""
 
     @abstractmethod
+    def _copy_from(self, donor: Any, keys: np.ndarray) -> None:
+        """Forget what is here, and copy what a cache of the same part holds of a prompt with these keys (T,)."""
+
+    @abstractmethod
     def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
         """As `feed`, and calls `_remember_prompt` after each piece of a prompt."""
+
+    @abstractmethod
+    def _feed_draft(self, embeds: np.ndarray) -> np.ndarray:
+        """Embeddings (1, T, D) of single tokens of text -> logits of all of them."""
 
     def _pieces(self, past: int, count: int) -> Iterable[tuple[int, int]]:
         """Spans in which `count` tokens are fed after `past` others: one, where rotary positions depend on the whole length."""
@@ -198,344 +232,3 @@ def prompt_spans(total: int, most: int) -> list[tuple[int, int]]:
 def head_of(model: ov.Model) -> ov.Node:
     """The matrix multiplication that gives the logits."""
     return model.get_results()[0].input_value(0).get_node()
-
-
-class StatefulCache(KVCache):
-    """The state of the saved part: slots stay where they were written.
-
-    What is no longer wanted is masked out, and the tokens after it are given the positions they would have without it.
-    """
-
-    @staticmethod
-    def adapt(model: ov.Model) -> ov.Model:
-        """Let the head see the last position only; the logits of a whole prompt are not wanted and take gigabytes."""
-        head = head_of(model)
-        last = opset.slice(head.input_value(0), [-1], [np.iinfo(np.int64).max], [1], [1])
-        head.input(0).replace_source_output(last.output(0))
-        model.validate_nodes_and_infer_types()
-        return model
-
-    def __init__(self, compiled: ov.CompiledModel, **options: Any):
-        super().__init__(compiled, **options)
-        self._clear()
-
-    @cached_property
-    def _request(self) -> ov.InferRequest:
-        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
-        return self._compiled.create_infer_request()
-
-    def _clear(self) -> None:
-        if "_request" in vars(self):
-            self._request.reset_state()
-        self._slots = 0
-        self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
-        self._order = np.zeros(1, np.int32)
-
-    def cancel(self) -> None:
-        """Nothing: a state that is left in the middle is lost, and the next piece or token is soon there."""
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        self._order = self._order[np.asarray(rows)]
-        self._mask = self._mask[np.asarray(rows)]
-
-    def _cut(self, length: int) -> int:
-        # More dead slots than living ones are dearer than to start afresh; a window counts slots, the dead ones too.
-        if self._slots > (length if self._window else 2 * length):
-            self._clear()
-            return 0
-        standing = np.flatnonzero(self._mask[0, : self._slots])
-        self._mask[0, standing[length:]] = 0
-        return length
-
-    def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
-        total = embeds.shape[1]
-        for start, end in self._pieces(int(self._mask[0, : self._slots].sum()), total):
-            if progress is not None:
-                progress("prefill", start, total)
-            self._step(embeds[:, start:end], mask[:, start:end], visual[:, start:end])
-            if len(mask) == 1:
-                self._remember_prompt(end - start)
-        return self._request.get_tensor("logits").data
-
-    def _step(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray) -> None:
-        rows, count = mask.shape
-        end = self._slots + count
-        if self._slots == 0:
-            self._mask, self._order = np.zeros((rows, self._mask.shape[1]), np.int64), np.arange(rows, dtype=np.int32)
-        if end > self._mask.shape[1]:
-            self._mask = np.pad(self._mask, ((0, 0), (0, max(end, 2 * self._mask.shape[1]) - self._mask.shape[1])))
-        before = self._mask[:, : self._slots].sum(1, keepdims=True)
-        self._mask[:, self._slots : end] = mask
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": np.ascontiguousarray(self._mask[:, :end]),
-            "position_ids": np.maximum(before + mask.cumsum(1) - 1, 0),
-            "beam_idx": self._order,
-        }
-        if self._routed:
-            inputs[VISUAL_MASK] = visual
-        try:
-            infer(self._request, inputs)
-        except BaseException:
-            self._clear()  # how far the state came is not known
-            self._keys = self._keys[:0]
-            raise
-        self._order = np.arange(rows, dtype=np.int32)
-        self._slots = end
-
-
-class PagedCache(KVCache):
-    """Pages of keys and values in our own memory, and a table of pages a row; rows share pages that are full.
-
-    Where `decode` is given, or from when `second` gives one, steps of one token a row and guesses run there, over the same pages:
-    the part compiled another way, since a prompt and a single token are not fastest in the same one. `guesses` says how many
-    guessed tokens are free.
-    """
-
-    @staticmethod
-    def adapt(model: ov.Model) -> ov.Model:
-        """Turn attention into paged attention, and let the head see the positions of one more input only."""
-        from openvino._offline_transformations import paged_attention_transformation
-
-        paged_attention_transformation(model)
-        head = head_of(model)
-        rows = opset.parameter([-1], np.int32, name=LAST_POSITION)
-        rows.output(0).get_tensor().set_names({LAST_POSITION})
-        last = opset.gather(head.input_value(0), rows, opset.constant(0))
-        head.input(0).replace_source_output(last.output(0))
-        model.add_parameters([rows])
-        model.validate_nodes_and_infer_types()
-        return model
-
-    def __init__(
-        self,
-        compiled: ov.CompiledModel,
-        decode: ov.CompiledModel | None = None,
-        second: Callable[[], ov.CompiledModel | None] = lambda: None,
-        guesses: Callable[[], int] = lambda: 0,
-        **options: Any,
-    ):
-        super().__init__(compiled, **options)
-        self._guesses = guesses
-        self._compiled_decode, self._second = decode, second
-        self._decoding: ov.InferRequest | None = None
-        self._shapes = page_shapes(compiled)
-        self._tensors: dict[str, ov.Tensor] = {}  # the pages, by input
-        self._page = next(shape[1] for name, (_, shape) in self._shapes.items() if name.startswith("value_cache"))  # tokens a page
-        self._pages = 0
-        self._tables: list[list[int]] = [[]]
-        self._lengths = [0]
-        self._free: list[int] = []
-        self._uses: list[int] = []  # rows that a page belongs to
-        self._layouts: dict[ov.InferRequest, tuple[Any, dict[str, np.ndarray]]] = {}  # what each request has been given
-        self._grow(FIRST_PAGES)
-        with _SIBLINGS:  # now that it is whole: others may ask it at once
-            self._siblings.add(self)
-
-    @cached_property
-    def _prefill(self) -> ov.InferRequest:
-        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
-        return self._over_pages(self._compiled)
-
-    @property
-    def _decode(self) -> ov.InferRequest:
-        compiled = self._compiled_decode or (None if self.repeatable else self._second())
-        if compiled is None:
-            return self._prefill
-        if self._decoding is None:
-            self._decoding = self._over_pages(compiled)
-        return self._decoding
-
-    @property
-    def free_guesses(self) -> int:
-        return 0 if self.repeatable else self._guesses()
-
-    def _over_pages(self, compiled: ov.CompiledModel) -> ov.InferRequest:
-        request = compiled.create_infer_request()
-        for name, tensor in self._tensors.items():
-            request.set_tensor(name, tensor)
-        return request
-
-    def _requests(self) -> list[ov.InferRequest]:
-        """Those that were made."""
-        return [each for each in (vars(self).get("_prefill"), self._decoding) if each is not None]
-
-    def cancel(self) -> None:
-        for request in self._requests():  # pages count only once they are written
-            request.cancel()
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        tables = [[*self._tables[row]] for row in rows]
-        lengths = [self._lengths[row] for row in rows]
-        for table in tables:
-            for page in table:
-                self._uses[page] += 1
-        for table in self._tables:
-            self._release(table)
-        for table, length in zip(tables, lengths, strict=True):
-            if length % self._page and self._uses[table[-1]] > 1:  # the next token is written into a page of its own
-                copy = self._take()
-                self._copy_page(table[-1], copy)
-                self._release(table[-1:])
-                table[-1] = copy
-        self._tables, self._lengths = tables, lengths
-
-    def _cut(self, length: int) -> int:
-        pages = -(-length // self._page)
-        for table in self._tables[1:]:
-            self._release(table)
-        self._release(self._tables[0][pages:])
-        self._tables, self._lengths = [self._tables[0][:pages]], [length]
-        return length
-
-    def _adopt(self, keys: np.ndarray) -> None:
-        """Whole pages only: a page's scales are those of all of its tokens."""
-        with _SIBLINGS:
-            others = [cache for cache in self._siblings if isinstance(cache, PagedCache) and cache is not self]
-        for donor in sorted(others, key=lambda cache: -cache.shared_with(keys)):
-            if donor.shared_with(keys) < self.shared_with(keys) + LEAST_ADOPTED:
-                return
-            if donor.busy.acquire(blocking=False):
-                try:
-                    self._copy_from(donor, keys)
-                finally:
-                    donor.busy.release()
-                return
-
-    def _copy_from(self, donor: PagedCache, keys: np.ndarray) -> None:
-        count = donor.shared_with(keys) // self._page
-        self._cut(0)
-        table = [self._take() for _ in range(count)]
-        for name in self._shapes:
-            theirs, ours = donor._tensors[name], self._tensors[name]
-            for source, target in zip(donor._tables[0], table, strict=False):
-                _pages_of(theirs, source, source + 1).copy_to(_pages_of(ours, target, target + 1))
-        self._tables, self._lengths = [table], [count * self._page]
-        self._keys = keys[: count * self._page].copy()
-
-    def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
-        rows, count = mask.shape
-        if self._lengths == [0] and rows > 1:
-            self._tables, self._lengths = [[] for _ in range(rows)], [0] * rows
-        if count == 1:
-            return self._one_each(embeds[:, 0], visual)
-        logits, total, done = [], int(mask.sum()), 0
-        for row in range(rows):  # padding is left out
-            tokens, theirs = embeds[row][mask[row] == 1], visual[row][mask[row] == 1]
-            for start, end in self._pieces(self._lengths[row], len(tokens)):
-                if progress is not None:
-                    progress("prefill", done + start, total)
-                found = self._step([row], tokens[start:end], [end - start], theirs[start:end])
-                if rows == 1:
-                    self._remember_prompt(end - start)
-            done += len(tokens)
-            logits.append(found.copy())
-        return np.concatenate(logits)
-
-    def _one_each(self, embeds: np.ndarray, visual: np.ndarray) -> np.ndarray:
-        """One token (R, D) of every row -> logits (R, 1, V)."""
-        rows = range(len(embeds))
-        if self._plain_length is not None and len(rows) > 1 and max(self._lengths) >= self._plain_length:
-            alone = [self._step([row], embeds[row : row + 1], [1], visual[row : row + 1]).copy() for row in rows]
-            return np.concatenate(alone)  # together, the longest row would say how the positions of all are turned
-        logits = self._step(rows, embeds, [1] * len(rows), visual)
-        if len(rows) == 1:
-            self._remember_prompt(1)  # a prompt of which only the last token was new
-        return logits
-
-    @property
-    def room_for_drafts(self) -> int:
-        return 1 << 30 if self._plain_length is None else max(0, self._plain_length - self._lengths[0])
-
-    def drop(self, count: int) -> None:
-        self._cut(self._lengths[0] - count)
-        self._keys = self._keys[: len(self._keys) - count]
-
-    def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        logits = self._checked(self._step, [0], embeds[0], [len(keys)], np.zeros_like(keys), True)
-        self._remember(keys)
-        return logits.reshape(len(keys), -1)
-
-    def _step(
-        self, rows: Sequence[int], embeds: np.ndarray, counts: list[int], visual: np.ndarray, every: bool = False
-    ) -> np.ndarray:
-        """Tokens (T, D) of these rows, `counts` each -> logits (R, 1, V) of each row's last, or with `every` (T, 1, V) of all."""
-        past = [self._lengths[row] for row in rows]
-        lengths = [length + count for length, count in zip(past, counts, strict=True)]
-        tables = [self._tables[row] for row in rows]
-        for table, length in zip(tables, lengths, strict=True):
-            while len(table) * self._page < length:
-                table.append(self._take())
-        inputs = {
-            "inputs_embeds": embeds,
-            "position_ids": np.concatenate([np.arange(*span) for span in zip(past, lengths, strict=True)]),
-            "past_lens": np.array(past, np.int32),
-            "max_context_len": np.array(max(lengths), np.int32),
-        }
-        if self._routed:
-            inputs[VISUAL_MASK] = visual.reshape(-1, 1)
-        single = max(counts) == 1
-        request = self._decode if every or single else self._prefill  # guesses are to be what single steps give
-        layout = (counts, [[*table] for table in tables], every)
-        told, given = self._layouts.get(request, (None, {}))
-        if told == layout and single:  # most tokens take no new page: nothing is handed over, which would take 0.2 ms
-            for name, values in inputs.items():
-                given[name][...] = values
-            inputs = {}
-        else:
-            ends = np.cumsum([0, *counts])
-            inputs |= {
-                "subsequence_begins": ends.astype(np.int32),
-                LAST_POSITION: np.arange(ends[-1], dtype=np.int32) if every else (ends[1:] - 1).astype(np.int32),
-                "block_indices": np.concatenate(tables).astype(np.int32),
-                "block_indices_begins": np.cumsum([0, *map(len, tables)]).astype(np.int32),
-            }
-            if single:
-                inputs = {name: np.array(values, order="C") for name, values in inputs.items()}  # to be written to
-            self._layouts[request] = (layout, inputs)  # the request reads these arrays until it is given others
-        infer(request, inputs)
-        for row, length in zip(rows, lengths, strict=True):
-            self._lengths[row] = length
-        return request.get_tensor("logits").data
-
-    def _take(self) -> int:
-        if not self._free:
-            self._grow(2 * self._pages)
-        page = self._free.pop()
-        self._uses[page] = 1
-        return page
-
-    def _release(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._uses[page] -= 1
-            if not self._uses[page]:
-                self._free.append(page)
-
-    def _grow(self, pages: int) -> None:
-        for name, (kind, shape) in self._shapes.items():
-            tensor = ov.Tensor(kind, ov.Shape([pages, *shape]))
-            if self._pages:
-                self._tensors[name].copy_to(_pages_of(tensor, 0, self._pages))
-            self._tensors[name] = tensor
-            for request in self._requests():
-                request.set_tensor(name, tensor)
-        self._free = [*range(pages - 1, self._pages - 1, -1), *self._free]
-        self._uses += [0] * (pages - self._pages)
-        self._pages = pages
-
-    def _copy_page(self, source: int, target: int) -> None:
-        for name in self._shapes:
-            tensor = self._tensors[name]
-            _pages_of(tensor, source, source + 1).copy_to(_pages_of(tensor, target, target + 1))
-
-
-def page_shapes(compiled: ov.CompiledModel) -> dict[str, tuple[ov.Type, list[int]]]:
-    """Type and shape of a page of each cache input of a paged part."""
-    ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
-    return {name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()}
-
-
-def _pages_of(tensor: ov.Tensor, start: int, end: int) -> ov.Tensor:
-    """A view of some pages of a cache tensor (pages, ...)."""
-    shape = [*tensor.shape]
-    return ov.Tensor(tensor, ov.Coordinate([start, *[0] * (len(shape) - 1)]), ov.Coordinate([end, *shape[1:]]))

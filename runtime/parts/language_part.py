@@ -1,6 +1,7 @@
 """The compiled language part: its weights, and the KV caches over them.
 
-Knows embeddings and keys of tokens, nothing of who generates with it; what a cache does is in kv_cache.py.
+Knows embeddings and keys of tokens, nothing of who generates with it; what a cache does is in kv_cache.py, paged_cache.py and
+stateful_cache.py.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import numpy as np
 import openvino as ov
 
 from runtime.errors import DeviceError
-from runtime.parts.device import Placement, processor_class
-from runtime.parts.kv_cache import KVCache, PagedCache, StatefulCache, page_shapes
-from runtime.parts.part import compile_part, leaving_file, read_part, threads_of
+from runtime.parts.device import Placement, processor_class, widened
+from runtime.parts.kv_cache import KVCache
+from runtime.parts.paged_cache import PagedCache, page_shapes
+from runtime.parts.part import compile_part, compile_wider, leaving_file, read_part, threads_of
+from runtime.parts.stateful_cache import StatefulCache, Turns
 
 PAGES = "KV_CACHE_PRECISION"
 IDLE_CACHES = 2  # KV caches kept for stateless calls
@@ -53,7 +56,9 @@ class LanguagePart:
         self._cache_kind: type[PagedCache | StatefulCache] = PagedCache if placement.device == "CPU" else StatefulCache
         if self._cache_kind is PagedCache:
             placement = replace(placement, properties=_paged_properties(core, placement, decode or later))
-        self._compiled = compile_part(core, self._cache_kind.adapt(read_part(core, folder, placement, width)), placement)
+        self._read = lambda: self._cache_kind.adapt(read_part(core, folder, placement, width))
+        self._compiled = compile_part(core, folder, self._read(), placement)
+        self._base: Any = self._compiled if self._cache_kind is PagedCache else Turns(self._compiled)  # of all caches
         second: dict[str, Any] = {}
         if decode is not None and self._cache_kind is PagedCache:
             second = {"decode": _compile_decode(core, folder, decode, width, self._compiled)}
@@ -71,6 +76,9 @@ class LanguagePart:
             guesses = {soon: _free_guesses(core, later if soon and later else decode or placement) for soon in (False, True)}
             self._cache_options["second"] = lambda: self._second
             self._cache_options["guesses"] = lambda: guesses[self._second is not None]
+        elif (wider := widened(core, placement)) is not None:
+            self._cache_options["wider"] = partial(self._wider, core, folder, wider)
+        self._is_wide = False  # compiled anew, after an overflow
         self._idle: list[KVCache] = []  # least recently used first
         self._lock = threading.RLock()  # a conversation may end, and give its cache back, anywhere
         self._most_idle = IDLE_CACHES if reuse else 0
@@ -150,6 +158,17 @@ class LanguagePart:
             yield
         self._runs_to_pack = max(0, self._runs_to_pack - 1)
 
+    def _wider(self, core: ov.Core, folder: Path, placement: Placement, wanting: Turns) -> Turns | None:
+        """The part in float32, for all caches from now on; None where that is the one that was found wanting."""
+        with self._lock:
+            if wanting is self._base:
+                if self._is_wide:
+                    return None
+                self._compiled, self._is_wide = compile_wider(core, folder, self._read(), placement), True
+                self._base = Turns(self._compiled)
+                self._cache_options.pop("wider")
+            return self._base
+
     @property
     def threads(self) -> int:
         """How many it computes with."""
@@ -157,7 +176,7 @@ class LanguagePart:
 
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""
-        return self._cache_kind(self._compiled, **self._cache_options)
+        return self._cache_kind(self._base, **self._cache_options)
 
     @contextmanager
     def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:
@@ -213,7 +232,7 @@ def _compile_decode(core: ov.Core, folder: Path, placement: Placement, width: in
     """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
     model = PagedCache.adapt(read_part(core, folder, placement, width))
     pages = {PAGES: prefill.get_property(PAGES)}
-    compiled = compile_part(core, model, replace(placement, properties=_paged_properties(core, placement, None) | pages))
+    compiled = compile_part(core, folder, model, replace(placement, properties=_paged_properties(core, placement, None) | pages))
     if page_shapes(compiled) != page_shapes(prefill):
         raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
     return compiled

@@ -5,6 +5,7 @@ What goes wrong in OpenVINO on the way is told in one line; knows nothing of wha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,13 +15,18 @@ import numpy as np
 import openvino as ov
 
 from runtime.errors import DeviceError, ModelFolderError
+from runtime.folder.settings import remember_overflow
+from runtime.parts.compile_cache import kept_in
 from runtime.parts.device import Core, Placement, processor_class
 from runtime.parts.memory import leaving_mapped
 
 ACTIVATION_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 STORED_KINDS = ("u4", "i4", "u8", "i8")
 VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
+CACHE = "CACHE_DIR"
 THREADS = "INFERENCE_NUM_THREADS"
+
+logger = logging.getLogger(__name__)
 
 
 def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> ov.Model:
@@ -45,15 +51,34 @@ def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> 
     return model
 
 
-def compile_part(core: ov.Core, model: ov.Model, placement: Placement) -> ov.CompiledModel:
-    """Compile a part where it was placed. Raises DeviceError when its device refuses it or one of its properties."""
+def compile_part(core: ov.Core, folder: Path, model: ov.Model, placement: Placement) -> ov.CompiledModel:
+    """Compile a part of a folder where it was placed. Raises DeviceError when its device refuses it or one of its properties.
+
+    With the property CACHE_DIR it is kept there, or taken from there.
+    """
+    properties = activation_groups(core, model, placement) | placement.properties
+    base = properties.pop(CACHE, None)
     try:
-        return core.compile_model(model, placement.device, activation_groups(core, model, placement) | placement.properties)
+        if base is None:
+            return core.compile_model(model, placement.device, properties)
+        with kept_in(Path(base), core, placement, folder / placement.file, properties) as kept:
+            return core.compile_model(model, placement.device, properties | ({} if kept is None else {CACHE: str(kept)}))
     except RuntimeError as error:
         raise DeviceError(
             f"{placement.device} cannot run the {placement.part} part ({last_line(error)}): "
             "choose another device or other properties"
         ) from error
+
+
+def compile_wider(core: ov.Core, folder: Path, model: ov.Model, placement: Placement) -> ov.CompiledModel:
+    """Compile a part that overflowed in float16 as it is placed now, say so, and remember it in the folder. Raises DeviceError."""
+    logger.warning(
+        "the %s part overflows in float16 on %s: it is compiled anew in float32%s",
+        placement.part,
+        placement.device,
+        ", from now on" if remember_overflow(folder, placement.device, placement.part) else "",
+    )
+    return compile_part(core, folder, model, placement)
 
 
 def activation_groups(core: Core, model: ov.Model, placement: Placement) -> dict[str, Any]:

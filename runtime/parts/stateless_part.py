@@ -15,18 +15,19 @@ import numpy as np
 import openvino as ov
 
 from runtime.parts.attention import open_attention
-from runtime.parts.device import Placement
-from runtime.parts.part import compile_part, infer, leaving_file, read_part, threads_of
+from runtime.parts.device import Placement, widened
+from runtime.parts.part import compile_part, compile_wider, infer, leaving_file, read_part, threads_of
 
 
 class StatelessPart:
     """One part without memory of its own, one input and one output, that several threads may call."""
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int):
-        model = read_part(core, folder, placement, width)
-        self._compiled = compile_part(core, open_attention(model) if placement.device == "CPU" else model, placement)
-        self._request = self._compiled.create_infer_request()
-        self._input = self._compiled.input().get_any_name()
+        self._read = lambda: read_part(core, folder, placement, width)
+        model = self._read()
+        self._use(compile_part(core, folder, open_attention(model) if placement.device == "CPU" else model, placement))
+        wider = widened(core, placement)
+        self._wider = None if wider is None else lambda: compile_wider(core, folder, self._read(), wider)
         self._lock = threading.Lock()
         self._packing: Callable[[], AbstractContextManager[None]] = partial(leaving_file, folder, placement)
 
@@ -35,7 +36,17 @@ class StatelessPart:
             with self._packing():
                 infer(self._request, {self._input: values})
             self._packing = nullcontext
-            return self._request.get_output_tensor().data.copy()
+            found = self._request.get_output_tensor().data.copy()
+            if self._wider is not None and not np.isfinite(found).all():
+                self._use(self._wider())
+                self._wider = None
+                infer(self._request, {self._input: values})
+                found = self._request.get_output_tensor().data.copy()
+            return found
+
+    def _use(self, compiled: ov.CompiledModel) -> None:
+        self._compiled, self._request = compiled, compiled.create_infer_request()
+        self._input = compiled.input().get_any_name()
 
     @property
     def threads(self) -> int:

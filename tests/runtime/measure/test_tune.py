@@ -215,6 +215,55 @@ def test_devices_made_of_others_are_not_tuned(folder, device):
         tune.tune(folder, device)
 
 
+@pytest.mark.parametrize(
+    ("gains", "found"), [((0.0, 0.0), ("CPU", "CPU")), ((0.0, 0.3), ("CPU", "GPU")), ((0.2, 0.3), ("GPU", "GPU"))]
+)
+def test_auto_is_what_won_of_each_part(folder, monkeypatch, gains, found):
+    """HETERO stands in for a GPU that is timed: which one wins is said here."""
+    gain = dict(zip(("language", "vision"), gains, strict=True))
+    monkeypatch.setattr(tune, "candidates", lambda core, device, stage: iter(()))
+    monkeypatch.setattr(tune, "_beside", lambda one, other, stage, config: (gain[stage], one(), other()))
+    placed = tune.place_parts
+    monkeypatch.setattr(
+        tune,
+        "place_parts",
+        lambda core, folder, name, **more: placed(core, folder, "HETERO:CPU" if name == "GPU" else name, **more),
+    )
+    real = ov.Core
+
+    class Laptop:
+        available_devices = ("CPU", "GPU")
+
+        def __init__(self):
+            self._core = real()
+
+        def __getattr__(self, name):
+            return getattr(self._core, name)
+
+        def get_property(self, device, name):
+            return self._core.get_property("CPU", name)
+
+    monkeypatch.setattr(tune.ov, "Core", Laptop)
+    tuned = tune.tune(folder, "auto")
+    assert (tuned["device"], tuned["vision_device"]) == found
+    assert [trial["candidate"] for trial in tuned["tried"]] == ["on GPU", "on GPU"]
+    assert settings_of(folder, Laptop(), "auto") == tuned
+
+
+def test_auto_is_taken_by_the_commands(folder, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "candidates", lambda core, device, stage: iter(()))
+    assert main(["tune", str(folder), "--device", "auto"]) == 0
+    out = capsys.readouterr().out
+    if len(ov.Core().available_devices) == 1:
+        assert "auto: language on CPU, vision on CPU" in out
+    assert json.loads(out.splitlines()[-1]).keys() == {"device", "vision_device", "seconds", "gain"}
+    assert main(["chat", str(folder), "Which shape is purple?", "--image", str(PICTURE), "--device", "auto"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "circle\n"
+    assert "device auto: language on" in said.err
+    assert "fastest of what tune measured here" in said.err
+
+
 def test_a_folder_that_cannot_be_written_is_told(folder, monkeypatch):
     monkeypatch.setattr(tune.os, "access", lambda path, mode: False)
     with pytest.raises(ModelFolderError, match="cannot be written"):

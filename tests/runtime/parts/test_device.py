@@ -32,10 +32,13 @@ class StandIn:
 
     available_devices: list[str] = field(default_factory=lambda: ["CPU", "GPU.0", "GPU.1", "NPU"])
     able: tuple[str, ...] = ("FP32", "INT8", "BIN")
+    gpu_able: tuple[str, ...] = ("FP16",)
+    gpu_type: str = "Type.INTEGRATED"
 
-    def get_property(self, device: str, name: str) -> list[str]:
-        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
-        return [*self.able]
+    def get_property(self, device: str, name: str) -> list[str] | str:
+        if name == "OPTIMIZATION_CAPABILITIES":
+            return [*(self.able if device == "CPU" else self.gpu_able)]
+        return {"FULL_DEVICE_NAME": f"some {device}", "DEVICE_TYPE": self.gpu_type}[name]
 
 
 LAPTOP = StandIn(["CPU", "GPU"])
@@ -124,7 +127,7 @@ def product(kind: ov.Type, *row: int) -> ov.Model:
 )
 def test_activations_are_quantised_in_the_groups_of_the_weights(kind, row, properties, group):
     model = product(kind, *row)
-    found = compile_part(ov.Core(), model, Placement("vision", "CPU", properties)).get_property(ACTIVATION_GROUP)
+    found = compile_part(ov.Core(), Path(), model, Placement("vision", "CPU", properties)).get_property(ACTIVATION_GROUP)
     assert found == (ov.Core().get_property("CPU", ACTIVATION_GROUP) if group is None else group)
 
 
@@ -133,7 +136,9 @@ def test_other_devices_group_activations_as_they_like():
         def compile_model(self, model, device, properties):
             return properties
 
-    assert compile_part(Core(), product(ov.Type.u4, 7, 128), Placement("vision", "GPU", {"NUM_STREAMS": 1})) == {"NUM_STREAMS": 1}
+    assert compile_part(Core(), Path(), product(ov.Type.u4, 7, 128), Placement("vision", "GPU", {"NUM_STREAMS": 1})) == {
+        "NUM_STREAMS": 1
+    }
 
 
 def test_a_gpu_keeps_what_it_compiled_and_leaves_the_embedding_table_to_the_processor():

@@ -1,0 +1,276 @@
+"""A KV cache in OpenVINO's state of the language part: what a GPU has, and devices made of others.
+
+A state is one row of slots, in the order in which they were written. It can be read and written whole, which is how it is made
+shorter, copied, and put aside while another cache has its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
+from threading import RLock
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as opset
+
+from runtime.parts.kv_cache import LAST_POSITION, KVCache, head_of, prompt_spans
+from runtime.parts.part import VISUAL_MASK, infer
+from runtime.progress import Progress
+
+SLOTS_AXIS = 2  # of a state (B, heads, slots, head width)
+DEAD_SLOTS = 4  # a state is made shorter when one slot in so many is dead: the copy of all then costs less than it spares
+
+
+class Turns:
+    """The one request over a compiled part in which caches take turns; each puts its states aside for the next.
+
+    The GPU plugin (2026.4) takes a run whose inputs have the shapes of the run before for its continuation, whatever became of the
+    states in between, and its answer is wrong then; requests of their own do not help. So whoever comes after another, or begins
+    anew, is preceded by a short run of another length.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel):
+        self.compiled, self.lock = compiled, RLock()
+        self._whose: ref[StatefulCache] | None = None
+        self._last_count = 0
+
+    @cached_property
+    def _request(self) -> ov.InferRequest:
+        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
+        return self.compiled.create_infer_request()
+
+    def run(self, cache: StatefulCache, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """The logits of new tokens of a cache, after what its states hold."""
+        count = inputs["inputs_embeds"].shape[1]
+        with self.lock:
+            before = None if self._whose is None else self._whose()
+            if before is not cache or not cache.begun:
+                if before is not None and before is not cache and before.begun:
+                    before.aside = self._copies()
+                self._between(count)
+                if cache.aside:  # a GPU takes no state right after it was reset
+                    for state in self._request.query_state():
+                        state.state = cache.aside[state.name]
+                else:
+                    self._request.reset_state()
+                self._whose, cache.aside = ref(cache), {}
+            self._last_count = count
+            infer(self._request, inputs)
+            return self._request.get_tensor("logits").data.copy()
+
+    def states_of(self, cache: StatefulCache) -> dict[str, ov.Tensor]:
+        """The states of a cache, put aside for it too."""
+        with self.lock:
+            if self._whose is not None and self._whose() is cache:
+                cache.aside, self._whose = self._copies(), None
+            return cache.aside
+
+    def leave(self, cache: StatefulCache) -> None:
+        """What the request holds of a cache is wanted no more."""
+        with self.lock:
+            if self._whose is not None and self._whose() is cache:
+                self._whose = None
+
+    def _copies(self) -> dict[str, ov.Tensor]:
+        return {state.name: part_of(state.state) for state in self._request.query_state()}
+
+    def _between(self, count: int) -> None:
+        """Run tokens of no meaning, as many as neither the last run had nor the next one has; their states are to be replaced."""
+        own = next(number for number in (2, 3, 4) if number not in (count, self._last_count))
+        given = {
+            "inputs_embeds": np.zeros((1, own, self.compiled.input("inputs_embeds").partial_shape[-1].get_length()), np.float32),
+            "attention_mask": np.ones((1, own), np.int64),
+            "position_ids": np.arange(own)[None],
+            "beam_idx": np.zeros(1, np.int32),
+            LAST_POSITION: np.zeros(1, np.int32),
+            VISUAL_MASK: np.zeros((1, own), np.int64),
+        }
+        names = {name for port in self.compiled.inputs for name in port.get_names()}
+        self._request.reset_state()
+        infer(self._request, {name: value for name, value in given.items() if name in names})
+
+
+class StatefulCache(KVCache):
+    """Slots of the state, and which of them stand for tokens.
+
+    What is no longer wanted is masked out, and the tokens after it are given the positions that they would have without it, until
+    it is worth a copy of the state without those slots. `wider` gives the part in a wider precision than the one that was found
+    wanting, or None. Where it is given, what was fed is remembered, to be computed again.
+    """
+
+    @staticmethod
+    def adapt(model: ov.Model) -> ov.Model:
+        """Let the head see the positions of one more input only; the logits of a whole prompt are not wanted and take gigabytes."""
+        head = head_of(model)
+        positions = opset.parameter([-1], np.int32, name=LAST_POSITION)
+        positions.output(0).get_tensor().set_names({LAST_POSITION})
+        last = opset.gather(head.input_value(0), positions, opset.constant(1))
+        head.input(0).replace_source_output(last.output(0))
+        model.add_parameters([positions])
+        model.validate_nodes_and_infer_types()
+        return model
+
+    def __init__(
+        self,
+        turns: Turns,
+        wider: Callable[[Turns], Turns | None] | None = None,
+        **options: Any,
+    ):
+        super().__init__(turns.compiled, **options)
+        self._turns, self._wider = turns, wider
+        self.aside: dict[str, ov.Tensor] = {}  # states, while another cache has its turn
+        self._clear()
+        self._join_siblings()
+
+    @property
+    def begun(self) -> bool:
+        """Whether something is in its states."""
+        return self._slots > 0
+
+    def _clear(self) -> None:
+        self.aside = {}
+        self._slots = 0
+        self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
+        self._order = np.zeros(1, np.int32)
+        self._fed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # embeddings (B, T, D), visual (B, T), rows they are of
+        self._last = (0, False)  # how many slots the last step wrote, and whether the logits of all were wanted
+
+    def cancel(self) -> None:
+        """Nothing: a state that is left in the middle is lost, and the next piece or token is soon there."""
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        order = np.asarray(rows)
+        self._order, self._mask = self._order[order], self._mask[order]
+        self._fed = [(embeds, visual, of[order]) for embeds, visual, of in self._fed]
+
+    def _count(self) -> int:
+        return int(self._mask[0, : self._slots].sum())
+
+    def _cut(self, length: int) -> int:
+        standing = np.flatnonzero(self._mask[0, : self._slots])[:length]
+        self._mask[0, : self._slots] = 0
+        self._mask[0, standing] = 1
+        dead = self._slots - length
+        # A window counts slots, the dead ones too.
+        if dead and (self._window or dead * DEAD_SLOTS > self._slots) and not (length and self._shorten(standing)):
+            self._clear()
+            return 0
+        return length
+
+    def _shorten(self, slots: np.ndarray) -> bool:
+        """Go on with these slots of a single row; False where a device keeps its state to itself."""
+        try:
+            self._take_over(self, slots)
+        except RuntimeError:
+            return False
+        return True
+
+    def _take_over(self, donor: StatefulCache, slots: np.ndarray) -> None:
+        """Go on with these slots of a cache's single row."""
+        taken = {name: part_of(state, slots) for name, state in self._turns.states_of(donor).items()}
+        self._turns.leave(self)
+        self.aside = taken
+        self._fed, self._slots = donor._fed_in(slots), len(slots)
+        self._mask = np.zeros((1, max(256, len(slots))), np.int64)
+        self._mask[0, : len(slots)] = 1
+        self._order = np.zeros(1, np.int32)
+
+    def _fed_in(self, slots: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        if not self._fed:
+            return []
+        embeds, visual = self._all_fed()
+        return [(embeds[:, slots], visual[:, slots], np.zeros(1, np.int64))]
+
+    def _all_fed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (B, slots, D) and visual (B, slots) of what the rows are now."""
+        embeds, visual = zip(*((embeds[of], visual[of]) for embeds, visual, of in self._fed), strict=True)
+        return np.concatenate(embeds, 1), np.concatenate(visual, 1)
+
+    def _copy_from(self, donor: StatefulCache, keys: np.ndarray) -> None:
+        slots = np.flatnonzero(donor._mask[0, : donor._slots])[: donor.shared_with(keys)]
+        with suppress(RuntimeError):  # a device that keeps its state to itself
+            self._take_over(donor, slots)
+            self._keys = keys[: len(slots)].copy()
+
+    def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
+        total = embeds.shape[1]
+        for start, end in self._pieces(self._count(), total):
+            if progress is not None:
+                progress("prefill", start, total)
+            logits = self._step(embeds[:, start:end], mask[:, start:end], visual[:, start:end])
+            if len(mask) == 1:
+                self._remember_prompt(end - start)
+        return logits
+
+    def _feed_draft(self, embeds: np.ndarray) -> np.ndarray:
+        ones = np.ones(embeds.shape[:2], np.int64)
+        return self._step(embeds, ones, 0 * ones, True)
+
+    def _recompute(self) -> np.ndarray | None:
+        turns = self._wider(self._turns) if self._wider is not None else None
+        if turns is None:
+            return None
+        (embeds, visual), mask, (count, every) = self._all_fed(), self._mask[:, : self._slots], self._last
+        self._turns, self._compiled = turns, turns.compiled
+        self._clear()
+        total = mask.shape[1]
+        before = total - count
+        spans = [(0, before)] if self._plain_length is not None else prompt_spans(before, max(before, 1))
+        for start, end in [*(span for span in spans if before), (before, total)]:
+            logits = self._step(embeds[:, start:end], mask[:, start:end], visual[:, start:end], every and end == total)
+        return logits
+
+    def _step(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, every: bool = False) -> np.ndarray:
+        """Tokens (B, T, D) of all rows -> logits (B, 1, V) of the last, or with `every` (B, T, V) of all."""
+        rows, count = mask.shape
+        end = self._slots + count
+        if self._slots == 0:
+            self._mask, self._order = np.zeros((rows, self._mask.shape[1]), np.int64), np.arange(rows, dtype=np.int32)
+        if end > self._mask.shape[1]:
+            self._mask = np.pad(self._mask, ((0, 0), (0, max(end, 2 * self._mask.shape[1]) - self._mask.shape[1])))
+        before = self._mask[:, : self._slots].sum(1, keepdims=True)
+        self._mask[:, self._slots : end] = mask
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ascontiguousarray(self._mask[:, :end]),
+            "position_ids": np.maximum(before + mask.cumsum(1) - 1, 0),
+            "beam_idx": self._order,
+            LAST_POSITION: np.arange(0 if every else count - 1, count, dtype=np.int32),
+        }
+        if self._routed:
+            inputs[VISUAL_MASK] = visual
+        try:
+            logits = self._turns.run(self, inputs)
+        except BaseException:
+            self._clear()  # how far the state came is not known
+            self._keys = self._keys[:0]
+            raise
+        if self._wider is not None:
+            self._fed.append((embeds, visual, np.arange(rows)))
+        self._order = np.arange(rows, dtype=np.int32)
+        self._slots, self._last = end, (count, every)
+        return logits
+
+
+def part_of(state: ov.Tensor, slots: np.ndarray | None = None) -> ov.Tensor:
+    """A copy of these slots of a state, or of all, whatever its type."""
+    shape = [*state.shape]
+    slots = np.arange(shape[SLOTS_AXIS]) if slots is None else slots
+    copy = ov.Tensor(state.element_type, ov.Shape([*shape[:SLOTS_AXIS], len(slots), *shape[SLOTS_AXIS + 1 :]]))
+    edges = np.flatnonzero(np.diff(slots) != 1) + 1
+    for run in np.split(np.arange(len(slots)), edges):
+        source, target = _slots_of(state, slots[run[0]], slots[run[-1]] + 1), _slots_of(copy, run[0], run[-1] + 1)
+        source.copy_to(target)
+    return copy
+
+
+def _slots_of(state: ov.Tensor, start: int, end: int) -> ov.Tensor:
+    """A view of some slots of a state."""
+    shape = [*state.shape]
+    begin = [0] * len(shape)
+    begin[SLOTS_AXIS], shape[SLOTS_AXIS] = int(start), int(end)
+    return ov.Tensor(state, ov.Coordinate(begin), ov.Coordinate(shape))
