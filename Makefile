@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What makes a GPU that a CPU computes, where it is at hand.
+IGPU := ../shared/igpu/setup
+# Its compiler fails on the largest registers; where it crashes all the same (128 and more), that says nothing of this project.
+STANDS_IN := CL_CONFIG_CPU_TARGET_ARCH=core-avx2 build/igpu/run
 
-.PHONY: setup check test quickstart notebook bench clean
+.PHONY: setup check test test-igpu clients quickstart notebook bench soak clean
 
 setup: $(VENV)/.installed  ## make the virtual environment and install the project in it
 
@@ -21,6 +25,19 @@ check: setup  ## format, lint, types
 
 test: setup check notebook  ## everything that CI runs
 	$(BIN)/python -m pytest
+	@if test -x $(IGPU) && $(IGPU) build/igpu > /dev/null 2>&1; then $(STANDS_IN) $(BIN)/python -m pytest tests/igpu -m quick || test $$? -gt 127; \
+	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
+
+test-igpu: setup  ## all tests on a GPU that OpenVINO sees; where there is none they say how to make one
+	$(BIN)/python -m pytest tests/igpu -rs
+
+clients: setup  ## programs of others against the server; node's is skipped where there is no npm
+	$(BIN)/python -m pip install --quiet -e '.[clients]'
+	mkdir -p build/clients
+	! command -v npm || npm install --silent --no-fund --no-audit --prefix build/clients 'openai@^6.49'
+	$(PYTHON) -m venv build/clients/lmms-eval
+	build/clients/lmms-eval/bin/python -m pip install --quiet 'lmms-eval>=0.7.3,<0.8' 'filelock<3.25'  # it reaches into filelock
+	$(BIN)/python -m pytest -m clients tests/clients
 
 quickstart: setup  ## the main job offline: convert the built-in model to int4 and ask it about a picture
 	$(BIN)/python -m convert demo/shapes/checkpoint build/shapes-int4 --force
@@ -32,6 +49,10 @@ notebook: setup  ## run the tutorial from top to bottom, offline, on the built-i
 
 bench: setup  ## conversion and answers at full size beside openvino_genai and optimum-intel (an hour on two cores, 4 GB of disk)
 	$(BIN)/python -m tests.bench --json docs/benchmark.json --plot docs/benchmark.svg
+
+soak: setup  ## an hour of eight clients, and what the server keeps of them
+	$(BIN)/python -m convert demo/shapes/checkpoint build/shapes-int4 --force
+	$(BIN)/python -m tests.soak --minutes 60
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

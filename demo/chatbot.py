@@ -41,6 +41,11 @@ STAGES = {"frames": "Reading frames", "tiles": "Looking at tiles", "prefill": "R
 History = list[dict[str, Any]]  # Gradio's messages
 
 
+def whole(text: str) -> str:
+    """A text in which halves of characters, as broken pages send them, are replaced: nobody could show them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def parts_of(content: Any) -> tuple[str, list[str]]:
     """Text and files of one message as Gradio keeps it: a string, or a list of text and file parts."""
     parts = content if isinstance(content, list) else [content]
@@ -149,9 +154,9 @@ class Chatbot:
         shown, files = turns_of(history)
         given = {"text": message, "files": []} if isinstance(message, str) else message  # a string when a turn is edited
         files += [file["path"] if isinstance(file, dict) else file for file in given["files"]]  # dicts when it is retried
-        question, text = given["text"] or "Describe it.", ""
+        question, text = whole(given["text"] or "Describe it."), ""
         try:
-            tab = self.tab(request.session_hash or "", system)
+            tab = self.tab(request.session_hash or "", whole(system))
             tab.show(shown, self.model, int(max_tiles))
             conversation = tab.conversation
             pieces = conversation.stream(
@@ -192,6 +197,10 @@ class ChatInterface(gr.ChatInterface):
     """Gradio's, with a question apart from its pictures: its page cannot edit a message that has both (gradio 6.31)."""
 
     def _message_as_message_dict(self, message: Any, role: Any) -> list[Any]:
+        if isinstance(message, str):
+            message = whole(message)
+        elif isinstance(message, dict) and isinstance(message.get("text"), str):
+            message = {**message, "text": whole(message["text"])}
         found = super()._message_as_message_dict(message, role)
         if role != "user" or not isinstance(found[0]["content"], list):
             return found

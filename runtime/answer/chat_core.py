@@ -7,7 +7,6 @@ Rules: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/mod
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,12 +20,12 @@ import numpy as np
 from runtime.answer.decode import Decoding, Rule, Token, write, write_beams, write_rows
 from runtime.answer.features import FeatureCache, encode_pictures, keys_of
 from runtime.answer.grammar import Grammars
-from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_MARK, Template, expand_marks, render, template_of
+from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_MARK, IMAGE_START, Template, render_pieces, template_of
 from runtime.answer.stream import Statistics, after_lead, lead_ids
 from runtime.answer.turn import Turn
 from runtime.errors import NumericsError, PromptError
 from runtime.folder.config import InternVLConfig
-from runtime.folder.tokenizer import Tokenizer, check_text
+from runtime.folder.tokenizer import Tokenizer, Typed, check_text
 from runtime.media.tiles import PictureTiles
 from runtime.progress import Progress
 
@@ -103,8 +102,13 @@ class ChatCore(ABC):
         return Decoding.of(self.generation_defaults, {"eos_token_id": self.stop_id, **options})
 
     def rule_of(self, decoding: Decoding) -> Rule | None:
-        """What says which tokens of an answer may come, where it must fit a schema. Raises OptionError for a bad one."""
-        return None if decoding.json_schema is None else self._grammars.of(decoding.json_schema)
+        """What says which tokens of an answer may come, where it must fit a schema or may call functions.
+
+        Raises OptionError for a bad schema.
+        """
+        if decoding.json_schema is None and decoding.calls is None:
+            return None
+        return self._grammars.of(decoding.json_schema, decoding.calls, thoughts=decoding.thoughts)
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -117,34 +121,38 @@ class ChatCore(ABC):
     def prompt_of(self, system: str, turns: Sequence[Turn]) -> Prompt:
         """The prompt that asks the last of `turns` after the others. Raises PromptError when marks and pictures do not fit.
 
-        A context token stands for each picture while the text is tokenised, because thousands of them take tens of milliseconds,
-        and for each answer whose own tokens are known: they come back as they were generated, which need not be as the tokenizer
-        writes them.
+        What people wrote is text: special tokens that are spelt in it are none. A context token stands for each picture while the
+        text is tokenised, because thousands of them take tens of milliseconds, and for each answer whose own tokens are known: they
+        come back as they were generated, which need not be as the tokenizer writes them.
         """
         *past, asked = turns
-        pictures = [picture for turn in turns for picture in turn.pictures]
+        for text in (system, *(part for turn in turns for part in (turn.question, turn.answer))):
+            check_text(text)
         answers = [self._own_tokens(turn) for turn in past]
-        history = [(turn.question, turn.answer if own is None else CONTEXT_TOKEN) for turn, own in zip(past, answers, strict=True)]
-        check_text(asked.answer)
-        text = render(self.conv_template, system, history, asked.question, asked.answer)
-        ids = np.array(self.tokenizer.encode(expand_marks(text, [1] * len(pictures), 1)), np.int64)
+        history = [
+            (turn.pieces(), Typed(turn.answer) if own is None else CONTEXT_TOKEN) for turn, own in zip(past, answers, strict=True)
+        ]
+        pieces = render_pieces(self.conv_template, Typed(system), history, asked.pieces(), Typed(asked.answer))
+        ours = [None if isinstance(piece, Typed) else piece for piece in pieces]
+        for at, piece in enumerate(ours):
+            if piece == IMAGE_MARK:
+                pieces[at] = IMAGE_START + CONTEXT_TOKEN + IMAGE_END
+        ids = np.array(self.tokenizer.encode_pieces(pieces), np.int64)
+        pictures = [picture for turn in turns for picture in turn.pictures]
         counts = iter([picture.count * self.config.tokens_per_tile for picture in pictures])
         known = iter([own for own in answers if own is not None])
-        marks = re.findall(f"{re.escape(IMAGE_MARK)}|{re.escape(CONTEXT_TOKEN)}", text)
-        first, *rest = np.split(ids, np.flatnonzero(ids == self.img_context_token_id))
-        if not len(rest) == len(marks) == len(pictures) + sum(own is not None for own in answers):
-            raise PromptError(f"the text has {CONTEXT_TOKEN} in it, which stands for pictures: write {IMAGE_MARK} instead")
-        pieces = [first]
-        for mark, piece in zip(marks, rest, strict=True):
-            pieces.append(np.full(next(counts), self.img_context_token_id) if mark == IMAGE_MARK else np.array(next(known)))
-            pieces.append(piece[1:])
-        return Prompt(np.concatenate(pieces), pictures)
+        parts = np.split(ids, np.flatnonzero(ids == self.img_context_token_id))
+        whole = parts[:1]
+        for mark, part in zip([piece for piece in ours if piece in (IMAGE_MARK, CONTEXT_TOKEN)], parts[1:], strict=True):
+            whole.append(np.full(next(counts), self.img_context_token_id) if mark == IMAGE_MARK else np.array(next(known)))
+            whole.append(part[1:])
+        return Prompt(np.concatenate(whole), pictures)
 
     def prefix_tokens(self, prompt: Prompt, turn: Turn) -> list[int]:
         """The tokens at the end of a prompt that are the prefix of the answer to come; none where they cannot be told apart."""
         if not turn.answer:
             return []
-        own = self.tokenizer.encode(turn.answer, add_special_tokens=False)
+        own = self.tokenizer.encode_pieces([Typed(turn.answer)], add_special_tokens=False)
         return own if prompt.ids[-len(own) :].tolist() == own else []
 
     def _own_tokens(self, turn: Turn) -> list[int] | None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.answer.tools import CallRule
 from runtime.errors import OptionError
 
 DEFAULT_TOP_K = 50  # transformers', where tokens are drawn and nobody says otherwise
@@ -79,6 +80,8 @@ class Decoding:
     logprobs: bool = False  # of the tokens, under the model's own logits
     top_logprobs: int = 0  # how many of the likeliest tokens are told beside them
     json_schema: str | None = None  # what the answer must fit
+    calls: CallRule | None = None  # functions that the answer may call
+    thoughts: bool = False  # the answer thinks first: schema and calls are of what follows
 
     def __post_init__(self) -> None:
         stops = self.stop_strings
@@ -87,7 +90,7 @@ class Decoding:
         )
         for field, (kinds, holds, what) in _RULES.items():
             value = getattr(self, field)
-            if value is None and field in ("seed", "json_schema", "prompt_lookup_num_tokens"):
+            if value is None and field in ("seed", "json_schema", "calls", "prompt_lookup_num_tokens"):
                 continue
             if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds) or not holds(value):
                 raise OptionError(
@@ -97,7 +100,7 @@ class Decoding:
         if self.prompt_lookup_num_tokens and not self.is_plain:
             raise OptionError(NO_LOOKUP)
         if self.num_beams > 1 and (
-            self.temperature or self.logprobs or self.json_schema or self.num_return_sequences > self.num_beams
+            self.temperature or self.logprobs or self.json_schema or self.calls or self.num_return_sequences > self.num_beams
         ):
             raise OptionError(
                 "num_beams takes the likeliest answers: leave out sampling, logprobs and schemas, and ask for no more answers"
@@ -118,6 +121,7 @@ class Decoding:
             or self.no_repeat_ngram_size
             or self.min_new_tokens
             or self.json_schema
+            or self.calls
         )
 
     @classmethod
@@ -178,6 +182,8 @@ _RULES: dict[str, _Rule] = {  # field -> its types, whether a value holds, what 
     "logprobs": (bool, lambda v: True, "true or false"),
     "top_logprobs": (int, lambda v: v >= 0, "0 or more"),
     "json_schema": (str, lambda v: True, "a JSON schema as text"),
+    "calls": (CallRule, lambda v: True, "functions that may be called"),
+    "thoughts": (bool, lambda v: True, "true or false"),
 }
 
 

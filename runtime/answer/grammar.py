@@ -1,4 +1,4 @@
-"""Answers that fit a JSON schema: which tokens may come next.
+"""Answers that fit a JSON schema, or whose calls of functions do: which tokens may come next.
 
 The only file that knows llguidance. Knows a tokenizer and token ids; the choice among the tokens that may come is the decoding's.
 """
@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from runtime.answer.reading import THOUGHT_END, THOUGHT_START
+from runtime.answer.tools import CALL_END, CALL_START, CALL_TAIL, CallRule, call_head
 from runtime.errors import OptionError, not_installed
-from runtime.folder.tokenizer import Tokenizer
+from runtime.folder.tokenizer import WRITABLE, Tokenizer, check_text
 
 MOST_BYTES, MOST_NESTED = 16 << 10, 40  # of a schema: compiling a deep one takes minutes
 
+TEXT, GAP = r"TEXT: /(.|\n)+/", r"gap: /\n{0,2}/"
 WHITE_SPACE = r"[ \n]{0,8}"  # between the parts of an answer: some models would write nothing else
 
 
@@ -32,19 +35,65 @@ class Grammars:
             raise not_installed(error, "serve", "; it writes answers after a JSON schema") from None
         self._library = llguidance
         self._tokens = llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=[*ends])
-        self._vocabulary = vocabulary
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
 
-    def of(self, schema: str) -> Grammar:
-        """The grammar of one answer that fits a schema. Raises OptionError for a schema that cannot be followed."""
-        check_bounds(schema)
+    def of(self, schema: str | None, calls: CallRule | None = None, *, thoughts: bool = False) -> Grammar:
+        """The grammar of one answer that fits a schema, or of one that may call functions; `thoughts` come before it.
+
+        Raises OptionError for a schema that cannot be followed.
+        """
+        if schema is not None:
+            check_bounds(schema)
+            rules = [f"answer: {_json(schema)}"]
+        else:
+            assert calls is not None
+            check_calls(calls)
+            rules = self._rules_of(calls)
+        rules = ["start: thought gap answer" if thoughts else "start: answer", *self._thought(), *rules]
+        grammar = self._library.LLMatcher.grammar_from_lark("\n".join(["%llguidance {}", *rules]))
         try:
-            grammar = self._library.LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITE_SPACE})
             wrong = self._library.LLMatcher.validate_grammar(grammar, self._tokens)
         except ValueError as error:
             wrong = str(error)
         if wrong and not wrong.startswith("WARNING"):
             raise OptionError(f"the JSON schema cannot be followed ({' '.join(wrong.split())[:200]})")
         return Grammar(self._library.LLMatcher(self._tokens, grammar, log_level=0), self._vocabulary)
+
+    def _thought(self) -> list[str]:
+        """The rules of a thought and of the gap behind it."""
+        if self._has(THOUGHT_START):
+            return [f"thought: {THOUGHT_START} TEXT? {THOUGHT_END}", GAP, TEXT]
+        return [r"thought[lazy]: /<think>(.|\n)*<\/think>/", GAP, TEXT]
+
+    def _rules_of(self, calls: CallRule) -> list[str]:
+        """The rules of an answer with calls. A call is held to its schema as soon as its first mark stands there.
+
+        Where that is a token, text does not contain it, nor any other token that is written in angle brackets.
+        """
+        token = self._has(CALL_START)
+        start, end = (CALL_START, CALL_END) if token else (json.dumps(CALL_START), json.dumps(CALL_END))
+        names = [f"call_{number}" for number in range(len(calls.functions))]
+        bodies = [
+            f"{name}: {json.dumps(call_head(function))} {_json(schema)} {json.dumps(CALL_TAIL)} {end}"
+            for name, (function, schema) in zip(names, calls.functions, strict=True)
+        ]
+        body = f"({' | '.join(names)})"
+        if calls.required:
+            more = f'("\\n" {start} {body})*' if calls.several else ""
+            return [f"answer: {start} {body} {more}", *bodies]
+        others = [self._tokenizer.convert_tokens_to_ids(mark) for mark in WRITABLE if mark not in (CALL_START, CALL_END)]
+        marks = ",".join(str(number) for number in others if number is not None)
+        words = f"words: TEXT? (<[{marks}]>+ TEXT?)*" if marks else "words: TEXT?"
+        lead = f"lead: words {start}" if token else f"lead[lazy]: /(.|\\n)*/ {start}"
+        answer = f"(lead {body})* words" if calls.several else f"lead {body} | words"
+        return [f"answer: {answer}", lead, words, *bodies]
+
+    def _has(self, mark: str) -> bool:
+        return self._tokenizer.convert_tokens_to_ids(mark) is not None
+
+
+def _json(schema: str) -> str:
+    return "%json " + json.dumps(json.loads(schema) | {"x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 class Grammar:
@@ -72,6 +121,7 @@ class Grammar:
 
 def check_bounds(schema: str) -> None:
     """Raise OptionError for what is no JSON object, or a schema that is larger or nested deeper than can be followed in time."""
+    check_text(schema)
     try:
         read = json.loads(schema)
     except ValueError as error:
@@ -82,6 +132,15 @@ def check_bounds(schema: str) -> None:
         raise OptionError(
             f"the JSON schema has more than {MOST_BYTES >> 10} KB or is nested more than {MOST_NESTED} deep: simplify it"
         )
+
+
+def check_calls(calls: CallRule) -> None:
+    """Raise OptionError for functions whose arguments' schemas cannot be followed in time."""
+    for name, schema in calls.functions:
+        try:
+            check_bounds(schema)
+        except OptionError as error:
+            raise OptionError(f"tool {name}: {error}") from None
 
 
 def _depth(value: Any) -> int:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runtime.errors import PromptError, UnsupportedModelError
+from runtime.errors import OptionError, PromptError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig
-from runtime.folder.tokenizer import check_text
+from runtime.folder.tokenizer import Typed, check_text
 
 IMAGE_START, IMAGE_END, CONTEXT_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
 IMAGE_MARK = "<image>"  # where a picture stands in a question
@@ -21,6 +21,16 @@ IMAGE_MARK = "<image>"  # where a picture stands in a question
 _SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
+
+THINKING_MESSAGE = """You are an AI assistant that rigorously follows this response protocol:
+
+1. First, conduct a detailed analysis of the question. Consider different angles, potential solutions, and reason through the problem step-by-step. Enclose this entire thinking process within <think> and </think> tags.
+
+2. After the thinking section, provide a clear, concise, and direct answer to the user's question. Separate the answer from the think section with a newline.
+
+Ensure that the thinking process is thorough but remains focused on the query. The final answer should be standalone and not reference the thinking section."""  # noqa: E501  the published text, internvl_chat_gpt_oss/internvl/train/internvl_chat_mpo.py:58 there
+THINKERS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM")  # InternVL3.5's language models
+THINKING_TOKENS = 4096  # of an answer that thinks, where nobody says otherwise
 
 _SYSTEM_OSS = """You are InternVL, a large language model trained by Shanghai AI Laboratory.
 Knowledge cutoff: 2024-06
@@ -100,6 +110,13 @@ def template_of(config: InternVLConfig) -> Template:
     return template if config.system_message is None else replace(template, system_message=config.system_message)
 
 
+def thinking_system(config: InternVLConfig, system: str | None) -> str:
+    """The system message that has InternVL3.5 think before it answers, and behind it another one. Raises OptionError."""
+    if config.language_architecture not in THINKERS:
+        raise OptionError(f"this model ({config.language_architecture}) has no thinking mode: InternVL3.5's models have one")
+    return THINKING_MESSAGE if system is None else f"{THINKING_MESSAGE}\n\n{system}"
+
+
 def check_question(question: str) -> None:
     """Raise PromptError for a question that is empty or no text."""
     check_text(question)
@@ -110,19 +127,41 @@ def check_question(question: str) -> None:
 def render(
     template: Template, system_message: str, history: Sequence[tuple[str, str]], question: str, answer_prefix: str = ""
 ) -> str:
+    """The text of `render_pieces`."""
+    return "".join(render_pieces(template, system_message, [([asked], said) for asked, said in history], [question], answer_prefix))
+
+
+def render_pieces(
+    template: Template,
+    system_message: str,
+    history: Sequence[tuple[Sequence[str], str]],
+    question: Sequence[str],
+    answer_prefix: str = "",
+) -> list[str]:
     """The prompt that asks `question` after `history`, ending where the answer begins, or with the prefix of it.
 
-    An empty answer in the history leaves its turn open, as upstream's template does.
+    Questions come in pieces; one without any is not there: the assistant speaks first. What is Typed stays Typed. An empty answer
+    in the history leaves its turn open, as upstream's template does.
     """
-    parts = [template.system + system_message + template.sep]
-    for asked, answered in history:
-        parts.append(template.user + asked + template.sep)
-        lead = "" if answered.startswith(template.lead) else template.lead  # upstream's histories have it
-        parts.append(template.assistant + lead + answered + template.sep if answered else template.assistant)
-    begun = template.assistant
-    if answer_prefix:
-        begun += ("" if answer_prefix.startswith(template.lead) else template.lead) + answer_prefix
-    return "".join([*parts, template.user + question + template.sep, begun])
+
+    def written(answer: str) -> list[str]:
+        return [template.lead, type(answer)(answer.removeprefix(template.lead))]  # upstream's histories have the lead
+
+    def asked(pieces: Sequence[str]) -> list[str]:
+        return [template.user, *pieces, template.sep] if pieces else []
+
+    parts = [template.system, system_message, template.sep]
+    for pieces, said in history:
+        parts += [*asked(pieces), template.assistant]
+        if said:
+            parts += [*written(said), template.sep]
+    return [*parts, *asked(question), template.assistant, *(written(answer_prefix) if answer_prefix else [])]
+
+
+def typed(text: str, *, marks: bool) -> list[str]:
+    """What somebody wrote, in pieces; with `marks` its `<image>` marks are ours, and stand for pictures."""
+    pieces = text.split(IMAGE_MARK) if marks else [text]
+    return [piece for each in pieces for piece in (IMAGE_MARK, Typed(each))][1:]
 
 
 def expand_marks(
@@ -152,8 +191,8 @@ def frame_marks(frames: int) -> str:
     return "".join(f"Frame{number}: {IMAGE_MARK}\n" for number in range(1, frames + 1))
 
 
-def picture_marks(pictures: int) -> str:
-    """The lines that stand before a question about pictures that has no marks of its own."""
+def picture_marks(pictures: int, before: int = 0) -> str:
+    """The lines that stand for pictures without marks of their own, several of them numbered; `before` came earlier."""
     if pictures == 1:
         return f"{IMAGE_MARK}\n"
-    return "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in range(1, pictures + 1))
+    return "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in range(before + 1, before + pictures + 1))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-from runtime.answer.prompt import IMAGE_MARK, check_question, frame_marks, picture_marks
+from runtime.answer.prompt import IMAGE_MARK, check_question, frame_marks, picture_marks, typed
+from runtime.errors import PromptError
 from runtime.folder.config import InternVLConfig
+from runtime.folder.tokenizer import Typed
 from runtime.media.document import open_pictures
 from runtime.media.picture import Source
 from runtime.media.tiles import PictureTiles, Tiling
@@ -51,7 +54,8 @@ class Question:
         cut = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
         cut += [PictureTiles.of_picture(picture, tiling) for picture in pictures]
         marks = picture_marks(len(pictures)) if pictures and IMAGE_MARK not in self.text else ""
-        return Turn(frame_marks(len(frames)) + marks + self.text, self.answer_prefix, cut)
+        pieces = typed(frame_marks(len(frames)), marks=True) + typed(marks + self.text, marks=bool(pictures))
+        return Turn.of(pieces, self.answer_prefix, cut)
 
 
 @dataclass
@@ -59,10 +63,39 @@ class Turn:
     """One turn: the question with its picture marks, the answer, and the pictures of the marks in order.
 
     An answer of the turn that is asked is the prefix of the one that comes.
-    `tokens` are those that the model wrote as the answer; where the answer is edited they count no more.
+    `tokens` are those that the model wrote as the answer; where the answer is edited they count no more. `marks` are the parts of
+    the question that are ours, with their places: all else is text, whatever it looks like. Without them, or where the question
+    was edited, these are its `<image>` marks, if there are pictures. A turn that is `unasked` has an answer alone.
     """
 
     question: str
     answer: str
     pictures: list[PictureTiles]
     tokens: list[int] = field(default_factory=list)
+    marks: tuple[tuple[int, str], ...] | None = None
+    unasked: bool = False
+
+    @classmethod
+    def of(cls, pieces: Sequence[str], answer: str, pictures: list[PictureTiles]) -> Turn:
+        """The turn of a question in pieces; what is not Typed is ours. Raises PromptError when marks and pictures do not fit."""
+        places = accumulate(map(len, pieces), initial=0)
+        marks = tuple((at, str(piece)) for at, piece in zip(places, pieces, strict=False) if not isinstance(piece, Typed))
+        made = cls("".join(pieces), answer, pictures, marks=marks, unasked=not pieces)
+        made.pieces()
+        return made
+
+    def pieces(self) -> list[str]:
+        """The question, in which what somebody wrote is Typed. Raises PromptError when marks and pictures do not fit."""
+        pieces = typed(self.question, marks=bool(self.pictures))
+        if self.marks is not None and all(self.question.startswith(mark, at) for at, mark in self.marks):
+            pieces, before = [], 0
+            for at, mark in self.marks:
+                pieces += [Typed(self.question[before:at]), mark]
+                before = at + len(mark)
+            pieces.append(Typed(self.question[before:]))
+        count = sum(piece == IMAGE_MARK and not isinstance(piece, Typed) for piece in pieces)
+        if count != len(self.pictures):
+            raise PromptError(
+                f"the question has {count} {IMAGE_MARK} marks for {len(self.pictures)} pictures: write one mark a picture, or none"
+            )
+        return [] if self.unasked else pieces

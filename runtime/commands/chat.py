@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.answer.prompt import check_question
-from runtime.commands.options import add_placement, open_model, show_line
+from runtime.answer.prompt import THINKING_TOKENS, check_question, thinking_system
+from runtime.commands.options import add_placement, check_thinking, open_model, show_line
 from runtime.errors import InternVLError, OptionError
 from runtime.folder.files import CONFIG_FILE, check_folder
 from runtime.media.document import file_of
+from runtime.media.picture import is_data_url, is_web_address
 
 if TYPE_CHECKING:
     from runtime.answer.conversation import Conversation
@@ -50,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-prefix", metavar="TEXT", default="", help="what every answer begins with; \\n is a new line")
     parser.add_argument("--schema", metavar="FILE", type=Path, help="a JSON schema that the answer fits")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
+    parser.add_argument("--thinking", action="store_true", help="think first, in <think> marks (InternVL3.5)")
     parser.add_argument("--json", action="store_true", help="print the answer and its statistics as one JSON object")
     writing = parser.add_argument_group("how it writes")
-    writing.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="(default: %(default)s)")
+    most = f"(default: {DEFAULT_NEW_TOKENS}, {THINKING_TOKENS} with --thinking)"
+    writing.add_argument("--max-new-tokens", type=int, metavar="N", help=most)
     writing.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
     writing.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
     writing.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: 50)")
@@ -92,20 +95,21 @@ def show_progress(stage: str, done: int, total: int) -> None:
 
 
 def writing_options(
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_p: float | None,
     top_k: int | None,
     repetition_penalty: float | None,
     prompt_lookup: int | None,
     seed: int | None,
+    thinking: bool = False,
     **_: Any,
 ) -> dict[str, Any]:
     """The command line's options of how it writes, by transformers' names. Raises OptionError."""
     from runtime.answer.decode import Decoding
 
     given = {
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": (THINKING_TOKENS if thinking else DEFAULT_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
@@ -159,9 +163,12 @@ def run(question: str | None, image: list[str], video: str | None, max_tiles: in
         check_question(question)
     if question is None and options["json"]:
         raise OptionError("--json answers one question: give it")
+    if options["thinking"]:
+        check_thinking(options["folder"])
     if max_tiles == AUTO:
         max_tiles = affordable_tiles(**options)
-    conversation = open_model(**options).start_conversation(options["system"])
+    model, system = open_model(**options), options["system"]
+    conversation = model.start_conversation(thinking_system(model.config, system) if options["thinking"] else system)
     asked = {
         "images": image,
         "video": video,
@@ -199,6 +206,8 @@ def affordable_tiles(folder: Path, device: str, vision_device: str | None, first
 
 def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input) -> None:
     """Questions and commands from the terminal until it is enough. A mistake is told and the conversation goes on."""
+    with contextlib.suppress(AttributeError):
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # half of a character is no reason to end
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history, where the system has it
     print(f"Ask, or:\n{COMMANDS}", file=sys.stderr)
@@ -224,7 +233,7 @@ def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str]
             elif command in ("/image", "/video"):
                 if not rest:
                     raise OptionError(f"{command} needs a file: {command} FILE")
-                if not rest.startswith(("http://", "https://", "data:")) and not Path(file_of(rest)).is_file():
+                if not (is_data_url(rest) or is_web_address(rest)) and not Path(file_of(rest)).is_file():
                     raise OptionError(f"{rest} is not there")
                 images, video = ([*images, rest], video) if command == "/image" else (images, rest)
                 waiting = len(images) + (video is not None)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from runtime.commands.options import add_placement
+from runtime.commands.options import add_placement, check_thinking
 from runtime.errors import not_installed
 
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="genai",
         help="genai: many requests at once; native: one after the other (default: %(default)s)",
     )
+    parser.add_argument("--thinking", action="store_true", help="think first where a request does not say its reasoning_effort")
     allowed = parser.add_argument_group("what it takes")
     allowed.add_argument("--cache-size", type=int, default=2, metavar="GB", help="KV cache of all requests (default: %(default)s)")
     allowed.add_argument(
@@ -41,6 +42,8 @@ def run(**options: Any) -> None:
     """Answer over HTTP until it is stopped. Raises OptionError."""
     from runtime.serve import run as serve
 
+    if options["thinking"]:
+        check_thinking(options["folder"])
     try:
         serve(**options)
     except ModuleNotFoundError as error:

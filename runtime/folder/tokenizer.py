@@ -1,12 +1,15 @@
 """The tokenizer of a model folder: text to token ids and back, by the tokenizers library alone.
 
-Reads tokenizer.json and the added tokens of tokenizer_config.json; knows no prompts. Method and option names are transformers'.
+Reads tokenizer.json and the added tokens of tokenizer_config.json; knows of prompts only which pieces people wrote. Method and
+option names are transformers'.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,18 @@ from tokenizers.decoders import DecodeStream
 
 from runtime.errors import PromptError, TokenizerError
 from runtime.folder.files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
+
+WRITABLE = (  # added tokens that stay tokens wherever they are written: places, thoughts and calls; none of them ends a turn
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
+    *("<think>", "</think>", "<tool_call>", "</tool_call>"),
+)
+GUARDS = "\ufdd0", "\ufdd1"  # around tokens that are meant, where others are text; Unicode gives these two no meaning
+
+
+class Typed(str):
+    """A piece of a prompt that somebody wrote: what looks like a special token in it is text."""
+
+    __slots__ = ()
 
 
 class Tokenizer:
@@ -48,6 +63,61 @@ class Tokenizer:
         """Token ids of a text. Raises PromptError for what is no text."""
         check_text(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_pieces(self, pieces: Sequence[str], add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt in pieces: of its whole text, but for the special tokens that are spelt in a Typed piece.
+
+        Raises PromptError for what is no text.
+        """
+        if not any(isinstance(piece, Typed) and self._reserved.search(piece) for piece in pieces):
+            return self.encode("".join(pieces), add_special_tokens)
+        text = "".join(self._guarded(piece) for piece in pieces)
+        check_text(text)
+        twin, meant = self._twin
+        return [meant.get(found, found) for found in twin.encode(text, add_special_tokens=add_special_tokens).ids]
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self.backend.get_added_tokens_decoder()
+
+    @cached_property
+    def _reserved(self) -> re.Pattern[str]:
+        """Tokens that nobody writes: special ones, and others in angle brackets; some vocabularies add plain words too."""
+        marks = [token.content for token in self._added.values() if token.special or re.fullmatch("<.*>", token.content)]
+        return _any_of({*marks} - {*WRITABLE})
+
+    @cached_property
+    def _twin(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The same tokenizer, to which reserved tokens are text unless they stand between guards; and what those ids mean.
+
+        Made when somebody first writes a special token: a second vocabulary takes as long to read as the first.
+        """
+        written = json.loads(self.backend.to_str())
+        if merges := written["model"].get("merges"):  # those of a SentencePiece model may put a control token together
+            written["model"]["merges"] = [pair for pair in merges if not self._reserved.fullmatch("".join(pair))]
+        twin = tokenizers.Tokenizer.from_str(json.dumps(written))
+        special = [token for token in self._added.values() if self._reserved.fullmatch(token.content)]
+        twin.add_special_tokens([AddedToken(token.content, special=True) for token in special if not token.special])
+        twin.encode_special_tokens = True
+        first, last = GUARDS
+        for token in self._added.values():
+            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            twin.add_tokens([AddedToken(first + token.content + last, special=False, **flags)])
+        return twin, {twin.token_to_id(first + token.content + last): number for number, token in self._added.items()}
+
+    def _guarded(self, piece: str) -> str:
+        """A piece with guards around the tokens that are meant."""
+        first, last = GUARDS
+        tokens = self._writable if isinstance(piece, Typed) else self._all
+        return tokens.sub(lambda found: first + found[0] + last, piece.replace(first, "\ufffd").replace(last, "\ufffd"))
+
+    @cached_property
+    def _writable(self) -> re.Pattern[str]:
+        return _any_of({token.content for token in self._added.values()} & {*WRITABLE})
+
+    @cached_property
+    def _all(self) -> re.Pattern[str]:
+        return _any_of({token.content for token in self._added.values()})
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -84,6 +154,11 @@ def check_text(text: Any) -> None:
             f"the text has half of a character in it, the lone surrogate U+{ord(text[error.start]):04X} at place {error.start}: "
             "leave it out, or decode the text with errors='replace'"
         ) from None
+
+
+def _any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """What finds any of some texts, the longest first; nothing where there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
 
 
 def _add_missing(backend: tokenizers.Tokenizer, file: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from runtime.errors import PictureError, not_installed
-from runtime.media.picture import Source, fetch, is_web_address, open_picture, read_data_url
+from runtime.media.picture import Source, is_data_url, open_picture, read_data_url, read_source
 from runtime.media.tiles import Tiling, choose_grid
+from runtime.media.web import fetch, is_web_address
 
 MOST_PAGES = 16  # of one document, where none are named
 MAGIC = b"%PDF-"
@@ -27,12 +28,13 @@ def open_pictures(source: Source, tiling: Tiling, *, allow_urls: bool | Collecti
     Of a PDF all pages, or those that `#page=2-4` behind its name says. Raises PictureError, and OptionError where the library that
     renders is not installed.
     """
+    source = read_source(source)
     if isinstance(source, bytes) and source.startswith(MAGIC):
         return _render(source, f"the PDF of {len(source)} bytes", tiling, None)
     if not isinstance(source, str | Path):
         return [open_picture(source, allow_urls=allow_urls)]
     text = str(source)
-    if text[:5].lower() == "data:":
+    if is_data_url(text):
         if "application/pdf" not in text[:64].lower():
             return [open_picture(source, allow_urls=allow_urls)]
         return _render(read_data_url(text), "the PDF of the data URL", tiling, None)

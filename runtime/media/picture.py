@@ -1,4 +1,4 @@
-"""A picture from wherever it is: path, bytes, PIL, NumPy, data URL or web address -> RGB, upright, of bounded size.
+"""A picture from wherever it is: path, bytes, open file, PIL, NumPy, data URL or web address -> RGB, upright, of bounded size.
 
 Knows nothing of tiles. Refuses what cannot be a picture with one clear line and before its pixels take memory.
 """
@@ -8,36 +8,32 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtime import __version__
 from runtime.errors import PictureError
+from runtime.media.web import MOST_BYTES, fetch, is_web_address
 
-Source = str | Path | bytes | Image.Image | np.ndarray
+Source = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: 256 MB of RGB
-MOST_BYTES = 64 << 20  # of a picture from a web address or a data URL
-CONNECT_SECONDS, FETCH_SECONDS = 10, 30
 
 
 def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -> Image.Image:
     """Return a picture as RGB, turned as its EXIF orientation says.
 
-    `source` is a path, the bytes of a picture file, a PIL picture, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), a data
-    URL, or an http(s) address. `allow_urls` off refuses addresses, as it must be wherever others ask, or names the hosts that may
-    be fetched from, also by way of redirects. Of several frames, the first.
+    `source` is a path, the bytes of a picture file or a file that is open for reading them, a PIL picture, a uint8 array (H, W),
+    (H, W, 1), (H, W, 3) or (H, W, 4), a data URL, or an http(s) address. `allow_urls` off refuses addresses, as it must be wherever
+    others ask, or names the hosts that may be fetched from, also by way of redirects. Of several frames, the first.
     Two intended differences from upstream's Image.open(...).convert("RGB"): it ignores the orientation, so that photographs lie
     on their side, and it turns 16-bit pictures white. Raises PictureError.
     """
+    source = read_source(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the picture")
     if isinstance(source, np.ndarray):
@@ -45,9 +41,11 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), f"the picture of {len(source)} bytes")
     if not isinstance(source, str | Path):
-        raise PictureError(f"a {type(source).__name__} is not a picture: give a path, bytes, a PIL picture, an array or a URL")
+        raise PictureError(
+            f"a {type(source).__name__} is not a picture: give a path, bytes, an open file, a PIL picture, an array or a URL"
+        )
     text = str(source)
-    if text.startswith("data:"):
+    if is_data_url(text):
         return _decode(io.BytesIO(read_data_url(text)), "the data URL")
     if is_web_address(text):
         if not allow_urls:
@@ -62,6 +60,23 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
         raise PictureError(f"{text} cannot be read as a picture ({getattr(error, 'strerror', None) or error})") from None
 
 
+def read_source(source: Any) -> Any:
+    """The bytes of a buffer or of an open file, from where it stands; anything else as it is. Raises PictureError."""
+    if isinstance(source, bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, Image.Image) or not callable(getattr(source, "read", None)):
+        return source
+    try:
+        data = source.read()
+    except (OSError, ValueError) as error:  # closed, or not open for reading
+        raise PictureError(f"the open file cannot be read ({error})") from None
+    if not isinstance(data, bytes):
+        raise PictureError("the open file gives text: open it with mode 'rb'")
+    if not data:
+        raise PictureError("the open file is at its end: seek(0) before it is read again")
+    return data
+
+
 def _decode(file: Any, name: str) -> Image.Image:
     try:
         _know_heif(file)
@@ -69,6 +84,8 @@ def _decode(file: Any, name: str) -> Image.Image:
             return _to_rgb(picture, name)
     except PictureError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, twice as high
+        raise PictureError(f"{name} has more than {MOST_PIXELS / 1e6:.0f} million pixels: scale it down first") from None
     except UnidentifiedImageError:
         raise PictureError(f"{name} cannot be read as a picture (not a format that Pillow knows)") from None
     except Exception as error:  # Pillow's readers raise many kinds on broken files, some of them by accident
@@ -115,7 +132,7 @@ def read_data_url(url: str) -> bytes:
     if not comma:
         raise PictureError("the data URL has no comma: expected data:image/png;base64,...")
     raw = urllib.parse.unquote_to_bytes(data)
-    if not head.endswith(";base64"):
+    if not head.lower().endswith(";base64"):
         return raw
     try:
         return base64.b64decode(b"".join(raw.split()), validate=True)
@@ -123,61 +140,6 @@ def read_data_url(url: str) -> bytes:
         raise PictureError(f"the data URL is not base64 ({error})") from None
 
 
-def check_host(url: str, hosts: Collection[str]) -> None:
-    """Raise PictureError unless an address is on one of these hosts."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    if host not in hosts:
-        raise PictureError(f"media are not fetched from {host or 'there'}: send the data itself")
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to some hosts only."""
-
-    def __init__(self, hosts: Collection[str]):
-        self._hosts = hosts
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        check_host(newurl, self._hosts)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def is_web_address(text: str) -> bool:
-    """Whether something would have to be fetched."""
-    return text.lower().startswith(("http://", "https://"))
-
-
-def fetch(url: str, hosts: Collection[str] | None) -> bytes:
-    """Read a web address, within limits of size and time; redirects stay with http and https, and with `hosts` if there are any.
-
-    Raises PictureError.
-    """
-    if hosts is not None:
-        check_host(url, hosts)
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPDefaultErrorHandler,
-    ):
-        opener.add_handler(handler())
-    opener.add_handler(urllib.request.HTTPRedirectHandler() if hosts is None else _Redirects(hosts))
-    request = urllib.request.Request(url, headers={"User-Agent": f"internvl-openvino/{__version__}"})
-    deadline = time.monotonic() + FETCH_SECONDS
-    data = bytearray()
-    try:
-        with opener.open(request, timeout=CONNECT_SECONDS) as answer:
-            while piece := answer.read1(1 << 16):
-                data += piece
-                if len(data) > MOST_BYTES:
-                    raise PictureError(f"{url} is larger than {MOST_BYTES >> 20} MB: fetch it and scale it down first")
-                if time.monotonic() > deadline:
-                    raise PictureError(f"{url} took longer than {FETCH_SECONDS} s: fetch it first and give the file")
-    except urllib.error.HTTPError as error:
-        raise PictureError(f"{url} cannot be fetched (HTTP {error.code} {error.reason})") from None
-    except PictureError:
-        raise
-    except Exception as error:  # name resolution, TLS, broken answers, bad addresses
-        raise PictureError(f"{url} cannot be fetched ({getattr(error, 'reason', None) or error})") from None
-    return bytes(data)
+def is_data_url(text: str) -> bool:
+    """Whether something holds its own data; schemes have no case."""
+    return text[:5].lower() == "data:"

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from runtime.errors import OptionError, VideoError
+from runtime.media.picture import MOST_PIXELS
 
 if TYPE_CHECKING:
     import av
@@ -45,9 +47,15 @@ def frame_indices(frames: int, fps: float, segments: int, bound: Bound | None = 
 
 
 def read_frames(
-    path: str | Path, segments: int = DEFAULT_SEGMENTS, bound: Bound | None = None, progress: Progress | None = None
+    path: str | Path,
+    segments: int = DEFAULT_SEGMENTS,
+    bound: Bound | None = None,
+    progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> list[Image.Image]:
     """The chosen frames of a video file as RGB pictures. Raises VideoError; `progress` hears of the frames passed.
+
+    Where others ask, `seconds` bounds how long it may take, by the clock.
 
     Only what is needed is decoded: from the keyframe before each chosen frame, where the container can seek. Where a frame cannot
     be decoded, the nearest one that can stands in, and a warning counts them.
@@ -57,13 +65,14 @@ def read_frames(
     if not Path(path).is_file():
         raise VideoError(f"{path} is not there" if not Path(path).exists() else f"{path} is a folder, expected a video file")
     try:
-        index = _Index(path)
+        check = _clock(seconds)
+        index = _Index(path, check)
         wanted = frame_indices(index.count, index.fps, segments, bound)
         tell = progress or (lambda stage, done, total: None)
         tell("frames", 0, wanted[-1] + 1)
-        found = _sought(path, index, wanted, tell) if index.can_seek else None
+        found = _sought(path, index, wanted, tell, check) if index.can_seek else None
         if found is None:
-            found = _passed(path, index, wanted, tell)
+            found = _passed(path, index, wanted, tell, check)
     except av.error.FFmpegError as error:
         reason = "it is cut off: its index at the end is missing" if _lacks_index(Path(path)) else error.strerror
         raise VideoError(f"{path} cannot be read as a video ({reason})") from None
@@ -75,13 +84,24 @@ def read_frames(
     return [found[min(found, key=lambda number: abs(number - one))] for one in wanted]
 
 
+def _clock(seconds: float | None) -> Callable[[], None]:
+    """What raises VideoError when it is called too late."""
+    deadline = None if seconds is None else monotonic() + seconds
+
+    def check() -> None:
+        if deadline is not None and monotonic() > deadline:
+            raise VideoError(f"the video takes longer than {seconds:g} s to read: send a shorter piece, or some frames as pictures")
+
+    return check
+
+
 class _Index:
     """What the packets of a video say, without decoding: how many frames there are, and when each of them is shown.
 
     Raises VideoError for a file without video.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, check: Callable[[], None]):
         import av
 
         times: list[int | None] = []
@@ -93,10 +113,14 @@ class _Index:
             stream = container.streams.video[0]
             self.fps = float(stream.average_rate or stream.guessed_rate or 0)
             codec = stream.codec_context.name
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MOST_PIXELS:
+                raise VideoError(f"{path} has frames of {width} x {height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             with suppress(av.error.FFmpegError):  # a file that is cut off: what it has
                 for packet in container.demux(stream):  # what the header says is often wrong
                     if packet.size:
                         self.count += 1
+                        check()
                         if not packet.is_discard:
                             times.append(packet.pts)
                         if packet.is_keyframe and packet.pts is not None:
@@ -115,12 +139,13 @@ class _Index:
         return self.keys[place - 1] if place else None
 
 
-def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+def _frames(container: Any, stream: Any, check: Callable[[], None]) -> Iterator[av.VideoFrame]:
     """The frames that can be decoded, from where the container is; damaged packets are passed over."""
     import av
 
     packets = container.demux(stream)
     while True:
+        check()
         try:
             packet = next(packets)
         except StopIteration:
@@ -133,7 +158,9 @@ def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
             return
 
 
-def _sought(path: str | Path, index: _Index, wanted: list[int], tell: Progress) -> dict[int, Image.Image] | None:
+def _sought(
+    path: str | Path, index: _Index, wanted: list[int], tell: Progress, check: Callable[[], None]
+) -> dict[int, Image.Image] | None:
     """The wanted frames by number, each decoded from the keyframe before it; None where seeking does not lead there."""
     import av
 
@@ -154,7 +181,7 @@ def _sought(path: str | Path, index: _Index, wanted: list[int], tell: Progress) 
             if at is None or key > at:
                 container.seek(key, stream=stream)
                 stream.codec_context.flush_buffers()
-                frames, last, at = _frames(container, stream), None, None
+                frames, last, at = _frames(container, stream, check), None, None
             following = None
             while at is None or at < time:
                 frame = next(frames, None)
@@ -175,7 +202,9 @@ def _sought(path: str | Path, index: _Index, wanted: list[int], tell: Progress) 
     return found or None
 
 
-def _passed(path: str | Path, index: _Index, wanted: list[int], tell: Progress) -> dict[int, Image.Image]:
+def _passed(
+    path: str | Path, index: _Index, wanted: list[int], tell: Progress, check: Callable[[], None]
+) -> dict[int, Image.Image]:
     """The wanted frames by number, by decoding all frames up to the last of them, and those that are nearest to missing ones."""
     import av
 
@@ -185,7 +214,7 @@ def _passed(path: str | Path, index: _Index, wanted: list[int], tell: Progress) 
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         before: tuple[int, av.VideoFrame] | None = None
-        for passed, frame in enumerate(_frames(container, stream)):
+        for passed, frame in enumerate(_frames(container, stream, check)):
             number = index.numbers.get(frame.pts, passed) if frame.pts is not None else passed
             if passed % 16 == 0:
                 tell("frames", number, wanted[-1] + 1)

@@ -32,6 +32,7 @@ def run(
     max_body: int,
     allowed_media_domains: str,
     allowed_local_media_path: Path | None,
+    thinking: bool = False,
     **placed: Any,
 ) -> None:
     """Open the folder and serve it until a signal. Raises OptionError when the address cannot be listened on."""
@@ -41,18 +42,21 @@ def run(
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise OptionError(f"--allowed-local-media-path {allowed_local_media_path} is not a folder")
     from runtime.answer.model import OpenedModel
+    from runtime.parts.memory import return_freed_memory
     from runtime.serve.app import Limits, Rules, build_app
     from runtime.serve.engine import GenaiEngine, NativeEngine
     from runtime.serve.protocol import MediaRules
 
+    return_freed_memory()
     listening = _listen(host, port)
     model = OpenedModel(folder, language=engine == "native", **placed)
     running = NativeEngine(model) if engine == "native" else GenaiEngine(model, cache_size)
     rules = Rules(
-        model_name or folder.resolve().name,
+        (model_name or folder.resolve().name).encode(errors="replace").decode(),  # a folder's name may be no text
         api_key or os.environ.get("INTERNVL_API_KEY"),
         MediaRules(frozenset(filter(None, allowed_media_domains.split(","))), allowed_local_media_path),
         Limits(max_requests, timeout, max_body << 20),
+        thinking,
     )
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"serving {rules.model_name} at {where}/v1, documented at {where}/docs; Ctrl-C stops", flush=True)
@@ -65,13 +69,20 @@ def make_server(app: FastAPI, stop_seconds: float = STOP_SECONDS) -> uvicorn.Ser
 
     import uvicorn
 
+    from runtime.serve.connections import Connection
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             asyncio.get_running_loop().call_later(stop_seconds, app.state.stop)
             await super().shutdown(sockets)
 
     last = math.ceil(stop_seconds) + LAST_WORDS_SECONDS
-    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=last, timeout_keep_alive=KEEP_ALIVE_SECONDS))
+    keep = KEEP_ALIVE_SECONDS
+    return Server(
+        uvicorn.Config(
+            app, http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=last, timeout_keep_alive=keep
+        )
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -12,8 +12,11 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,12 +32,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime import __version__
 from runtime.answer.chat_core import Prompt
 from runtime.answer.decode import Decoding, Token
+from runtime.answer.prompt import THINKING_TOKENS
+from runtime.answer.reading import THOUGHT_END, THOUGHT_START, AnswerReader, Said
+from runtime.answer.tools import Call
 from runtime.errors import InternVLError, PromptError
-from runtime.serve.engine import Engine, Piece, decoding_of
-from runtime.serve.protocol import ChatRequest, CompletionRequest, MediaRules, Writing, turns_of
+from runtime.media.web import is_web_address
+from runtime.serve.engine import Engine, Piece, ProcessEnded, decoding_of
+from runtime.serve.protocol import ChatRequest, CompletionRequest, ImagePart, MediaRules, RefusalPart, TextPart, Writing
+from runtime.serve.responses import ResponsesRequest, ResponseWriter
+from runtime.serve.turns import turns_of
 
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")  # that are counted by name
+ROUTES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)  # that are counted by name
 COMPLETION_TOKENS = 16  # OpenAI's default where a text is completed
+SLOW_AT_ONCE = 4  # requests whose media take long
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -46,6 +63,7 @@ class Limits:
     requests: int = 64  # at once, waiting ones included
     seconds: float = 600.0  # of one answer
     body_bytes: int = 64 << 20
+    body_seconds: float = 120.0  # from the head of a request to the last byte of its body
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class Rules:
     api_key: str | None = None
     media: MediaRules = field(default_factory=MediaRules)
     limits: Limits = field(default_factory=Limits)
+    thinking: bool = False  # where a request says nothing of it
 
 
 class Refused(Exception):
@@ -97,13 +116,42 @@ class Metrics:
         self.new_tokens = Counter("internvl_new_tokens", "Tokens of answers", **own)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A chat request as the engine takes it; `thinking` where the prompt ends inside of a thought."""
+
+    prompt: Prompt
+    decoding: Decoding
+    thinking: bool
+
+    def choice(self) -> Choice:
+        """An answer to it, of which nothing is written yet."""
+        return Choice(AnswerReader(calls=self.decoding.calls is not None, thinking=self.thinking))
+
+
 @dataclass
 class Choice:
-    """One answer as far as it is written."""
+    """One answer as far as it is written, and what it means where somebody reads that."""
 
+    reader: AnswerReader | None = None
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    thought_tokens: int = 0
     finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> list[Said]:
+        """Take what came next; returns what it means."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.finish_reason = piece.finish_reason
+        if self.reader is None:
+            return []
+        thinking = self.reader.thinking
+        told = self.reader.add(piece.text, end=piece.finish_reason is not None)
+        self.thought_tokens += len(piece.tokens) if thinking or self.reader.thinking else 0
+        if self.reader.calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return told
 
 
 class Server:
@@ -112,6 +160,7 @@ class Server:
     def __init__(self, engine: Engine, rules: Rules):
         self.engine, self.rules, self.metrics = engine, rules, Metrics(engine)
         self.created, self.active = int(time.time()), 0
+        self._slow = ThreadPoolExecutor(SLOW_AT_ONCE, "media")
         self._told: set[asyncio.Queue[tuple[int, Piece]]] = set()  # of the answers that are being written
 
     def stop(self) -> None:
@@ -119,17 +168,35 @@ class Server:
         for told in self._told:
             told.put_nowait((0, Piece("", error=Refused(503, "the server is being stopped", "stopping"))))
 
+    def close(self) -> None:
+        """Begin with no more media."""
+        self._slow.shutdown(wait=False, cancel_futures=True)
+
     # what is asked
 
-    async def prompt_of(self, ask: ChatRequest) -> Prompt:
+    async def asked(self, ask: ChatRequest) -> Asked:
         """Open the pictures and tokenise, in a thread. Raises InternVLError kinds."""
+        model, thinking = self.engine.model, ask.thinks(default=self.rules.thinking)
 
-        def prepare() -> Prompt:
-            model = self.engine.model
-            system, turns = turns_of(ask.messages, model.config, self.rules.media, continue_final=ask.continue_final_message)
-            return model.prompt_of(model.system_message if system is None else system, turns)
+        def prepare() -> tuple[Prompt, str]:
+            given, turns = turns_of(ask.messages, model.config, self.rules.media, continue_final=ask.continue_final_message)
+            system = ask.system(given, model.system_message, model.config, thinking=thinking)
+            return model.prompt_of(system, turns), turns[-1].answer
 
-        return await asyncio.to_thread(prepare)
+        where = self._slow if takes_long(ask) else None
+        prompt, prefix = await asyncio.get_running_loop().run_in_executor(where, prepare)
+        schema, calls = ask.schema_text, ask.calls
+        decoding = self.decoding(
+            ask,
+            prompt,
+            ask.most_tokens or (THINKING_TOKENS if thinking else None),
+            logprobs=bool(ask.logprobs),
+            top_logprobs=ask.top_logprobs or 0,
+            json_schema=schema,
+            calls=calls,
+            thoughts=thinking and (schema is not None or (calls is not None and calls.required)),
+        )
+        return Asked(prompt, decoding, THOUGHT_START in prefix and THOUGHT_END not in prefix)
 
     async def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text alone, as it is."""
@@ -148,11 +215,12 @@ class Server:
             most_tokens,
             model.config.context_length and model.config.context_length - len(prompt.ids),
             {name: getattr(ask, name) for name in names},
-            presence_penalty=ask.presence_penalty,
-            frequency_penalty=ask.frequency_penalty,
+            presence_penalty=ask.presence_penalty or 0.0,
+            frequency_penalty=ask.frequency_penalty or 0.0,
             seed=secrets.randbits(32) if ask.seed is None else ask.seed,
             stop_strings=tuple(ask.stops),
             ignore_eos=ask.ignore_eos,
+            prompt_lookup_num_tokens=ask.prompt_lookup_num_tokens,
             **more,
         )
 
@@ -196,6 +264,8 @@ class Server:
             async with asyncio.timeout(self.rules.limits.seconds):
                 while left:
                     number, piece = await told.get()
+                    if isinstance(piece.error, ProcessEnded):
+                        raise Refused(503, str(piece.error), "process_ended", {"Retry-After": "1"})
                     if piece.error is not None:
                         raise piece.error
                     if first and piece.tokens:
@@ -217,16 +287,14 @@ class Server:
             for cancel in cancels:
                 cancel()
 
-    async def whole(self, request: Request, prompts: list[Prompt], decoding: Decoding, count: int) -> list[Choice]:
-        """All answers at once; given up when the client is gone."""
-        choices = [Choice() for _ in range(len(prompts) * count)]
+    async def whole(
+        self, request: Request, prompts: list[Prompt], decoding: Decoding, count: int, take: Callable[[int, Piece], Any]
+    ) -> None:
+        """Write `count` answers to each prompt to their end, and `take` their pieces; given up when the client is gone."""
 
         async def collect() -> None:
             async for number, piece in self.pieces(prompts, decoding, count):
-                choice = choices[number]
-                choice.text += piece.text
-                choice.tokens += piece.tokens
-                choice.finish_reason = piece.finish_reason
+                take(number, piece)
 
         work = asyncio.create_task(collect())
         try:
@@ -237,7 +305,6 @@ class Server:
             work.result()
         finally:
             work.cancel()
-        return choices
 
     def word(self, token: int) -> str:
         """The text of one token."""
@@ -252,16 +319,38 @@ class Server:
 
         return {"content": [one(t.id, t.logprob) | {"top_logprobs": [one(*other) for other in t.top]} for t in tokens]}
 
+    def alternatives(self, count: int) -> int:
+        """How many of the likeliest tokens are told beside each; one of them is the chosen one, which every engine tells."""
+        return count if count > 1 or self.engine.tells_alternatives else 0
+
     def old_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
         """The same in the form of completions."""
         words = [self.word(token.id) for token in tokens]
-        return {"tokens": words, "token_logprobs": [token.logprob for token in tokens], "top_logprobs": None, "text_offset": []}
+        return {
+            "tokens": words,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{self.word(i): value for i, value in token.top} for token in tokens]
+            if any(t.top for t in tokens)
+            else None,
+            "text_offset": [*accumulate(map(len, words), initial=0)][:-1],
+        }
 
 
-def usage(prompts: list[Prompt], new_tokens: int) -> dict[str, int]:
+def takes_long(ask: ChatRequest) -> bool:
+    """Whether others decide how long its media take: what is fetched, videos, documents. They wait for each other alone."""
+    parts = [part for message in ask.messages if isinstance(message.content, list) for part in message.content]
+    return any(
+        is_web_address(part.image_url.url) if isinstance(part, ImagePart) else not isinstance(part, TextPart | RefusalPart)
+        for part in parts
+    )
+
+
+def usage(prompts: list[Prompt], choices: list[Choice]) -> dict[str, Any]:
     """Tokens read and written."""
-    read = sum(len(prompt.ids) for prompt in prompts)
-    return {"prompt_tokens": read, "completion_tokens": new_tokens, "total_tokens": read + new_tokens}
+    read, written = sum(len(prompt.ids) for prompt in prompts), sum(len(choice.tokens) for choice in choices)
+    thought = sum(choice.thought_tokens for choice in choices)
+    details = {"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written, **details}
 
 
 def problem(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -277,6 +366,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
+        server.close()
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="InternVL on OpenVINO", version=__version__, lifespan=life)
@@ -296,21 +386,28 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return problem(400, f"the body is not JSON ({first['ctx']['error']})", "invalid_json")
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return problem(400, f"{where}: {first['msg'].removeprefix('Value error, ')}", "invalid_value")
+        where, said = ".".join(str(part) for part in first["loc"][1:]), first["msg"].removeprefix("Value error, ")
+        own = first["type"] == "value_error" and not where  # of the whole body, and says of what
+        return problem(400, said if own else f"{where or 'the body'}: {said}", "invalid_value")
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), "http_error")
+        return problem(error.status_code, str(error.detail), "http_error", error.headers)  # type: ignore[arg-type]
 
     def check_model(name: str) -> None:
         if name and name != rules.model_name:
             raise Refused(404, f"the model {name!r} is not here: {rules.model_name!r} is", "model_not_found")
 
+    own = {"id": rules.model_name, "object": "model", "created": server.created, "owned_by": "internvl-openvino"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        own = {"id": rules.model_name, "object": "model", "created": server.created, "owned_by": "internvl-openvino"}
         return {"object": "list", "data": [own]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return own
 
     @app.get("/health")
     async def health() -> Response:
@@ -324,27 +421,50 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
     async def chat(ask: ChatRequest, request: Request) -> Any:
         check_model(ask.model)
         async with server.place():
-            prompt = await server.prompt_of(ask)
-            schema = ask.response_format and ask.response_format.schema_text
-            decoding = server.decoding(
-                ask, prompt, ask.most_tokens, logprobs=ask.logprobs, top_logprobs=ask.top_logprobs or 0, json_schema=schema
-            )
+            asked = await server.asked(ask)
             frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": rules.model_name}
             if not ask.stream:
-                choices = await server.whole(request, [prompt], decoding, ask.n)
+                choices = [asked.choice() for _ in range(ask.count)]
+                await server.whole(request, [asked.prompt], asked.decoding, ask.count, partial(_take, choices))
                 said = [
                     {
                         "index": number,
-                        "message": {"role": "assistant", "content": choice.text},
+                        "message": _message(choice.reader),  # type: ignore[arg-type]
                         "logprobs": server.logprobs(choice.tokens) if ask.logprobs else None,
                         "finish_reason": choice.finish_reason,
                     }
                     for number, choice in enumerate(choices)
                 ]
-                count = sum(len(choice.tokens) for choice in choices)
-                return {**frame, "object": "chat.completion", "choices": said, "usage": usage([prompt], count)}
-        events = _chat_events(server, ask, prompt, decoding, frame)
+                return {**frame, "object": "chat.completion", "choices": said, "usage": usage([asked.prompt], choices)}
+        events = _chat_events(server, ask, asked, frame)
         return StreamingResponse(_told(server, events), media_type="text/event-stream")
+
+    @app.post("/v1/responses")
+    async def respond(ask: ResponsesRequest, request: Request) -> Any:
+        check_model(ask.model)
+        chat = ask.as_chat()
+        async with server.place():
+            asked = await server.asked(chat)
+            choice, writer = asked.choice(), ResponseWriter(ask, rules.model_name, new_call_id)
+
+            def take(_: int, piece: Piece) -> list[str]:
+                return writer.add(choice.add(piece), server.logprobs([*piece.tokens])["content"] if chat.logprobs else [])
+
+            if not ask.stream:
+                await server.whole(request, [asked.prompt], asked.decoding, 1, take)
+                writer.end(choice.finish_reason, usage([asked.prompt], [choice]))
+                return writer.response
+
+        async def events() -> AsyncIterator[str]:
+            for event in writer.begin():
+                yield event
+            async for number, piece in server.pieces([asked.prompt], asked.decoding, 1):
+                for event in take(number, piece):
+                    yield event
+            for event in writer.end(choice.finish_reason, usage([asked.prompt], [choice])):
+                yield event
+
+        return StreamingResponse(_told(server, events(), writer.fail, end=""), media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def complete(ask: CompletionRequest, request: Request) -> Any:
@@ -353,21 +473,28 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
         async with server.place():
             prompts = [await server.plain_prompt(text) for text in texts]
             longest = max(prompts, key=lambda prompt: len(prompt.ids))
-            decoding = server.decoding(ask, longest, ask.max_tokens or COMPLETION_TOKENS, logprobs=ask.logprobs is not None)
+            decoding = server.decoding(
+                ask,
+                longest,
+                ask.max_tokens or COMPLETION_TOKENS,
+                logprobs=ask.logprobs is not None,
+                top_logprobs=server.alternatives(ask.logprobs or 0),
+            )
             frame: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "model": rules.model_name}
             frame["created"] = int(time.time())
             if not ask.stream:
-                choices = await server.whole(request, prompts, decoding, ask.n)
+                choices = [Choice() for _ in range(len(prompts) * ask.count)]
+                await server.whole(request, prompts, decoding, ask.count, partial(_take, choices))
                 said = [
                     {
                         "index": number,
-                        "text": (texts[number // ask.n] if ask.echo else "") + choice.text,
+                        "text": (texts[number // ask.count] if ask.echo else "") + choice.text,
                         "logprobs": server.old_logprobs(choice.tokens) if ask.logprobs is not None else None,
                         "finish_reason": choice.finish_reason,
                     }
                     for number, choice in enumerate(choices)
                 ]
-                return {**frame, "choices": said, "usage": usage(prompts, sum(len(choice.tokens) for choice in choices))}
+                return {**frame, "choices": said, "usage": usage(prompts, choices)}
         events = _text_events(server, ask, prompts, texts, decoding, frame)
         return StreamingResponse(_told(server, events), media_type="text/event-stream")
 
@@ -388,15 +515,22 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, read, most = dict(scope["headers"]), 0, self._server.rules.limits.body_bytes
+        limits, headers, read, whole = self._server.rules.limits, dict(scope["headers"]), 0, False
+        most, deadline = limits.body_bytes, asyncio.get_running_loop().time() + limits.body_seconds
         too_large = f"the body is larger than {most >> 20} MB: send smaller pictures"
+        hang_up = {"Connection": "close"}
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
+            nonlocal read, whole
+            try:
+                async with asyncio.timeout_at(None if whole else deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body took longer than {limits.body_seconds:g} s: {read} bytes of it came"
+                raise HTTPException(408, late, hang_up) from None
+            read, whole = read + len(message.get("body", b"")), not message.get("more_body", False)
             if read > most:  # sent in pieces, without its length
-                raise HTTPException(413, too_large)
+                raise HTTPException(413, too_large, hang_up)
             return message
 
         async def noted(message: Message) -> None:
@@ -411,6 +545,8 @@ class Door:
             app = problem(401, "the key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
         elif not told.isdigit() or int(told) > most:
             app = problem(413, too_large, "too_large")
+        elif headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            app = problem(415, "the body is compressed: send it as it is", "compressed")
         await app(scope, counted, noted)
 
     def _knows(self, authorization: bytes) -> bool:
@@ -422,45 +558,86 @@ def _event(frame: dict[str, Any], choices: list[dict[str, Any]], **more: Any) ->
     return f"data: {json.dumps({**frame, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
 
-async def _told(server: Server, events: AsyncIterator[str]) -> AsyncIterator[str]:
+def _failed(message: str) -> str:
+    return f"data: {json.dumps({'error': {'message': message, 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
+
+
+async def _told(
+    server: Server, events: AsyncIterator[str], failed: Callable[[str], str] = _failed, *, end: str = "data: [DONE]\n\n"
+) -> AsyncIterator[str]:
     """Events, then what went wrong, then the end: a stream that has begun cannot change its status."""
     try:
         async with server.place(sure=True):
             async for event in events:
                 yield event
     except (Refused, InternVLError) as error:
-        yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
-    yield "data: [DONE]\n\n"
+        yield failed(str(error))
+    if end:
+        yield end
 
 
-async def _chat_events(
-    server: Server, ask: ChatRequest, prompt: Prompt, decoding: Decoding, frame: dict[str, Any]
-) -> AsyncIterator[str]:
+def _take(choices: list[Choice], number: int, piece: Piece) -> None:
+    choices[number].add(piece)
+
+
+def _message(reader: AnswerReader) -> dict[str, Any]:
+    """An answer in OpenAI's form; without content where it is calls alone."""
+    made: dict[str, Any] = {"role": "assistant", "content": None if reader.calls and not reader.content else reader.content}
+    if reader.thought:
+        made["reasoning_content"] = reader.thought
+    if reader.calls:
+        made["tool_calls"] = [_call(call) for call in reader.calls]
+    return made
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def new_call_id() -> str:
+    """A name for a call, by which the client says what it returned."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _delta(said: Said) -> dict[str, Any]:
+    """What came next, as a chunk tells it."""
+    if said.name:
+        return {"tool_calls": [{"index": said.call, **_call(Call(said.name, ""))}]}
+    if said.call is not None:
+        return {"tool_calls": [{"index": said.call, "function": {"arguments": said.arguments}}]}
+    return {"reasoning_content": said.thought} if said.thought else {"content": said.content}
+
+
+async def _chat_events(server: Server, ask: ChatRequest, asked: Asked, frame: dict[str, Any]) -> AsyncIterator[str]:
     """The chunks of a streamed chat completion."""
-    frame, new = {**frame, "object": "chat.completion.chunk"}, 0
-    for number in range(ask.n):
+    frame, choices = {**frame, "object": "chat.completion.chunk"}, [asked.choice() for _ in range(ask.count)]
+    for number in range(ask.count):
         yield _event(frame, [{"index": number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-    async for number, piece in server.pieces([prompt], decoding, ask.n):
-        new += len(piece.tokens)
-        logprobs = server.logprobs([*piece.tokens]) if ask.logprobs else None
-        if piece.text or logprobs or piece.finish_reason:
-            delta = {"content": piece.text} if piece.text else {}
-            yield _event(frame, [{"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}])
+    async for number, piece in server.pieces([asked.prompt], asked.decoding, ask.count):
+        choice = choices[number]
+        deltas = [_delta(said) for said in choice.add(piece)]
+        logprobs = server.logprobs([*piece.tokens]) if ask.logprobs and piece.tokens else None
+        if not deltas and (logprobs or choice.finish_reason):
+            deltas = [{}]
+        for place, delta in enumerate(deltas):
+            reason = choice.finish_reason if place == len(deltas) - 1 else None
+            chunk = {"index": number, "delta": delta, "logprobs": None if place else logprobs, "finish_reason": reason}
+            yield _event(frame, [chunk])
     if ask.stream_options is not None and ask.stream_options.include_usage:
-        yield _event(frame, [], usage=usage([prompt], new))
+        yield _event(frame, [], usage=usage([asked.prompt], choices))
 
 
 async def _text_events(
     server: Server, ask: CompletionRequest, prompts: list[Prompt], texts: list[str], decoding: Decoding, frame: dict[str, Any]
 ) -> AsyncIterator[str]:
     """The chunks of a streamed text completion."""
-    new = 0
-    for number in range(len(prompts) * ask.n if ask.echo else 0):
-        yield _event(frame, [{"index": number, "text": texts[number // ask.n], "logprobs": None, "finish_reason": None}])
-    async for number, piece in server.pieces(prompts, decoding, ask.n):
-        new += len(piece.tokens)
+    choices = [Choice() for _ in range(len(prompts) * ask.count)]
+    for number in range(len(prompts) * ask.count if ask.echo else 0):
+        yield _event(frame, [{"index": number, "text": texts[number // ask.count], "logprobs": None, "finish_reason": None}])
+    async for number, piece in server.pieces(prompts, decoding, ask.count):
+        choices[number].add(piece)
         logprobs = server.old_logprobs([*piece.tokens]) if ask.logprobs is not None else None
         if piece.text or logprobs or piece.finish_reason:
             yield _event(frame, [{"index": number, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}])
     if ask.stream_options is not None and ask.stream_options.include_usage:
-        yield _event(frame, [], usage=usage(prompts, new))
+        yield _event(frame, [], usage=usage(prompts, choices))

@@ -8,16 +8,13 @@ Knows no HTTP and no JSON.
 from __future__ import annotations
 
 import itertools
-import pickle
-import queue
-import subprocess
-import sys
+import logging
 import threading
-import weakref
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
@@ -34,11 +31,21 @@ from runtime.parts.part import activation_groups, last_line, read_part
 from runtime.progress import Cancelled
 from runtime.serve import worker
 from runtime.serve.grammar import SchemaCheck
+from runtime.serve.process import Process
 
 DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
-ENDED = "the process that answers has ended"
-LAST_SECONDS = 5.0  # for the last words of the process that answers
+UNWELL_SECONDS = 60.0  # within which a second end of the process that answers is no accident, and for which that is told
+MOST_STARTS = 3  # of that process that come to nothing one after the other
+KEPT_SHAPES = 500  # of which the CPU keeps what it compiled for a step
 SMALLEST = 1e-3  # of what single precision would make 0
+logger = logging.getLogger(__name__)
+
+
+class ProcessEnded(Exception):
+    """The process that answers has ended, with all answers that it was writing."""
+
+    def __init__(self) -> None:
+        super().__init__("the process that answers has ended: ask again")
 
 
 def decoding_of(model: OpenedModel, most_tokens: int | None, room: int | None, wishes: Mapping[str, Any], **more: Any) -> Decoding:
@@ -72,6 +79,8 @@ class Piece:
 class Engine(ABC):
     """Answers prompts, several at once; `tell` is called from a thread of the engine for every piece of an answer."""
 
+    tells_alternatives = False  # the likeliest tokens beside the chosen one
+
     def __init__(self, model: OpenedModel):
         self.model = model
         ends = model.generation_defaults.get("eos_token_id", model.stop_id)
@@ -99,6 +108,8 @@ class Engine(ABC):
 class NativeEngine(Engine):
     """Our own decoding, one answer after the other in the order in which they were asked."""
 
+    tells_alternatives = True
+
     def __init__(self, model: OpenedModel):
         super().__init__(model)
         model.wait_until_packed()  # who says that he serves can
@@ -114,12 +125,14 @@ class NativeEngine(Engine):
                 raise Cancelled
 
         def run() -> None:
-            text, reason = TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings), "length"
+            text, reason = TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings), ""
+            count = 0
             try:
                 check()
                 with closing(self.model.tokens(prompt, decoding, progress=check)) as tokens:  # type: ignore[type-var]
                     for token in tokens:
                         check()
+                        count += 1
                         if token.id in self.ends and not decoding.ignore_eos:
                             reason = "stop"
                             break
@@ -127,6 +140,7 @@ class NativeEngine(Engine):
                         if text.stopped:
                             reason = "stop"
                             break
+                reason = reason or ("length" if count >= decoding.max_new_tokens else "stop")  # or the schema's end
                 tell(Piece(text.end(), finish_reason=reason))
             except Cancelled:
                 pass
@@ -138,18 +152,6 @@ class NativeEngine(Engine):
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the process that answers end: its standard input does."""
-    with suppress(OSError, ValueError):
-        assert process.stdin is not None
-        process.stdin.close()
-    try:
-        process.wait(LAST_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 @dataclass(eq=False)
@@ -172,32 +174,31 @@ class GenaiEngine(Engine):
         self._running: dict[int, _Request] = {}
         self._lock = threading.Lock()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._schemas = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schemas")
         self._ended = False
+        self._last_end, self._unwell_until = -inf, -inf
         place = model.language_placement
         core = ov.Core()
         groups = activation_groups(core, read_part(core, model.folder, place, model.config.language["hidden_size"]), place)
-        command = [sys.executable, "-m", worker.__name__]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        weakref.finalize(self, _end, self._process)  # also when the program just ends
-        threading.Thread(target=self._write, name="prompts", daemon=True).start()
-        self._outbox.put(
-            worker.Setup(str(model.folder.resolve()), place.device, groups | place.properties, cache_gb, PREFILL_AT_ONCE)
-        )
-        answer = self._receive()
+        properties = groups | place.properties
+        if place.device == "CPU":
+            properties = {"CPU_RUNTIME_CACHE_CAPACITY": KEPT_SHAPES} | properties
+        self._setup = worker.Setup(str(model.folder.resolve()), place.device, properties, cache_gb, PREFILL_AT_ONCE)
+        self._process = Process(worker.__name__, self._setup)
+        answer = self._process.receive()
         if answer != "ready":
-            said = last_line(answer) if isinstance(answer, Exception) else "its process ended"
-            raise DeviceError(f"openvino_genai cannot open {model.folder} on {place.device} ({said})")
+            raise DeviceError(f"openvino_genai cannot open {model.folder} on {place.device} ({_last_words(answer)})")
         self._thread = threading.Thread(target=self._listen, name="answers", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._ended and time.monotonic() >= self._unwell_until
 
     def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
-        if decoding.top_logprobs:
-            raise OptionError("top_logprobs needs the native engine: start the server with --engine native")
+        for name in ("top_logprobs", "prompt_lookup_num_tokens"):
+            if getattr(decoding, name):
+                raise OptionError(f"{name} needs the native engine: start the server with --engine native")
         plain, length = self.model.config.plain_length, len(prompt.ids)
         if plain is not None and length + decoding.max_new_tokens > plain:
             if plain - length < 1:
@@ -213,47 +214,43 @@ class GenaiEngine(Engine):
             if cancelled.is_set():
                 return
             try:
-                if decoding.json_schema is not None:
-                    self._check_schema(decoding.json_schema)
                 embeds = self.model.embeddings_of(prompt)  # (1, T, D)
                 with self._lock:
                     if cancelled.is_set():  # while its pictures were looked at
                         return
                     if self._ended:
-                        raise RuntimeError(ENDED)
+                        raise ProcessEnded
                     self._running[number] = request
-                    self._outbox.put(worker.Start(number, embeds, asdict(decoding), self.ends))
+                    self._process.send(worker.Start(number, embeds, asdict(decoding), self.ends))
             except Exception as error:
                 self._drop(number)
+                tell(Piece("", error=error))
+
+        def check() -> None:
+            try:
+                if not cancelled.is_set():
+                    self._check_schema(decoding)
+                    self._encoder.submit(begin)
+            except Exception as error:
                 tell(Piece("", error=error))
 
         def cancel() -> None:
             cancelled.set()
             self._give_up(number)
 
-        self._encoder.submit(begin)
+        if decoding.json_schema is None and decoding.calls is None:
+            self._encoder.submit(begin)
+        else:
+            self._schemas.submit(check)
         return cancel
 
     def close(self) -> None:
+        self._schemas.shutdown(cancel_futures=True)
+        self._check_schema.close()
         self._encoder.shutdown(cancel_futures=True)
-        self._outbox.put(None)
-        self._process.wait()
-        self._thread.join(LAST_SECONDS)
-
-    def _write(self) -> None:
-        """Hand messages over, in a thread: the process takes none while it computes a step, and nobody should wait for that."""
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended
-            while (message := self._outbox.get()) is not None:
-                worker.send(message, self._process.stdin)  # type: ignore[arg-type]
-            self._process.stdin.close()
-
-    def _receive(self) -> Any:
-        """The next message, None when there are no more."""
-        try:
-            return pickle.load(self._process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError, pickle.UnpicklingError):  # it has ended, perhaps in the middle of a message
-            return None
+        with self._lock:
+            self._process.finish()
+        self._thread.join()
 
     def _drop(self, number: int) -> _Request | None:
         with self._lock:
@@ -261,10 +258,22 @@ class GenaiEngine(Engine):
 
     def _give_up(self, number: int) -> None:
         if self._drop(number) is not None:
-            self._outbox.put(worker.Cancel(number))
+            self._process.send(worker.Cancel(number))
 
     def _listen(self) -> None:
-        while (news := self._receive()) is not None:
+        """Hear the process; where it ends and should not, start another, which takes what is asked from then on."""
+        failed = 0
+        while not self._ended:
+            self._hear()
+            self._lose()
+            failed = 0 if self._ended or self._process.receive() == "ready" else failed + 1
+            if failed == MOST_STARTS:
+                logger.error("the process that answers does not start any more")
+                self._process.finish()
+
+    def _hear(self) -> None:
+        """Tell what the process says, until it ends."""
+        while (news := self._process.receive()) is not None:
             self.kv_cache_share = news.cache_share
             for number in {*news.tokens, *news.over, *news.failed}:
                 request = self._running.get(number)
@@ -272,11 +281,24 @@ class GenaiEngine(Engine):
                     self._tell(number, request, news)
             if not self._running:
                 self.kv_cache_share = 0.0
+
+    def _lose(self) -> None:
+        """The process has ended, and its answers with it; there is another at once, unless it was to end."""
         with self._lock:
-            self._ended, left = True, [*self._running.values()]
+            left = [*self._running.values()]
             self._running.clear()
+            self._ended = self._process.is_to_end
+            self._process.wait()
+            if not self._ended:
+                now = time.monotonic()
+                if now - self._last_end < UNWELL_SECONDS:
+                    self._unwell_until = now + UNWELL_SECONDS
+                self._last_end = now
+                logger.warning("the process that answers has ended with %d answers, and is started again", len(left))
+                self._process = Process(worker.__name__, self._setup)
+        self.kv_cache_share = 0.0
         for request in left:
-            request.tell(Piece("", error=RuntimeError(ENDED)))
+            request.tell(Piece("", error=ProcessEnded()))
 
     def _tell(self, number: int, request: _Request, news: worker.News) -> None:
         if number in news.failed:
@@ -302,3 +324,8 @@ class GenaiEngine(Engine):
         self._drop(number)
         text += request.text.end()
         request.tell(Piece(text, tuple(tokens), "stop" if request.text.stopped or reason is None else reason))
+
+
+def _last_words(answer: Any) -> str:
+    """Why a process did not become ready."""
+    return last_line(answer) if isinstance(answer, Exception) else "its process ended"

@@ -1,51 +1,156 @@
-"""Whether openvino_genai can write answers after a JSON schema, found out before the answer begins.
+"""What openvino_genai is told of a JSON schema or of functions, and whether it can follow that, found out before the answer begins.
 
-It compiles a schema in the step that draws the first token, for all requests at once, and all end if it does not take it.
-So a schema is tried first on a stand-in, a model of one matrix with the folder's tokenizer. Knows no requests.
+It compiles a schema in the step that draws the first token, for all requests at once, and all end if it does not take it, and
+wait if it takes long. So a schema is tried first on a stand-in, a model of one matrix with the folder's tokenizer, in a process
+of its own: this one can be ended. Knows no requests.
 """
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 import tempfile
 import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.answer.grammar import check_bounds
+from runtime.answer.decode import Decoding
+from runtime.answer.grammar import check_bounds, check_calls
+from runtime.answer.reading import THOUGHT_END, THOUGHT_START
+from runtime.answer.tools import CALL_END, CALL_START, CALL_TAIL, call_head
 from runtime.errors import OptionError
+from runtime.serve.process import Process, pipes, send
+
+MOST_SECONDS = 1.0  # to compile a schema, for which all answers wait
+MOST_KEPT = 256  # schemas that are remembered, and tried by one process: openvino_genai forgets none
+
+
+def structured_output(schema: str | None, calls: Mapping[str, Any] | None, *, thoughts: bool) -> Any:
+    """openvino_genai's structured output for an answer after a schema, or with calls (a CallRule as a dictionary).
+
+    None where it is free.
+    """
+    from openvino_genai import StructuredOutputConfig as Structure
+
+    if schema is not None and not thoughts:
+        return Structure(json_schema=schema)
+    if schema is not None:
+        answer: Any = Structure.JSONSchema(schema)
+    elif calls is not None:
+        tags = [
+            Structure.Tag(CALL_START + call_head(name), Structure.JSONSchema(given), CALL_TAIL + CALL_END)
+            for name, given in calls["functions"]
+        ]
+        answer = Structure.TriggeredTags([CALL_START], tags, calls["required"], not calls["several"])
+        if calls["required"] and calls["several"]:
+            answer = Structure.TagsWithSeparator(tags, "\n", True)
+    else:
+        return None
+    if thoughts:
+        answer = Structure.Tag(THOUGHT_START, Structure.AnyText(), THOUGHT_END + "\n\n") + answer
+    return Structure(structural_tags_config=answer)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `structured_output` is made of."""
+
+    schema: str | None
+    calls: dict[str, Any] | None
+    thoughts: bool
 
 
 class SchemaCheck:
-    """Tries schemas; makes its stand-in when the first one comes (a quarter of a second)."""
+    """Tries schemas; starts its process when the first one comes (some seconds), and remembers what could be followed."""
+
+    def __init__(self, folder: Path, vocabulary: int):
+        self._setup = str(folder), vocabulary
+        self._process: Process | None = None
+        self._tried = 0
+        self._known: dict[str, None] = {}
+        self._lock = threading.Lock()
+        self._listener = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tried")
+
+    def __call__(self, decoding: Decoding) -> None:
+        """Raise OptionError unless answers can be written after the JSON schema or the functions' schemas of this decoding."""
+        if decoding.json_schema is not None:
+            check_bounds(decoding.json_schema)
+        elif decoding.calls is not None:
+            check_calls(decoding.calls)
+        asked = Asked(decoding.json_schema, None if decoding.calls is None else asdict(decoding.calls), decoding.thoughts)
+        key = json.dumps(astuple(asked))
+        with self._lock:
+            if key in self._known:
+                return
+            process = self._ready()
+            process.send(asked)
+            try:
+                answer = self._listener.submit(process.receive).result(MOST_SECONDS)
+            except TimeoutError:
+                self._end()
+                raise OptionError(f"the JSON schema takes longer than {MOST_SECONDS:g} s to prepare: simplify it") from None
+            if answer is None:
+                self._end()
+                raise OptionError("the JSON schema cannot be followed (it ends the process that tries it)")
+            if answer:
+                raise OptionError(f"the JSON schema cannot be followed ({answer})")
+            self._known[key] = None
+            if len(self._known) > MOST_KEPT:
+                del self._known[next(iter(self._known))]
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+        self._listener.shutdown()
+
+    def _ready(self) -> Process:
+        if self._tried >= MOST_KEPT:
+            self._end()
+        if self._process is None:
+            self._process, self._tried = Process(__name__, self._setup), 0
+            if self._process.receive() != "ready":
+                self._end()
+                raise RuntimeError("the process that tries JSON schemas does not start")
+        self._tried += 1
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class StandIn:
+    """A pipeline that draws one token out of the vocabulary, all alike."""
 
     def __init__(self, folder: Path, vocabulary: int):
         self._folder, self._vocabulary = folder, vocabulary
-        self._pipeline: Any = None
-        self._lock = threading.Lock()
+        self._pipeline = self._stand_in()
 
-    def __call__(self, schema: str) -> None:
-        """Raise OptionError unless answers can be written after this JSON schema."""
+    def reason(self, asked: Asked) -> str:
+        """Why answers cannot be written after this; nothing where they can."""
         import openvino_genai
 
-        check_bounds(schema)
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = 1
-        config.structured_output_config = openvino_genai.StructuredOutputConfig(json_schema=schema)
-        with self._lock:
-            if self._pipeline is None:
-                self._pipeline = self._stand_in()
-            try:
-                self._pipeline.generate(_one_token(), config)
-            except RuntimeError as error:
-                lines = str(error).strip().splitlines() or ["no reason given"]
-                reason = re.sub(r"^.*\.(cc|cpp|h|hpp):\d+:?\s*", "", lines[-1])
-                raise OptionError(f"the JSON schema cannot be followed ({reason})") from None
+        config.structured_output_config = structured_output(asked.schema, asked.calls, thoughts=asked.thoughts)
+        try:
+            self._pipeline.generate(_one_token(), config)
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines() or ["no reason given"]
+            return re.sub(r"^.*\.(cc|cpp|h|hpp):\d+:?\s*", "", lines[-1]) or "no reason given"
+        return ""
 
     def _stand_in(self) -> Any:
-        """A pipeline that draws one token out of the vocabulary, all alike."""
         import openvino as ov
         import openvino_genai
         from openvino import opset13 as op
@@ -74,3 +179,19 @@ def _one_token() -> Any:
     import openvino_genai
 
     return openvino_genai.TokenizedInputs(ov.Tensor(np.array([[1]])), ov.Tensor(np.array([[1]])))
+
+
+def main() -> None:
+    """Try schemas until standard input ends, or until nobody reads any more."""
+    given, out = pipes()
+    with suppress(EOFError, OSError):
+        folder, vocabulary = pickle.load(given)
+        stand_in = StandIn(Path(folder), vocabulary)
+        stand_in.reason(Asked("{}", None, False))  # what is made once
+        send("ready", out)
+        while True:
+            send(stand_in.reason(pickle.load(given)), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,8 @@ from runtime.errors import ModelFolderError, OptionError, PromptError
 from runtime.folder.files import HUB_ID, user_cache
 from runtime.folder.tokenizer import check_text
 from runtime.serve.engine import Engine, GenaiEngine, NativeEngine, Piece
-from runtime.serve.protocol import MediaRules, Message, ResponseFormat, turns_of
+from runtime.serve.protocol import MediaRules, Message, ResponseFormat, check_texts
+from runtime.serve.turns import turns_of
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"  # LMDeploy's mark of a picture
 AT_ONCE = 32  # prompts that are being answered; the pictures of the others are not opened yet
@@ -183,7 +184,8 @@ class Pipeline:
         else:
             text, images = (prompt, []) if isinstance(prompt, str) else prompt
             check_text(text)
-            turns.append(Question(text.replace(IMAGE_TOKEN, IMAGE_MARK), images=images).open(model.config))
+            shown = not isinstance(images, list | tuple) or len(images) > 0  # else the mark is text
+            turns.append(Question(text.replace(IMAGE_TOKEN, IMAGE_MARK) if shown else text, images=images).open(model.config))
         made = model.prompt_of(model.system_message if system is None else system, turns)
         model.check(made.ids, made.pictures)
         return _Asked(made, turns[-1])
@@ -285,6 +287,10 @@ def _messages(messages: list[dict[str, Any]]) -> list[Message]:
             "image_url": rest | {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
         }
 
+    try:
+        check_texts(messages)
+    except ValueError as error:
+        raise PromptError(str(error)) from None
     parts = [message.get("content") for message in messages]
     made = [[plain(part) for part in each] if isinstance(each, list) else each for each in parts]
     try:
@@ -297,7 +303,7 @@ def _messages(messages: list[dict[str, Any]]) -> list[Message]:
 
 def _first(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _add(whole: Response, new: Response) -> None:

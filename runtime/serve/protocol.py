@@ -1,4 +1,4 @@
-"""What clients send, as OpenAI and LMDeploy define it, and what is made of it: the turns of a dialogue and how to write.
+"""What clients send, as OpenAI and LMDeploy define it: which fields are taken, ignored and refused, and which media may be read.
 
 Field names and ranges: OpenAI's chat completions, and InternLM/lmdeploy@v0.6.4 lmdeploy/serve/openai/protocol.py. Knows no HTTP and
 no engine. Media are opened here, under the server's rules: data URLs always, web addresses and files only where they were allowed.
@@ -14,19 +14,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
-from runtime.answer.prompt import IMAGE_MARK, frame_marks, picture_marks
-from runtime.answer.turn import Turn
+from runtime.answer.prompt import thinking_system
+from runtime.answer.tools import ANY_OBJECT, CallRule, check_language, with_tools
 from runtime.errors import PictureError, PromptError
 from runtime.folder.config import InternVLConfig
-from runtime.media.document import open_pictures
-from runtime.media.picture import fetch, is_web_address, open_picture, read_data_url
-from runtime.media.tiles import PictureTiles, Tiling
+from runtime.folder.tokenizer import check_text
+from runtime.media.picture import is_data_url, open_picture, read_data_url
 from runtime.media.video import DEFAULT_SEGMENTS, read_frames
+from runtime.media.web import fetch, is_web_address
 
-DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles a picture; LMDeploy's
-MOST_MESSAGES, MOST_PARTS, MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS = 1000, 64, 16, 16, 20
+REFUSED = {  # fields of OpenAI's that would be ignored in silence, and why
+    "audio": "answers are text",
+    "function_call": "tool_choice took its place",
+    "functions": "tools took its place",
+    "logit_bias": "openvino_genai cannot change logits",
+    "moderation": "nothing is moderated here",
+    "suffix": "the models write on from a text and not between two",
+    "verbosity": "the models know none: ask for it in the system message",
+    "web_search_options": "nothing is searched for here",
+}
+IGNORED = (  # fields of OpenAI's that change no answer here
+    "metadata",  # nothing is stored
+    "prediction",  # it would only be sooner
+    "prompt_cache_key",  # caches go by content
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",  # there is one
+    "store",  # nothing is stored
+    "user",
+)
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+NO_EFFORT = ("none", "minimal")  # the others are one: the models think or do not
+VIDEO_SECONDS = 20.0  # to read the frames of one, where others ask
+MOST_MESSAGES, MOST_PARTS, MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, MOST_TOOLS = 1000, 64, 16, 16, 20, 128
+MOST_GUESSES = 16
+
+
+def _as_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
 
 
 class ImageUrl(BaseModel):
@@ -41,43 +69,108 @@ class VideoUrl(BaseModel):
 
 
 class TextPart(BaseModel):
-    type: Literal["text"]
+    type: Literal["text"] = "text"
     text: str
 
 
+class RefusalPart(BaseModel):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What was said in place of an answer."""
+        return self.refusal
+
+
 class ImagePart(BaseModel):
-    type: Literal["image_url"]
-    image_url: ImageUrl
+    type: Literal["image_url"] = "image_url"
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_url)]  # several clients send the URL alone
 
 
 class File(BaseModel):
     file_data: str  # a data URL, or base64 alone
-    filename: str = ""
+    filename: str | None = None
 
 
 class FilePart(BaseModel):
-    type: Literal["file"]
+    type: Literal["file"] = "file"
     file: File
 
 
 class VideoPart(BaseModel):
     type: Literal["video_url"]
-    video_url: VideoUrl
+    video_url: Annotated[VideoUrl, BeforeValidator(_as_url)]
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart | FilePart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | VideoPart | FilePart | RefusalPart, Field(discriminator="type")]
+Text = TextPart | RefusalPart
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str = "{}"
+
+    @model_validator(mode="after")
+    def is_json(self) -> CalledFunction:
+        """A call of the history is one that the model could have written."""
+        try:
+            json.loads(self.arguments or "{}")
+        except ValueError as error:
+            raise ValueError(f"the arguments of {self.name} are not JSON ({error})") from None
+        return self
+
+
+class ToolCall(BaseModel):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def says_something(self) -> Message:
+        """Only an assistant and a tool may have nothing to say; only a user and a tool show something."""
+        if self.content is None and self.role not in ("assistant", "tool"):
+            raise ValueError(f"content: a message of role {self.role} needs one")
+        if self.role not in ("user", "tool") and not all(isinstance(part, Text) for part in self.parts):
+            raise ValueError(f"content: a message of role {self.role} has texts alone; pictures are a user's or a tool's")
+        return self
+
+    @property
+    def parts(self) -> list[Any]:
+        """The parts of the content; a text is one."""
+        return [TextPart(text=self.content)] if isinstance(self.content, str) else list(self.content or [])
 
     @property
     def text(self) -> str:
         """All text of the message."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        return "\n".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+class Function(BaseModel):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class ToolChoice(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class JsonSchema(BaseModel):
@@ -101,34 +194,65 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-def _refuse(value: Any) -> Any:
+def _refuse(value: Any, info: ValidationInfo) -> Any:
     if value:
-        raise ValueError("not supported here: leave it out")
+        raise ValueError(f"not supported here: {REFUSED[str(info.field_name)]}")
     return value
 
 
 Nothing = Annotated[Any, AfterValidator(_refuse)]  # of OpenAI's; what would be ignored in silence is refused
 
 
-class Writing(BaseModel):
+def check_texts(body: Any) -> Any:
+    """Raise ValueError for half of a character anywhere in a body: in a name too it would break what tells of it."""
+    level = [body]
+    while level:
+        for text in level:
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    check_text(text)
+                except PromptError as error:
+                    raise ValueError(str(error)) from None
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [one for each in inner for one in ([*each, *each.values()] if isinstance(each, dict) else each)]
+    return body
+
+
+class Request(BaseModel):
+    """What every body is checked for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def whole(cls, body: Any) -> Any:
+        """Every text of it is one."""
+        return check_texts(body)
+
+
+class Writing(Request):
     """How to write: None leaves a choice to generation_config.json."""
 
     model: str = ""
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = False
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=MOST_GUESSES)] | None = None
     logit_bias: Nothing = None
+
+    @property
+    def count(self) -> int:
+        """How many answers to a prompt."""
+        return self.n or 1
 
     @property
     def stops(self) -> list[str]:
@@ -140,16 +264,78 @@ class Writing(BaseModel):
 class ChatRequest(Writing):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
-    tools: Nothing = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = True
     response_format: ResponseFormat | None = None
+    reasoning_effort: Effort | None = None
+    modalities: list[Literal["text"]] | None = None
     continue_final_message: bool = False  # the last message is of the assistant, and its text what the answer begins with
+    audio: Nothing = None
+    function_call: Nothing = None
+    functions: Nothing = None
+    moderation: Nothing = None
+    verbosity: Nothing = None
+    web_search_options: Nothing = None
+
+    @model_validator(mode="after")
+    def belongs_together(self) -> ChatRequest:
+        """What one field says of another."""
+        names = [tool.function.name for tool in self.tools or []]
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        if len({*names}) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        if chosen is not None and chosen not in names:
+            raise ValueError(f"tool_choice: the function {chosen!r} is not among the tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: required, and there are no tools")
+        if self.calls is not None and self.schema_text is not None:
+            raise ValueError("response_format: not supported together with tools: set tool_choice to none, or leave one out")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: set logprobs too")
+        return self
 
     @property
     def most_tokens(self) -> int | None:
         """The newer name wins."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def schema_text(self) -> str | None:
+        """What the answer must fit, as JSON."""
+        return None if self.response_format is None else self.response_format.schema_text
+
+    @property
+    def calls(self) -> CallRule | None:
+        """Which functions the answer may call."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        functions = tuple(
+            (tool.function.name, ANY_OBJECT if tool.function.parameters is None else json.dumps(tool.function.parameters))
+            for tool in self.tools
+            if chosen in (None, tool.function.name)
+        )
+        return CallRule(
+            functions, self.tool_choice == "required" or chosen is not None, self.parallel_tool_calls is not False and not chosen
+        )
+
+    def thinks(self, *, default: bool) -> bool:
+        """Whether the answer is to begin with thoughts; `default` where the request says nothing of it."""
+        return default if self.reasoning_effort is None else self.reasoning_effort not in NO_EFFORT
+
+    def system(self, given: str | None, own: str, config: InternVLConfig, *, thinking: bool) -> str:
+        """The system message: `given` by the messages or the model's `own`, thinking mode, tools.
+
+        Raises OptionError for a model that does not think, or was not trained to call tools.
+        """
+        text = thinking_system(config, given) if thinking else own if given is None else given
+        if not self.tools or self.tool_choice == "none":
+            return text
+        check_language(config)
+        return with_tools(text, [tool.function.model_dump(exclude_none=True) for tool in self.tools])
 
 
 class CompletionRequest(Writing):
@@ -172,7 +358,7 @@ class MediaRules:
 
     def picture(self, url: str) -> Image.Image:
         """Open the picture of a data URL, a web address or a file. Raises PictureError."""
-        if url.startswith("data:") or is_web_address(url):
+        if is_data_url(url) or is_web_address(url):
             return open_picture(url, allow_urls=self.trusted or self.domains)
         return open_picture(self.file(url))
 
@@ -180,14 +366,17 @@ class MediaRules:
         """Frames of the video of a data URL, a web address or a file. Raises PictureError, VideoError."""
         if is_web_address(url):
             data = fetch(url, None if self.trusted else self.domains)
-        elif url.startswith("data:"):
+        elif is_data_url(url):
             data = read_data_url(url)
         else:
-            return read_frames(self.file(url), count)
+            return self._read(self.file(url), count)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "video"
             file.write_bytes(data)
-            return read_frames(file, count)
+            return self._read(file, count)
+
+    def _read(self, file: Path, count: int) -> list[Image.Image]:
+        return read_frames(file, count, seconds=None if self.trusted else VIDEO_SECONDS)
 
     def file(self, url: str) -> Path:
         """The file of a path or a file URL, if it lies in the folder that may be read. Raises PictureError."""
@@ -201,48 +390,3 @@ class MediaRules:
         except (OSError, ValueError, RuntimeError):  # no name of a file
             pass
         raise PictureError("this is no data URL and no file that may be read here: send data:image/png;base64,...")
-
-
-def turns_of(
-    messages: list[Message], config: InternVLConfig, rules: MediaRules, *, continue_final: bool = False
-) -> tuple[str | None, list[Turn]]:
-    """Messages -> the system message, if there is one, and the turns; the last one is without an answer, or has the prefix of it.
-
-    Pictures stand at the `<image>` marks of their message's text, or before it. Raises PromptError, PictureError, VideoError.
-    """
-    system = None
-    while messages and messages[0].role in ("system", "developer"):
-        system = messages[0].text if system is None else f"{system}\n{messages[0].text}"
-        messages = messages[1:]
-    roles = [message.role for message in messages]
-    last = ["user", "assistant"] if continue_final else ["user"]
-    if roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-len(last) :] != last:
-        raise PromptError(
-            f"the roles are {', '.join(roles[:6]) or 'none'}: after the system message, user and assistant take turns, "
-            f"the user first and the {last[-1]} last" + (" (continue_final_message)" if continue_final else "")
-        )
-    turns = [_turn(message, config, rules) for message in messages[::2]]
-    for turn, answer in zip(turns, messages[1::2], strict=False):
-        turn.answer = answer.text
-    return system, turns
-
-
-def _turn(message: Message, config: InternVLConfig, rules: MediaRules) -> Turn:
-    tiling, lines, frames = Tiling.of(config), message.text, 0
-    pictures: list[PictureTiles] = []
-    for part in [] if isinstance(message.content, str) else message.content:
-        if isinstance(part, ImagePart):
-            one = part.image_url
-            most = one.max_dynamic_patch or DETAILS.get(one.detail)
-            pictures.append(PictureTiles.of_picture(rules.picture(one.url), tiling.at_most(most)))
-        elif isinstance(part, FilePart):
-            data = part.file.file_data
-            url = data if data[:5].lower() == "data:" else f"data:application/pdf;base64,{data}"
-            pictures += [PictureTiles.of_picture(page, tiling) for page in open_pictures(url, tiling, allow_urls=False)]
-        elif isinstance(part, VideoPart):
-            read = rules.frames(part.video_url.url, part.video_url.num_segments)
-            pictures = [*(PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in read), *pictures]
-            frames += len(read)
-    if len(pictures) > frames and IMAGE_MARK not in lines:
-        lines = picture_marks(len(pictures) - frames) + lines
-    return Turn(frame_marks(frames) + lines, "", pictures)

@@ -6,16 +6,18 @@ be heard in the meantime. Pickled messages come on standard input and go to stan
 
 from __future__ import annotations
 
-import os
 import pickle
 import queue
-import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from runtime.parts.memory import return_freed_memory
+from runtime.serve.grammar import structured_output
+from runtime.serve.process import pipes, send
 
 
 @dataclass(frozen=True)
@@ -131,16 +133,11 @@ class Worker:
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
             setattr(config, name, how[name])
         config.logprobs = int(how["logprobs"])
-        if how["json_schema"] is not None:
-            config.structured_output_config = self._genai.StructuredOutputConfig(json_schema=how["json_schema"])
+        structure = structured_output(how["json_schema"], how["calls"], thoughts=how["thoughts"])
+        if structure is not None:
+            config.structured_output_config = structure
         config.validate()
         return config
-
-
-def send(message: Any, out: BinaryIO) -> None:
-    """One message to the other side."""
-    pickle.dump(message, out, protocol=pickle.HIGHEST_PROTOCOL)
-    out.flush()
 
 
 def main() -> None:
@@ -151,11 +148,8 @@ def main() -> None:
 
 def serve() -> None:
     """Read the setup, then messages; answer them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the engine says when it is over
-    given, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # what a library forks wants to close it, and would wait for the thread that reads
-    os.dup2(2, 1)  # whatever prints
+    return_freed_memory()
+    given, out = pipes()
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:

@@ -153,6 +153,23 @@ def test_a_broken_file_is_one_line_in_the_chat_and_the_page_goes_on(window, tmp_
     answers(page, 1)
 
 
+def test_half_of_a_character_is_replaced(window):
+    """A page may hold what no text holds: it was pasted, or cut in the middle of an emoji."""
+    page = window()
+    box = page.locator("textarea[data-testid=textbox]").first
+    box.wait_for()
+    box.evaluate(
+        """box => {
+            const set = Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set
+            set.call(box, String.fromCharCode(0xd800) + " Which shape is purple?")
+            box.dispatchEvent(new Event("input", {bubbles: true}))
+        }"""
+    )
+    box.press("Enter")
+    answers(page, 1)
+    page.get_by_text("\ufffd Which shape is purple?").first.wait_for()
+
+
 def test_stop_ends_the_decoding(window, bot, monkeypatch):
     embed, started = bot.model.embed_tokens, []
     start = bot.model.start_conversation

@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,13 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runtime.media.picture
+import runtime.media.web
 from runtime import load_image
+from runtime.answer.turn import Question
 from runtime.errors import PictureError
+from runtime.folder.config import InternVLConfig
 from runtime.media.picture import open_picture
+from tests.checkpoints import CONFIGS
 from tests.conftest import shared
 
 ROOT = Path(__file__).parents[3]
+CONFIG = InternVLConfig.from_dict(CONFIGS["tiny-qwen2"])
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
 REFUSED = {  # of the 49 odd pictures: what Pillow cannot read, and what it rightly will not
     "pillow_broken.png",
@@ -121,8 +126,8 @@ def test_web_addresses_are_not_fetched_where_others_ask(server):
 
 
 def test_web_addresses_that_give_no_picture_are_told(server, monkeypatch):
-    monkeypatch.setattr(runtime.media.picture, "MOST_BYTES", 1 << 20)
-    monkeypatch.setattr(runtime.media.picture, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(runtime.media.web, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(runtime.media.web, "FETCH_SECONDS", 0.5)
     for path, message in (
         ("/gone", "cannot be fetched .HTTP 404"),
         ("/large", "is larger than 1 MB"),
@@ -157,6 +162,44 @@ def test_web_addresses_that_give_no_picture_are_told(server, monkeypatch):
 def test_what_is_no_picture_is_told(source, message):
     with pytest.raises(PictureError, match=message):
         open_picture(source)
+
+
+def test_open_files_and_buffers_are_pictures(tmp_path):
+    data = png()
+    (tmp_path / "a.png").write_bytes(data)
+    wanted = np.asarray(open_picture(data))
+    with open(tmp_path / "a.png", "rb") as file, tempfile.SpooledTemporaryFile() as spooled:
+        spooled.write(data)
+        spooled.seek(0)
+        for source in (file, spooled, io.BytesIO(data), bytearray(data), memoryview(data)):
+            assert np.array_equal(np.asarray(open_picture(source)), wanted)
+        file.seek(0)
+        assert (
+            Question("What?", images=[file, bytearray(data)]).open(CONFIG).question.startswith("Image-1: <image>\nImage-2: <image>")
+        )
+
+
+def test_open_files_that_give_no_picture_are_told(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    with open(tmp_path / "a.png", "rb") as file:
+        open_picture(file)
+        with pytest.raises(PictureError, match="the open file is at its end"):
+            open_picture(file)
+    with pytest.raises(PictureError, match=r"the open file cannot be read .*closed"):
+        open_picture(file)
+    with open(tmp_path / "b", "wb") as file, pytest.raises(PictureError, match="the open file cannot be read"):
+        open_picture(file)
+    with pytest.raises(PictureError, match="gives text: open it with mode 'rb'"):
+        open_picture(io.StringIO("text"))
+    for source in (bytearray(b"text"), io.BytesIO(b"text")):
+        with pytest.raises(PictureError, match="not a format that Pillow knows"):
+            open_picture(source)
+
+
+@pytest.mark.parametrize("head", ["DATA:IMAGE/PNG;BASE64,", "data:image/png;Base64,"])
+def test_data_urls_have_no_case(head):
+    url = head + base64.b64encode(png()).decode()
+    assert np.array_equal(np.asarray(open_picture(url)), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +241,7 @@ import json, sys, time
 from pathlib import Path
 from runtime.errors import PictureError
 from runtime import load_image
+from runtime.answer.turn import Question
 from runtime.parts.memory import peak_bytes
 import torch
 before, found = peak_bytes(), {}

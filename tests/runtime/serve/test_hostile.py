@@ -54,8 +54,9 @@ def test_what_its_own_schema_says_and_what_it_forbids(address, mode):
         @settings(max_examples=MADE_UP, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case: schemathesis.Case) -> None:
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 1), int):
-                case.body["max_tokens"] = 4  # or made-up texts are answered at any length
+            for name in ("max_tokens", "max_output_tokens"):
+                if isinstance(case.body, dict) and isinstance(case.body.get(name, 1), int):
+                    case.body[name] = 4  # or made-up texts are answered at any length
             answer = case.call(headers={"authorization": f"Bearer {KEY}"}, timeout=60)
             statuses.add(answer.status_code)
             assert answer.status_code < 500, answer.text
@@ -114,7 +115,11 @@ def wrong_type(dice: random.Random) -> bytes:
             ("stream_options", dice.choice([5, "x", []])),
             ("response_format", dice.choice([5, {"type": "xml"}, {"type": "json_schema", "json_schema": 5}])),
             ("top_logprobs", dice.choice([1, 20, "x"])),
-            ("tools", [{"type": "function"}]),
+            ("reasoning_effort", dice.choice(["much", 5, {}, "high"])),
+            ("modalities", dice.choice(["text", ["audio"], 5])),
+            ("prompt_lookup_num_tokens", dice.choice([-1, 17, "x", 3])),
+            ("parallel_tool_calls", dice.choice([5, "x", []])),
+            (dice.choice(["audio", "functions", "verbosity", "web_search_options"]), {"a": 1}),
             ("logit_bias", {"1": 100}),
             ("model", dice.choice(["other", "../shapes", 5, {}])),
         ]
@@ -161,9 +166,9 @@ def bomb(dice: random.Random) -> bytes:
 def huge_count(dice: random.Random) -> bytes:
     return dice.choice(
         [
-            lambda: json.dumps(chat(messages=[question("Hi")] * dice.randrange(2, 5000))),
+            lambda: json.dumps(chat(messages=[question("Hi")] * dice.randrange(1001, 5000))),
             lambda: json.dumps(chat(messages=[question("Hi", *[SHAPES] * 65)])),
-            lambda: json.dumps(chat(messages=[question("<image>" * dice.randrange(1, 5000))])),
+            lambda: json.dumps(chat(messages=[question("<image>" * dice.randrange(2, 5000), SHAPES)])),
             lambda: json.dumps(chat(messages=[question("red " * dice.randrange(20_000, 100_000))])),
             lambda: json.dumps(chat()).replace('"max_tokens": 2', f'"max_tokens": {"9" * 5000}'),
             lambda: json.dumps(chat()).replace('"max_tokens": 2', '"max_tokens": 1e999'),
@@ -187,7 +192,81 @@ def wrong_completion(dice: random.Random) -> bytes:
     return json.dumps({"model": "shapes", "max_tokens": 2} | ({"prompt": "a"} if "suffix" in wrong else {}) | wrong).encode()
 
 
-KINDS = [broken_json, wrong_type, broken_picture, bomb, huge_count, wrong_completion]
+def tool(**changes) -> dict:
+    return {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}} | changes}
+
+
+def wrong_tools(dice: random.Random) -> bytes:
+    """Functions, what is chosen of them, and messages about calls."""
+    said = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+    asked, odd = question("Hi"), dice.choice(JUNK[2:])
+    return json.dumps(
+        chat(
+            **dice.choice(
+                [
+                    {"tools": dice.choice([5, "x", {}, [5], [{}], [{"type": "function"}], [{"type": "custom"}], [tool()] * 200])},
+                    {"tools": [tool(name=dice.choice(["", "a b", "x" * 65, 5, None, "\ud800", "\n"]))]},
+                    {
+                        "tools": [tool(parameters=dice.choice([5, "x", [], {"type": "no such"}, nested(1000)]))],
+                        "tool_choice": "required",
+                    },
+                    {"tools": [tool(description=dice.choice([5, [], "\ud800"]))]},
+                    {"tools": [tool(), tool()]},
+                    {"tools": [tool()], "tool_choice": dice.choice([5, "f", "any", [], {}, {"type": "function"}, tool(name="g")])},
+                    {"tools": [tool()], "response_format": {"type": "json_object"}},
+                    {"tool_choice": dice.choice(["required", tool()])},
+                    {"messages": [asked, {"role": "tool", "content": "x"}]},
+                    {"messages": [asked, said | {"tool_calls": odd}, asked]} if odd != [] else {"messages": []},
+                    {"messages": [asked, said | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, asked]},
+                    {"messages": [asked, said, {"role": "tool", "content": [{"type": "x"}]}]},
+                    {"messages": [asked, said | {"reasoning_content": 5}, asked]},
+                    {"messages": [asked, said], "continue_final_message": True},
+                    {"messages": [{"role": "user", "content": None}]},
+                    {"messages": [{"role": "function", "name": "f", "content": "x"}]},
+                ]
+            )
+        )
+    ).encode()
+
+
+def wrong_response(dice: random.Random) -> bytes:
+    """What /v1/responses must not take."""
+    part = dice.choice(
+        [5, "x", {}, {"type": "x"}, {"type": "input_text"}, {"type": "input_image", "image_url": "x"}, {"type": "input_image"}]
+    )
+    return json.dumps(
+        {"model": "shapes", "max_output_tokens": 2, "input": "Hi"}
+        | dice.choice(
+            [
+                {"input": dice.choice([5, {}, [], [5], [{}], [[]], "\ud800", "red " * 30_000])},
+                {"input": [{"role": "user", "content": dice.choice([5, {}, [part]])}]},
+                {"input": [{"role": dice.choice(["tool", "", 5]), "content": "x"}]},
+                {"input": [{"type": dice.choice(["item_reference", "computer_call", 5, ""]), "id": "x"}]},
+                {"input": [{"type": "function_call_output", "call_id": "1", "output": dice.choice(["x", 5])}]},
+                {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": dice.choice(["{", 5])}]},
+                {"input": [question("Hi")] * 5},
+                {"instructions": dice.choice([5, [], "\ud800"])},
+                {"max_output_tokens": dice.choice([0, -1, "x", 1.5])},
+                {
+                    "tools": dice.choice(
+                        [5, [5], [{"type": "web_search"}], [{"type": "function"}], [{"type": "function", "name": "a b"}]]
+                    )
+                },
+                {"tool_choice": dice.choice(["required", 5, {"type": "function", "name": "f"}])},
+                {"text": dice.choice([5, {"format": 5}, {"format": {"type": "xml"}}, {"format": {"type": "json_schema"}}])},
+                {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "no such"}}}},
+                {"reasoning": dice.choice([5, {"effort": "much"}, {"effort": "high"}])},
+                {dice.choice(["background", "previous_response_id", "conversation", "prompt"]): dice.choice([True, "x", {"a": 1}])},
+                {"top_logprobs": dice.choice([3, 21, "x"])},
+                {"truncation": "auto"},
+                {"model": dice.choice(["other", 5])},
+            ]
+        )
+    ).encode()
+
+
+KINDS = [broken_json, wrong_type, broken_picture, bomb, huge_count, wrong_completion, wrong_tools, wrong_response]
+ROUTES = {wrong_completion: "/v1/completions", wrong_response: "/v1/responses"}  # chat completions for all others
 
 
 def resident() -> int:
@@ -205,8 +284,7 @@ def test_two_thousand_wrong_requests_are_refused_and_leave_no_memory(address):
                 before = resident()
             make = KINDS[number % len(KINDS)]
             body = make(dice)
-            route = "/v1/completions" if make is wrong_completion else "/v1/chat/completions"
-            answer = client.post(route, content=body)
+            answer = client.post(ROUTES.get(make, "/v1/chat/completions"), content=body)
             assert 400 <= answer.status_code < 500, (make.__name__, answer.status_code, body[:300], answer.text)
             error = answer.json()["error"]
             assert error["message"], make.__name__

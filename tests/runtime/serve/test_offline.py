@@ -147,7 +147,7 @@ def test_answers_that_are_not_read_are_given_up(pipe):
         (("What?", "nowhere.png"), PictureError, "nowhere.png is not there"),
         ([("What?", PICTURE), ("What?", "nowhere.png")], PictureError, "nowhere.png is not there"),
         (("<image><image>", [PICTURE]), PromptError, "marks"),
-        ([{"role": "user"}], PromptError, "messages 0.content"),
+        ([{"role": "user"}], PromptError, "messages 0: content: a message of role user needs one"),
         ([{"role": "user", "content": [{"type": "image_data", "image_data": {"data": 5}}]}], PromptError, "not a PIL picture"),
         ("", PromptError, "empty"),
     ],

@@ -8,6 +8,7 @@ import base64
 import functools
 import http.server
 import json
+import os
 import signal
 import threading
 import time
@@ -161,8 +162,8 @@ def test_the_last_message_of_the_assistant_is_gone_on_with(client, model):
     found = client.chat.completions.create(model="shapes", messages=going, extra_body={"continue_final_message": True})
     wanted = model.start_conversation().ask("Describe the picture.", images=[PICTURE], answer_prefix=begun, do_sample=False)
     assert found.choices[0].message.content == wanted
-    for messages, more, last in ((ask, True, "assistant"), (going, False, "user")):
-        with pytest.raises(openai.BadRequestError, match=f"the user first and the {last} last"):
+    for messages, more, last in ((ask, True, "the assistant's, and has text"), (going, False, "the user's or a tool's")):
+        with pytest.raises(openai.BadRequestError, match=f"the last message must be {last}"):
             client.chat.completions.create(model="shapes", messages=messages, extra_body={"continue_final_message": more})
 
 
@@ -238,6 +239,7 @@ def test_an_answer_in_json(client):
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
     )
     assert json.loads(found.choices[0].message.content) in ("circle", "star"), "words in quotes were never trained"
+    assert found.choices[0].finish_reason == "stop", "nothing may come after it"
 
 
 def test_the_likeliest_tokens_are_told_beside_the_chosen_ones(client, engine):
@@ -332,21 +334,20 @@ def test_media_of_a_host_that_is_allowed(client, model, video, tmp_path):
     [
         ({"model": "other"}, openai.NotFoundError, "the model 'other' is not here: 'shapes' is"),
         ({"messages": []}, openai.BadRequestError, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "the roles are assistant: after the"),
-        ({"messages": [question("a"), question("b")]}, openai.BadRequestError, "the roles are user, user: after the"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "the roles are assistant"),
         ({"messages": [question("What?", "data:image/png;base64,AAAA")]}, openai.BadRequestError, "cannot be read as a picture"),
         ({"messages": [question("What?", "data:image/png;base64,A")]}, openai.BadRequestError, "is not base64"),
         ({"messages": [question("What?", "/etc/passwd")]}, openai.BadRequestError, "no file that may be read here"),
         ({"messages": [question("What?", "file:///etc/passwd")]}, openai.BadRequestError, "no file that may be read here"),
         ({"messages": [question("What?", "http://10.0.0.1/a.png")]}, openai.BadRequestError, "are not fetched from 10.0.0.1"),
-        ({"messages": [question("<image><image>")]}, openai.BadRequestError, "2 <image> marks for 0 pictures"),
+        ({"messages": [question("<image><image>", SHAPES)]}, openai.BadRequestError, "2 <image> marks for 1 pictures"),
         ({"messages": [question("red " * 5000)]}, openai.BadRequestError, "the model reads"),
         ({"temperature": 3}, openai.BadRequestError, "temperature: Input should be less than or equal to 2"),
         ({"top_p": 0}, openai.BadRequestError, "top_p: Input should be greater than 0"),
         ({"n": 99}, openai.BadRequestError, "n: Input should be less than or equal to 16"),
+        ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs: set logprobs too"),
         ({"logprobs": True, "top_logprobs": 50}, openai.BadRequestError, "top_logprobs: Input should be less than or equal to 20"),
         ({"logit_bias": {"5": 100}}, openai.BadRequestError, "logit_bias: not supported here"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: not supported here"),
     ],
 )
 def test_mistakes_are_one_line(client, changes, kind, message):
@@ -497,26 +498,10 @@ def test_a_full_server_says_when_to_come_back(shapes):
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
 
 
-def test_the_loss_of_the_engines_process_is_told(shapes):
-    engine = GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
-    body = {"messages": [question("Hi")], "stream": True, "ignore_eos": True, "max_tokens": LONG}
-    headers = {"authorization": f"Bearer {KEY}"}
-    with serving(engine) as (address, _):
-        assert httpx.get(f"{address}/health").status_code == 200
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=headers, timeout=20) as streamed:
-            lines = streamed.iter_lines()
-            next(lines)
-            engine._process.kill()
-            with pytest.raises(httpx.RemoteProtocolError):  # a bug below, not a mistake of the client's: the stream breaks off
-                list(lines)
-        assert eventually(lambda: httpx.get(f"{address}/health").status_code == 503)
-        assert httpx.post(f"{address}/v1/chat/completions", json=body | {"stream": False}, headers=headers).status_code == 500
-
-
 def test_an_interrupt_from_the_keyboard_leaves_the_engines_process(shapes):
     """Ctrl-C goes to all processes of a terminal; answers have time to finish."""
     engine = GenaiEngine(OVInternVLChatModel(shapes, language=False), 1)
-    engine._process.send_signal(signal.SIGINT)
+    os.kill(engine._process.pid, signal.SIGINT)
     time.sleep(0.2)
     assert engine.alive
     engine.close()
