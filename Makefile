@@ -24,7 +24,10 @@ check: setup  ## format, lint, types
 	$(BIN)/mypy
 
 test: setup check notebook  ## everything that CI runs
-	$(BIN)/python -m pytest
+	@mkdir -p build
+	@$(BIN)/python -m pytest tests/convert > build/convert.log 2>&1 & one=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/convert; rest=$$?; \
+	wait $$one; code=$$?; cat build/convert.log; exit $$((code | rest))
 	@if test -x $(IGPU) && $(IGPU) build/igpu > /dev/null 2>&1; then $(STANDS_IN) $(BIN)/python -m pytest tests/igpu -m quick || test $$? -gt 127; \
 	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
 

@@ -115,8 +115,8 @@ def test_a_conversation_says_what_the_reference_says(reference, model, monkeypat
     ours, theirs = model.start_conversation(), reference.start_conversation()
     for question, images in (("What is it?", [picture]), ("Why?", [])):
         assert ours.ask(question, images=images, **OPTIONS) == theirs.ask(question, images=images, **OPTIONS)
-    # random weights write no channel, so that the history is not what was generated; pages can be cut there, slots cannot
-    assert (ours.statistics.reused_tokens > 0.4 * ours.statistics.prompt_tokens) == (model.ov_device == "CPU")
+    # Random weights write no channel, so that the history is not what was generated: what is kept is cut there.
+    assert ours.statistics.reused_tokens > 0.4 * ours.statistics.prompt_tokens
 
 
 @pytest.mark.parametrize("answer", ["A cat.", "<|channel|>final<|message|>A cat."], ids=["ours", "as upstream returns it"])
