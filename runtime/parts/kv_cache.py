@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import numpy as np
 import openvino as ov
+from openvino import opset13 as opset
 
 from runtime.errors import NumericsError
 from runtime.parts.part import VISUAL_MASK
@@ -227,6 +228,20 @@ def prompt_spans(total: int, most: int) -> list[tuple[int, int]]:
     if starts and starts[-1] + 2 * EVEN_WIDTH <= even < total:
         starts.append(even)
     return [*zip(starts, [*starts[1:], total], strict=False)]
+
+
+def head_sees_positions(model: ov.Model, axis: int) -> None:
+    """Let the head see only the positions, along an axis of the hidden states, that one more input names.
+
+    The logits of a whole prompt are not wanted and take gigabytes.
+    """
+    head = head_of(model)
+    positions = opset.parameter([-1], np.int32, name=LAST_POSITION)
+    positions.output(0).get_tensor().set_names({LAST_POSITION})
+    seen = opset.gather(head.input_value(0), positions, opset.constant(axis))
+    head.input(0).replace_source_output(seen.output(0))
+    model.add_parameters([positions])
+    model.validate_nodes_and_infer_types()
 
 
 def head_of(model: ov.Model) -> ov.Node:

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from openvino import opset13 as opset
 
-from runtime.parts.kv_cache import LAST_POSITION, KVCache, head_of
+from runtime.parts.kv_cache import LAST_POSITION, KVCache, head_sees_positions
 from runtime.parts.part import VISUAL_MASK, infer
 from runtime.progress import Progress
 
@@ -37,13 +36,7 @@ class PagedCache(KVCache):
         from openvino._offline_transformations import paged_attention_transformation
 
         paged_attention_transformation(model)
-        head = head_of(model)
-        rows = opset.parameter([-1], np.int32, name=LAST_POSITION)
-        rows.output(0).get_tensor().set_names({LAST_POSITION})
-        last = opset.gather(head.input_value(0), rows, opset.constant(0))
-        head.input(0).replace_source_output(last.output(0))
-        model.add_parameters([rows])
-        model.validate_nodes_and_infer_types()
+        head_sees_positions(model, 0)
         return model
 
     def __init__(

@@ -15,9 +15,8 @@ from weakref import ref
 
 import numpy as np
 import openvino as ov
-from openvino import opset13 as opset
 
-from runtime.parts.kv_cache import LAST_POSITION, KVCache, head_of, prompt_spans
+from runtime.parts.kv_cache import LAST_POSITION, KVCache, head_sees_positions, prompt_spans
 from runtime.parts.part import VISUAL_MASK, infer
 from runtime.progress import Progress
 
@@ -104,14 +103,8 @@ class StatefulCache(KVCache):
 
     @staticmethod
     def adapt(model: ov.Model) -> ov.Model:
-        """Let the head see the positions of one more input only; the logits of a whole prompt are not wanted and take gigabytes."""
-        head = head_of(model)
-        positions = opset.parameter([-1], np.int32, name=LAST_POSITION)
-        positions.output(0).get_tensor().set_names({LAST_POSITION})
-        last = opset.gather(head.input_value(0), positions, opset.constant(1))
-        head.input(0).replace_source_output(last.output(0))
-        model.add_parameters([positions])
-        model.validate_nodes_and_infer_types()
+        """Let the head see the positions (B, T, D) of one more input only."""
+        head_sees_positions(model, 1)
         return model
 
     def __init__(
@@ -156,9 +149,11 @@ class StatefulCache(KVCache):
         self._mask[0, standing] = 1
         dead = self._slots - length
         # A window counts slots, the dead ones too.
-        if dead and (self._window or dead * DEAD_SLOTS > self._slots) and not (length and self._shorten(standing)):
-            self._clear()
-            return 0
+        if dead and (self._window or dead * DEAD_SLOTS > self._slots):
+            shortened = length > 0 and self._shorten(standing)
+            if not shortened and (self._window or not length):
+                self._clear()
+                return 0
         return length
 
     def _shorten(self, slots: np.ndarray) -> bool:
