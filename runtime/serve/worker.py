@@ -11,7 +11,7 @@ import queue
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -106,6 +106,15 @@ class Worker:
             self._read(number, handle, news)
         news.cache_share = self._pipeline.get_metrics().cache_usage / 100 if self._handles else 0.0
 
+    def close(self) -> None:
+        """Give all answers up, and let the pipeline forget them: it complains on the terminal about one that it still holds."""
+        for handle in self._handles.values():
+            handle.cancel()
+        self._handles.clear()
+        with suppress(RuntimeError):
+            if self._pipeline.has_non_finished_requests():
+                self._pipeline.step()
+
     def _read(self, number: int, handle: Any, news: News) -> None:
         reasons = self._genai.GenerationFinishReason
         while number in self._handles and handle.can_read():
@@ -166,7 +175,14 @@ def serve() -> None:
     except RuntimeError as error:
         send(error, out)
         return
-    send("ready", out)
+    try:
+        send("ready", out)
+        _work(worker, inbox, out)
+    finally:
+        worker.close()
+
+
+def _work(worker: Worker, inbox: queue.SimpleQueue[Any], out: IO[bytes]) -> None:
     while True:
         news = News()
         while worker.idle or not inbox.empty():

@@ -30,7 +30,11 @@ ENDS = {
     "it just ends": ("", 0),
     "an exception": ("raise SystemError('of the script')", 1),
     "sys.exit": ("import sys; sys.exit(3)", 3),
-    "in the middle of an answer": ("next(pipe.stream_infer('Hello'))", 0),
+    "in the middle of an answer": (
+        "from runtime import GenerationConfig\n"
+        "answer = pipe.stream_infer('Hello', GenerationConfig(max_new_tokens=3000, ignore_eos=True)); next(answer)",
+        0,
+    ),
     "in a thread": ("import threading; t = threading.Thread(target=lambda: pipe('Hello')); t.start(); t.join()", 0),
     "closed": ("pipe.close()", 0),
     "with another name for it": ("other = pipe; del pipe", 0),
