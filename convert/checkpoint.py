@@ -18,6 +18,8 @@ import torch
 from convert.adapter import Adapter
 from convert.lora import UNCOPIED, UPSTREAM_SCALE, Later, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
+from convert.reference.router import TENSORS as ROUTER
+from convert.reference.router import UNUSED
 from convert.weight_files import Shapes, WeightFiles, some
 from runtime.answer.prompt import old_system_message
 from runtime.errors import CheckpointError
@@ -133,6 +135,12 @@ class Checkpoint:
         names = [name for name in shapes if not BUFFERS.search(name)]
         if len(names) < len(shapes):
             self.notes.append(f"passed over: {len(shapes) - len(names)} buffers that are computed, not trained")
+        read = [name for name in names if not (UNUSED if self.config.flash else ROUTER).search(name)]
+        if len(read) < len(names) and self.config.flash is None:
+            self.notes.append(
+                f"passed over: {len(names) - len(read)} tensors of the router, which flash_mode in config.json turns off"
+            )
+        names = read
         if native:
             self._stored = published_names(names)
         else:

@@ -97,27 +97,35 @@ def _merging(later: Later) -> Iterator[None]:
 
 
 def compress(
-    model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any] = (), later: Later | None = None
+    model: ov.Model,
+    weight_format: str,
+    options: ConvertOptions,
+    samples: Iterable[Any] = (),
+    later: Later | None = None,
+    *,
+    spared: str | None = None,
 ) -> ov.Model:
     """Compress the weights of `model`, which must not be used any more; fp32 and fp16 are left as they were traced.
 
     int8 is one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
     table and the last matrix in the backup precision, as NNCF has it. `samples` are inputs of the model, for the data-aware
     algorithms. Of a part in w8a8 (convert/quantise.py) int8 is what was spared. Matrices that wait in `later` are merged on their
-    way, where `options.looks_once`. Raises OptionError when the group size does not divide a layer.
+    way, where `options.looks_once`. Nodes whose names match `spared` stay as they are in int8. Raises OptionError when the group
+    size does not divide a layer.
     """
     if weight_format in ("fp32", "fp16"):
         return model
     with _compiled_once(), _merging(later or Later()):
-        return _compress(model, weight_format, options, samples)
+        return _compress(model, weight_format, options, samples, spared)
 
 
-def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any]) -> ov.Model:
+def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samples: Iterable[Any], spared: str | None) -> ov.Model:
     nncf = _nncf()
     kind = "SYM" if options.sym else "ASYM"
     if weight_format in ("int8", W8A8):
         _compress_vocabulary_matrix(model, f"INT8_{kind}")
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[f"INT8_{kind}"])
+        scope = None if spared is None else nncf.IgnoredScope(patterns=[spared])
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[f"INT8_{kind}"], ignored_scope=scope)
     backup = options.backup_precision.upper()
     done = backup != "NONE" and _compress_vocabulary_matrix(model, backup)
     inputs = list(samples)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runtime.errors import OptionError
-from runtime.folder.files import PARTS
 
 FORMATS = ("fp32", "fp16", "int8", "int4")
 W8A8 = "w8a8"  # of the vision part: weights and activations in 8 bits
@@ -73,16 +73,18 @@ class ConvertOptions:
         """Whether a matrix is looked at for nothing but its own numbers, when it is compressed."""
         return not (self.awq or self.scale_estimation or self.ratio < 1)
 
-    def formats(self, *, vision_is_6b: bool) -> dict[str, str]:
-        """The weight format of each part; `AUTO` for a vision part that is to be proven.
+    def formats(self, parts: Iterable[str], *, vision_is_6b: bool) -> dict[str, str]:
+        """The weight format of each of the parts; `AUTO` for a vision part that is to be proven.
 
-        InternViT-6B is int8: its activations are thousands wide, and finding their ranges takes minutes.
+        InternViT-6B is int8: its activations are thousands wide, and finding their ranges takes minutes. Of a router part it is
+        that of its projector.
         """
         small = {"int4": "int8"}.get(self.weight_format, self.weight_format)
         vision = AUTO if self.weight_format == "int4" and not vision_is_6b else small
         chosen = {
             "text_embeddings": self.text_embeddings_weight_format or small,
             "vision": vision if self.vision_weight_format == AUTO else self.vision_weight_format,
+            "router": small,
             "language": self.weight_format,
         }
-        return {part: chosen[part] for part in PARTS}
+        return {part: chosen[part] for part in parts}

@@ -29,11 +29,13 @@ from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions
 from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.reference.language import EXPERTS, PACKED, language_kind
-from convert.reference.model import expected_shapes, is_tied, load_language, load_text_embeddings, load_vision
+from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
+from convert.reference.router import KEPT_EXACT
+from convert.reference.router import TENSORS as ROUTER
 from convert.scratch import Scratch
 from convert.serving import add_to_repository, check_repository, write_graph
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
-from convert.trace import forget_traces, trace_language, trace_text_embeddings, trace_vision
+from convert.trace import forget_traces, trace_language, trace_router, trace_text_embeddings, trace_vision
 from convert.verify import Report, verify
 from runtime import __version__
 from runtime.errors import OptionError
@@ -41,12 +43,12 @@ from runtime.folder.files import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     PART_FILES,
-    PARTS,
     PREPROCESSOR_CONFIG_FILE,
     bytes_of,
     check_space,
     check_target,
     new_folder,
+    parts_of,
     save_model,
 )
 from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
@@ -75,7 +77,7 @@ class Summary:
     def lines(self) -> list[str]:
         """The final table: files, sizes, bit widths."""
         rows = [f"{'file':<44}{'size':>10}   weights"]
-        for part in PARTS:
+        for part in self.part_bytes:
             widths = ", ".join(f"{share:.0%} {kind}" for kind, share in self.widths[part].items() if share >= 0.005)
             told = f" ({self.proof})" if part == "vision" and self.proof else ""
             rows.append(f"{PART_FILES[part]:<44}{self.part_bytes[part] / 1e6:>7.1f} MB   {widths}{told}")
@@ -110,7 +112,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
         print(f"system message: {checkpoint.config.system_message}", flush=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
-    formats = options.formats(vision_is_6b=checkpoint.config.vision.qk_normalization)
+    formats = options.formats(parts_of(checkpoint.config), vision_is_6b=checkpoint.config.vision.qk_normalization)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     check_space(final, _expected_bytes(checkpoint, formats, options))
     check_group_size(_row_widths(checkpoint, formats), options.group_size)
@@ -120,10 +122,10 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
         with ThreadPoolExecutor(max_workers=1) as pool:
             saved_tokenizer = pool.submit(save_tokenizer, tokenizer, work)
             # 3) one part in memory at a time
-            for part in PARTS:
+            for part in parts_of(checkpoint.config):
                 with _step(f"{part} ({W8A8 if formats[part] == AUTO else formats[part]})", partial(bytes_of, work, part)):
                     samples: Iterable[Any] = ()
-                    # the language part comes last: what it is calibrated on goes through the other two
+                    # the language part comes last: what it is calibrated on goes through the others
                     if part == "language" and options.calibrates_language:
                         saved_tokenizer.result()
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
@@ -166,6 +168,7 @@ def _convert_part(
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
+        "router": lambda: trace_router(load_router(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
             load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later), quantised=dtype is None
         ),
@@ -173,7 +176,7 @@ def _convert_part(
     if weight_format in (AUTO, W8A8):
         model, weight_format, summary.proof = _in_8_bits(model, weight_format, [*samples], checkpoint)
         samples = ()
-    model = compress(model, weight_format, options, samples, later)
+    model = compress(model, weight_format, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
     save_model(model, work / PART_FILES[part])
@@ -198,11 +201,16 @@ def _merges_later(weight_format: str, options: ConvertOptions) -> bool:
     return weight_format in ("int8", "int4") and options.looks_once
 
 
+def _part_of(name: str) -> str:
+    """Which part a tensor belongs to by its published name; an embedding table counts as the language part's."""
+    return "language" if name.startswith("language_model.") else "router" if ROUTER.search(name) else "vision"
+
+
 def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
     """How many weights a row has, of every matrix that is to be int4; GPT-OSS keeps its experts turned."""
     widths = []
     for name, shape in checkpoint.shapes.items():
-        part = "language" if name.startswith("language_model.") else "vision"
+        part = _part_of(name)
         vocabulary = "embed" in name or "lm_head" in name or name.endswith("output.weight")
         if formats[part] == "int4" and not vocabulary and len(shape) > 1 and not name.endswith("_bias"):
             widths.append(shape[1] if len(shape) == 3 else shape[-1])
@@ -211,10 +219,9 @@ def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
 
 def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: ConvertOptions) -> int:
     """About what the folder will take on disk, and the copies of one part beside it."""
-    sizes, copies = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0)
+    sizes, copies = dict.fromkeys(formats, 0.0), dict.fromkeys(formats, 0)
     for name, shape in checkpoint.shapes.items():
-        language = "text_embeddings" if "embed" in name else "language"
-        part = language if name.startswith("language_model.") else "vision"
+        part = "text_embeddings" if name.startswith("language_model.") and "embed" in name else _part_of(name)
         weights = torch.Size(shape).numel()
         sizes[part] += weights * BYTES_A_WEIGHT[formats[part]]
         if part == "text_embeddings":

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convert.reference.language import LlamaWithVisualExperts
+from convert.reference.router import RouterPart
 from convert.reference.vision import VisionPart
-from runtime.parts.part import VISUAL_MASK
+from runtime.parts.part import PATCHES, VISUAL_MASK
 
 ACTIVATIONS_SCALE_FACTOR = "8.0"  # keeps float16 activations of the GPU plugin from overflowing; optimum-intel's value
 PATCHED_FORWARD = "_openvino_module_extension_patch_orig_forward"  # where keep_16bit_weights leaves a module's own forward
@@ -46,12 +47,40 @@ def trace_text_embeddings(table: Tensor) -> ov.Model:
 
 
 def trace_vision(part: VisionPart) -> ov.Model:
-    """Vision part -> model `pixel_values` (N, 3, S, S) float32 -> `last_hidden_state` (N, P, D) float32."""
-    side = part.config.tile_size
+    """Vision part -> model `pixel_values` (N, 3, S, S) float32 -> `last_hidden_state` (N, P, D) float32.
+
+    Where a router reads the patches, the tensor inside that holds them is called so. It is no output: others read the only one.
+    """
+    side, routed = part.config.tile_size, part.config.flash is not None
     example = {"pixel_values": torch.zeros(EXAMPLE_TILES, 3, side, side)}
     with _quiet():
-        model = _to_openvino(part, example, [ov.PartialShape([-1, 3, side, side])])
+        model = _to_openvino(_WithPatches(part) if routed else part, example, [ov.PartialShape([-1, 3, side, side])])
+    if routed:
+        result = model.get_results()[1]
+        model.remove_result(result)
+        result.input_value(0).get_tensor().add_names({PATCHES})
     return _name(model, ["pixel_values"], ["last_hidden_state"])
+
+
+class _WithPatches(nn.Module):
+    """A vision part that gives its patches too."""
+
+    def __init__(self, part: VisionPart):
+        super().__init__()
+        self.part = part
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self.part.patches(pixel_values)
+        return self.part.context(patches), patches
+
+
+def trace_router(part: RouterPart) -> ov.Model:
+    """Router part -> model `patch_hidden_state` (N, side * side, C) -> `few_hidden_state` (N, P', D), `probabilities` (N, 2)."""
+    c = part.config
+    shape = (c.grid_side**2, c.vision.hidden_size)
+    with _quiet():
+        model = _to_openvino(part, {"patches": torch.zeros(EXAMPLE_TILES, *shape)}, [ov.PartialShape([-1, *shape])])
+    return _name(model, [PATCHES], ["few_hidden_state", "probabilities"])
 
 
 def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:

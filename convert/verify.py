@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from convert.checkpoint import Checkpoint
 from convert.options import W8A8
 from convert.reference.language import LlamaWithVisualExperts
-from convert.reference.model import compute_in_float32, load_language, load_text_embeddings, load_vision
+from convert.reference.model import compute_in_float32, load_language, load_router, load_text_embeddings, load_vision
 from convert.scratch import Scratch
 from convert.tokenizer import context_id, probe_prompt
 from runtime.errors import DriftError
@@ -155,10 +155,13 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     scratch = Scratch(folder)
     vision = load_vision(checkpoint, None, empty=scratch.empty)
     compute_in_float32(vision)
-    features = vision(tile)  # (1, P, D)
+    patches = vision.patches(tile)
+    features = vision.context(patches)  # (1, P, D)
     del vision
     scratch.clear()
     rows.append(_compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
+    if checkpoint.config.flash is not None:
+        rows += _compare_router(checkpoint, folder, formats, patches, scratch)
     bar.update()
 
     embeds = text.clone()
@@ -184,6 +187,18 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
         )
     )
     return Report(rows, _agreement(language, embeds, visual, steps, greedy), greedy.shape[1])
+
+
+def _compare_router(checkpoint: Checkpoint, folder: Path, formats: dict[str, str], patches: Tensor, scratch: Scratch) -> list[Row]:
+    """What the router part gives for the reference's patches; its probabilities are computed with weights as they were stored."""
+    router = load_router(checkpoint, None, empty=scratch.empty)
+    compute_in_float32(router)
+    few, probabilities = router(patches)
+    del router
+    scratch.clear()
+    found = ov.Core().compile_model(folder / PART_FILES["router"], "CPU", EXACT)(patches.numpy())
+    exact = formats | {"router": "fp16" if formats["router"] == "fp16" else "fp32"}
+    return [_compare("router", formats, few, found[0]), _compare("router", exact, probabilities, found[1])]
 
 
 class _Ticks(BaseStreamer):

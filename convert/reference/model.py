@@ -25,6 +25,7 @@ from convert.reference.language import (
     published_shapes,
     to_transformers,
 )
+from convert.reference.router import RouterPart
 from convert.reference.vision import VisionPart
 from convert.tokenizer import load_tokenizer
 from runtime.answer.features import FeatureCache
@@ -46,8 +47,9 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 def expected_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
     """Every tensor of a checkpoint with this configuration, by its published name."""
     with torch.device("meta"):
-        vision = {name: tuple(tensor.shape) for name, tensor in VisionPart(config).state_dict().items()}
-    return vision | published_shapes(config, tied=tied)
+        parts = [VisionPart(config), *([RouterPart(config)] if config.flash else [])]
+    seen = {name: tuple(tensor.shape) for part in parts for name, tensor in part.state_dict().items()}
+    return seen | published_shapes(config, tied=tied)
 
 
 def load_vision(
@@ -61,6 +63,14 @@ def load_vision(
         part = VisionPart(checkpoint.config)
     part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty, later=later), dtype, part, empty), assign=True)
     part.vision_model.embeddings.fit_position_table()
+    return part.requires_grad_(False).eval()
+
+
+def load_router(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty) -> RouterPart:
+    """Load the router part of a checkpoint that has one. `dtype` and `empty` as in `load_vision`."""
+    with torch.device("meta"):
+        part = RouterPart(checkpoint.config)
+    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
     return part.requires_grad_(False).eval()
 
 
@@ -146,9 +156,17 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
 
     tiles_at_once = 4
 
-    def __init__(self, config: InternVLConfig, vision: VisionPart, language: PreTrainedModel, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        config: InternVLConfig,
+        vision: VisionPart,
+        language: PreTrainedModel,
+        tokenizer: Tokenizer,
+        router: RouterPart | None = None,
+    ):
         super().__init__()
-        self.config, self.vision, self.language, self.tokenizer = config, vision, language, tokenizer
+        self.config, self.vision, self.router, self.language, self.tokenizer = config, vision, router, language, tokenizer
+        self.flash = config.flash
         self.img_context_token_id = tokenizer.encode(CONTEXT_TOKEN, add_special_tokens=False)[0]
         self.system_message = self.conv_template.system_message
         self.feature_cache = FeatureCache(0)  # computes everything anew, as the original does
@@ -160,7 +178,9 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
     ) -> InternVLChatModel:
         """Load the whole checkpoint as float32 or bfloat16 to `device`, "cpu" or "cuda"."""
         tokenizer = Tokenizer(load_tokenizer(checkpoint.folder, checkpoint.config).backend_tokenizer)
-        return cls(checkpoint.config, load_vision(checkpoint, dtype), load_language(checkpoint, dtype), tokenizer).to(device)
+        router = load_router(checkpoint, dtype) if checkpoint.config.flash else None
+        language = load_language(checkpoint, dtype)
+        return cls(checkpoint.config, load_vision(checkpoint, dtype), language, tokenizer, router).to(device)
 
     @property
     def _where(self) -> Tensor:
@@ -178,6 +198,14 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
     @torch.no_grad()
     def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
         return self.vision(torch.from_numpy(pixel_values).to(self._where)).float().cpu().numpy()
+
+    @torch.no_grad()
+    def route_tiles(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert self.router is not None
+        patches = self.vision.patches(torch.from_numpy(pixel_values).to(self._where))
+        few, probabilities = self.router(patches)
+        rows, few, suffice = (t.float().cpu().numpy() for t in (self.vision.context(patches), few, probabilities[:, 0]))
+        return rows, few, suffice
 
     def new_cache(self) -> ReferenceCache:
         return ReferenceCache(self)

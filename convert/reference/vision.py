@@ -140,7 +140,14 @@ class VisionPart(nn.Module):
         states = v.num_hidden_layers + 1
         self.layers_run = config.select_layer % states
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        hidden = self.vision_model(pixel_values, self.layers_run)[:, 1:]  # class token dropped: (N, side * side, C)
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """Tiles (N, 3, S, S) -> patches (N, side * side, C), the class token dropped."""
+        return self.vision_model(pixel_values, self.layers_run)[:, 1:]
+
+    def context(self, patches: Tensor) -> Tensor:
+        """Patches (N, side * side, C) -> context embeddings (N, P, D)."""
         c = self.config
-        return self.mlp1(pixel_shuffle(hidden, c.grid_side, c.shuffle_factor, c.ps_version))
+        return self.mlp1(pixel_shuffle(patches, c.grid_side, c.shuffle_factor, c.ps_version))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.context(self.patches(pixel_values))

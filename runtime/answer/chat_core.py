@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -18,27 +18,41 @@ from typing import Any
 import numpy as np
 
 from runtime.answer.decode import Decoding, Rule, Token, write, write_beams, write_rows
-from runtime.answer.features import FeatureCache, encode_pictures, keys_of
+from runtime.answer.features import FeatureCache, TileFeatures, encode_pictures, keys_of
+from runtime.answer.flash import choose_few, cut_ids
 from runtime.answer.grammar import Grammars
 from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_MARK, IMAGE_START, Template, render_pieces, template_of
 from runtime.answer.stream import Statistics, after_lead, lead_ids
 from runtime.answer.turn import Turn
 from runtime.errors import NumericsError, PromptError
-from runtime.folder.config import InternVLConfig
+from runtime.folder.config import FlashConfig, InternVLConfig
 from runtime.folder.tokenizer import Tokenizer, Typed, check_text
 from runtime.media.tiles import PictureTiles
 from runtime.progress import Progress
 
 LONG_KEYS = 1 << 58  # a bit that no other key uses: of tokens in prompts that are longer than the model's plain length
+ROUTED_BYTES = 1 << 20  # what a router said of a quarter of a million tiles
 _prompts = count()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A whole prompt as a model reads it."""
+    """A whole prompt as a model reads it.
+
+    `few` says of all its tiles which are left with few context tokens, once a router was asked (ChatCore.route); `encoded` is how
+    many tiles were encoded for that, and `known` what came of it, since no cache may have room for it.
+    """
 
     ids: np.ndarray  # (T,) int64
     pictures: Sequence[PictureTiles]  # of its context tokens, in order
+    few: np.ndarray | None = None  # (N,) bool
+    encoded: int = 0
+    known: Mapping[bytes, TileFeatures] = field(default_factory=dict, repr=False)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles N of all pictures."""
+        return sum(picture.count for picture in self.pictures)
 
 
 class ChatCore(ABC):
@@ -48,7 +62,8 @@ class ChatCore(ABC):
     tokenizer: Tokenizer
     img_context_token_id: int  # upstream's name for the id of the context token
     system_message: str  # may be set
-    feature_cache: FeatureCache
+    feature_cache: FeatureCache[TileFeatures]
+    flash: FlashConfig | None = None  # where the backend has a router, and it is asked
     tiles_at_once: int  # handed to the vision part, which bounds its memory
     generation_defaults: Mapping[str, Any]  # of generation_config.json, by transformers' names
 
@@ -59,6 +74,10 @@ class ChatCore(ABC):
     @abstractmethod
     def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
         """At most `tiles_at_once` tiles (N, 3, S, S) -> context embeddings (N, P, D) float32."""
+
+    def route_tiles(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, few context embeddings (N, P', D) beside them, and how likely those suffice (N,): where there is a router."""
+        raise NotImplementedError
 
     @abstractmethod
     def new_cache(self) -> Any:
@@ -79,6 +98,7 @@ class ChatCore(ABC):
     def forget(self) -> None:
         """Drop what is kept for prompts that may come again; conversations keep what is theirs."""
         self.feature_cache.clear()
+        self._routed.clear()
 
     def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[Any]:
         """A KV cache for one stateless call with a prompt of these keys (T,)."""
@@ -161,17 +181,19 @@ class ChatCore(ABC):
         own = after_lead(turn.tokens, lead_ids(self.tokenizer, self.conv_template))
         return own if own and self.tokenizer.decode(own) == turn.answer else None
 
-    def check(self, ids: np.ndarray, pictures: Sequence[PictureTiles]) -> None:
-        """Raise PromptError before any work for a prompt (B, T) or (T,) that cannot be answered."""
-        context, length = self.config.context_length, ids.shape[-1]
-        tiles = sum(picture.count for picture in pictures)
+    def check(self, prompt: Prompt) -> None:
+        """Raise PromptError before any work for a prompt, of one row or (B, T), that cannot be answered."""
+        context, length, rows = self.config.context_length, prompt.ids.shape[-1], int(self._counts(prompt).sum())
+        self._check_rows(prompt.ids, rows)
+        if self.flash is not None and prompt.few is None:  # a router may still leave all tiles with few
+            fewer = prompt.tiles * (self.config.tokens_per_tile - self.config.few_per_tile)
+            length, rows = length - fewer, rows - fewer
         if context and length >= context:
             raise PromptError(
-                f"the prompt has {length} tokens, {tiles * self.config.tokens_per_tile} of them for {tiles} tiles; "
+                f"the prompt has {length} tokens, {rows} of them for {prompt.tiles} tiles; "
                 f"the model reads {context}: lower the tiles a picture (--max-tiles, max_tiles or max_num), give fewer pictures, "
                 "or start a new conversation"
             )
-        self._check_rows(ids, tiles * self.config.tokens_per_tile)
 
     def _check_rows(self, ids: np.ndarray, given: int) -> None:
         found = int((ids == self.img_context_token_id).sum())
@@ -180,6 +202,36 @@ class ChatCore(ABC):
                 f"the prompt has {found} context tokens for {given} rows of picture features: "
                 f"each tile takes {self.config.tokens_per_tile}"
             )
+
+    def _counts(self, prompt: Prompt) -> np.ndarray:
+        """How many context tokens each tile of a prompt has, (N,)."""
+        few = np.zeros(prompt.tiles, bool) if prompt.few is None else prompt.few
+        return np.where(few, self.config.few_per_tile, self.config.tokens_per_tile)
+
+    def route(self, prompt: Prompt, progress: Progress | None = None) -> Prompt:
+        """The prompt as the router leaves it, which is asked of all its tiles; itself where there is none, or it was asked.
+
+        Raises NumericsError, and PromptError where it still is too long.
+        """
+        if self.flash is None or prompt.few is not None:
+            return prompt
+        keys = [key for picture in prompt.pictures for key in picture.tile_keys]
+        told = {key: self._routed.find(key) for key in keys}
+        unknown = [picture for picture in prompt.pictures if any(told[key] is None for key in picture.tile_keys)]
+        known, encoded = self._encode(unknown, progress)
+        for key, features in known.items():
+            told[key] = features.suffice
+            self._routed.add(key, features.suffice)
+        few = choose_few(np.array([told[key] for key in keys], np.float32), self.flash)
+        ids = cut_ids(prompt.ids, self.img_context_token_id, few, self.config.tokens_per_tile, self.config.few_per_tile)
+        routed = replace(prompt, ids=ids, few=few, encoded=encoded, known=known)
+        self.check(routed)
+        return routed
+
+    @cached_property
+    def _routed(self) -> FeatureCache[np.float32]:
+        """What the router said of tiles: a later turn asks it of all of them again."""
+        return FeatureCache(ROUTED_BYTES)
 
     # ---- tokens
 
@@ -195,7 +247,7 @@ class ChatCore(ABC):
 
         With beams they come at the end. Raises PromptError, NumericsError, and Cancelled out of `progress`.
         """
-        self.check(prompt.ids, prompt.pictures)
+        self.check(prompt)
         if decoding.num_beams > 1:
             yield from self.answers([prompt], decoding, statistics, progress)[0]
             return
@@ -213,12 +265,14 @@ class ChatCore(ABC):
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """A KV cache that has read the prompt, the given one or one that is lent, and the logits (1, 1, V) after it."""
         self.settle()
+        prompt = self.route(prompt, progress)
         statistics, ids = statistics or Statistics(), prompt.ids
         statistics.prompt_tokens = len(ids)
-        keys = self.keys(ids, prompt.pictures)
+        keys = self.keys(prompt)
         with nullcontext(cache) if cache is not None else self.lend_cache(keys) as cache, cache.busy:
             statistics.reused_tokens = reused = cache.keep(keys)
-            rows, statistics.encoded_tiles = self.rows_after(ids, reused, prompt.pictures, progress)
+            rows, encoded = self.rows_after(prompt, reused, progress)
+            statistics.encoded_tiles = encoded
             new = ids[None, reused:]
             embeds = self.merge(new, rows)
             yield cache, cache.feed(embeds, np.ones_like(new), None, progress, self.visual(new))
@@ -235,29 +289,29 @@ class ChatCore(ABC):
         Each prompt is read once. Raises PromptError, NumericsError.
         """
         for prompt in prompts:
-            self.check(prompt.ids, prompt.pictures)
+            self.check(prompt)
         if decoding.num_beams > 1:
             return [answer for prompt in prompts for answer in self._beams(prompt, decoding, statistics, progress)]
         self.settle()
-        statistics = statistics or Statistics()
+        statistics, prompts = statistics or Statistics(), [self.route(prompt, progress) for prompt in prompts]
         longest = max(len(prompt.ids) for prompt in prompts)
         statistics.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         ids = np.zeros((len(prompts), longest), np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # left-padded
             ids[row, longest - len(prompt.ids) :], mask[row, longest - len(prompt.ids) :] = prompt.ids, 1
-        features, statistics.encoded_tiles = self.encode([each for prompt in prompts for each in prompt.pictures], progress)
+        rows, statistics.encoded_tiles = self.rows_of(prompts, progress)
         visual = (ids == self.img_context_token_id) & (mask == 1)
         embeds = self.embed_tokens(ids)
-        if features:
-            embeds[visual] = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features])
+        if rows is not None:
+            embeds[visual] = rows
         cache = self.new_cache()
         cache.repeatable = decoding.seed is not None
         logits = cache.feed(embeds, mask, None, progress, visual.astype(np.int64))
         if decoding.num_return_sequences > 1:
-            rows = np.repeat(np.arange(len(prompts)), decoding.num_return_sequences)
-            cache.reorder(rows.tolist())
-            logits = logits[rows]
+            copies = np.repeat(np.arange(len(prompts)), decoding.num_return_sequences)
+            cache.reorder(copies.tolist())
+            logits = logits[copies]
         written = write_rows(cache, logits, self.embed_tokens, decoding, [self.rule_of(decoding) for _ in logits])
         self.rest()
         return written
@@ -268,13 +322,16 @@ class ChatCore(ABC):
         with self.prefilled(prompt, self.new_cache(), statistics, progress) as (cache, logits):
             return write_beams(cache, logits, self.embed_tokens, decoding)
 
-    def keys(self, ids: np.ndarray, pictures: Sequence[PictureTiles]) -> np.ndarray:
+    def keys(self, prompt: Prompt) -> np.ndarray:
         """What each token of a prompt (T,) stands for, so that prompts can be compared with what a KV cache holds.
 
         Where rotary positions depend on the length of the prompt, the same token leaves other keys and values behind: then it is
         not the same.
         """
-        keys = keys_of(ids, self.img_context_token_id, pictures, self.config.tokens_per_tile)
+        fewer = 0 if prompt.few is None else self.config.few_per_tile
+        keys = keys_of(
+            prompt.ids, self.img_context_token_id, prompt.pictures, self._counts(prompt), self.config.tokens_per_tile, fewer
+        )
         if self.config.plain_length is None or len(keys) <= self.config.plain_length:
             return keys
         if self.config.has_dynamic_rope:  # like nothing before it
@@ -283,40 +340,65 @@ class ChatCore(ABC):
 
     # ---- embeddings
 
-    def encode(self, pictures: Sequence[PictureTiles], progress: Progress | None = None) -> tuple[list[np.ndarray], int]:
-        """Pictures -> their features (n, P, D), from the cache where it has them, and how many tiles were encoded.
+    def _encode(
+        self, pictures: Sequence[PictureTiles], progress: Progress | None = None, known: Mapping[bytes, TileFeatures] | None = None
+    ) -> tuple[dict[bytes, TileFeatures], int]:
+        """Pictures -> the features of their tiles by key, from the cache where it has them, and how many tiles were encoded.
 
         Raises NumericsError.
         """
-        features, encoded = encode_pictures(pictures, self.encode_tiles, self.tiles_at_once, self.feature_cache, progress)
+        found, encoded = encode_pictures(pictures, self._look_at, self.tiles_at_once, self.feature_cache, progress, known)
         if encoded:
             self.release_vision()
-        if not all(np.isfinite(each).all() for each in features):
-            self.feature_cache.clear()
+        if not all(features.is_finite for features in found.values()):
+            self.forget()
             raise NumericsError(
                 "the vision part gave features that are not numbers: its activations overflow on this device; "
                 "open the model with precision accuracy (--precision accuracy)"
             )
-        return features, encoded
+        return found, encoded
 
-    def rows_after(
-        self, ids: np.ndarray, start: int, pictures: Sequence[PictureTiles], progress: Progress | None
-    ) -> tuple[np.ndarray | None, int]:
-        """The rows (R, D) of the context tokens of `ids` (T,) from `start` on, and how many tiles were encoded for them.
+    def _look_at(self, pixel_values: np.ndarray) -> list[TileFeatures]:
+        """Tiles (N, 3, S, S) -> the features of each, copied: a view would keep those of all of them alive."""
+        if self.flash is None:
+            return [TileFeatures(rows.copy()) for rows in self.encode_tiles(pixel_values)]
+        return [
+            TileFeatures(rows.copy(), few.copy(), suffice)
+            for rows, few, suffice in zip(*self.route_tiles(pixel_values), strict=True)
+        ]
 
-        Pictures before it are not looked at.
+    def rows_of(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> tuple[np.ndarray | None, int]:
+        """The rows (R, D) of all context tokens of some prompts, None where there are none, and how many tiles were encoded.
+
+        Raises NumericsError.
         """
-        done = int((ids[:start] == self.img_context_token_id).sum())
-        wanted = list(pictures)
-        while wanted and done >= wanted[0].count * self.config.tokens_per_tile:
-            done -= wanted.pop(0).count * self.config.tokens_per_tile
-        features, encoded = self.encode(wanted, progress)
-        rows = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features])[done:] if features else None
-        return rows, encoded
+        known = {key: features for prompt in prompts for key, features in prompt.known.items()}
+        found, encoded = self._encode([picture for prompt in prompts for picture in prompt.pictures], progress, known)
+        rows = []
+        for prompt in prompts:
+            keys = [key for picture in prompt.pictures for key in picture.tile_keys]
+            left = [False] * len(keys) if prompt.few is None else prompt.few
+            rows += [found[key].few if few else found[key].rows for key, few in zip(keys, left, strict=True)]
+        return (np.concatenate(rows) if rows else None), encoded + sum(prompt.encoded for prompt in prompts)
+
+    def rows_after(self, prompt: Prompt, start: int, progress: Progress | None) -> tuple[np.ndarray | None, int]:
+        """The rows (R, D) of the context tokens of a prompt from token `start` on, and how many tiles were encoded in all.
+
+        Pictures before it are not looked at, unless a router was.
+        """
+        done = int((prompt.ids[:start] == self.img_context_token_id).sum())
+        wanted, counts = list(prompt.pictures), self._counts(prompt)
+        few = np.zeros(prompt.tiles, bool) if prompt.few is None else prompt.few
+        while wanted and done >= (rows := counts[: wanted[0].count].sum()):
+            tiles = wanted.pop(0).count
+            done, counts, few = done - rows, counts[tiles:], few[tiles:]
+        rows, encoded = self.rows_of([replace(prompt, pictures=wanted, few=few)], progress)
+        return None if rows is None else rows[done:], encoded
 
     def embeddings_of(self, prompt: Prompt) -> np.ndarray:
         """A prompt and its pictures -> what the language part reads, (1, T, D)."""
-        return self.merge(prompt.ids[None], self.rows_after(prompt.ids, 0, prompt.pictures, None)[0])
+        prompt = self.route(prompt)
+        return self.merge(prompt.ids[None], self.rows_of([prompt])[0])
 
     def merge(self, ids: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
         """Token ids (B, T) and context embeddings (R, D) or (N, P, D) -> embeddings (B, T, D), in order over the context tokens.

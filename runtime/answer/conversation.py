@@ -68,7 +68,7 @@ class Conversation:
         turn = asked.open(core.config, progress)
         statistics.tiles = sum(picture.count for picture in turn.pictures)
         prompt = core.prompt_of(self._system, [*self.turns, turn])
-        core.check(prompt.ids, prompt.pictures)
+        core.check(prompt)
         return self._pieces(turn, prompt, decoding, statistics, progress)
 
     def cancel(self) -> None:

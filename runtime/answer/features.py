@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,10 +18,44 @@ from runtime.parts.part import equal_spans
 from runtime.progress import Progress
 
 FEATURE_CACHE_BYTES = 256 << 20  # 22 pictures of 13 tiles for a 1B model
+NO_ROWS, NO_ROUTER = np.zeros((0, 0), np.float32), np.float32(0)
 
 
-class FeatureCache:
-    """Context embeddings of tiles by their content, least recently used out first, bounded in bytes.
+class Sized(Protocol):
+    """What takes memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much, in bytes."""
+
+
+@dataclass(frozen=True)
+class TileFeatures:
+    """What stands for a tile in a prompt: rows (P, D).
+
+    With a router also the few rows (P', D) that may stand for it, and how likely they suffice.
+    """
+
+    rows: np.ndarray
+    few: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    suffice: np.float32 = NO_ROUTER
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows.nbytes + self.few.nbytes
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of them are numbers."""
+        return bool(np.isfinite(self.rows).all() and np.isfinite(self.few).all() and np.isfinite(self.suffice))
+
+
+Kept = TypeVar("Kept", bound=Sized)
+
+
+class FeatureCache(Generic[Kept]):
+    """What is known of tiles by their content, least recently used out first, bounded in bytes.
 
     Blank parts of a page, a still camera's frames and the corners of a screenshot that did not change are looked at once.
     """
@@ -27,11 +63,11 @@ class FeatureCache:
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
         self.hits = self.misses = 0
-        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[bytes, Kept] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, key: bytes) -> np.ndarray | None:
-        """The features (P, D) of a tile, or None."""
+    def find(self, key: bytes) -> Kept | None:
+        """What is kept of a tile, or None."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -40,8 +76,8 @@ class FeatureCache:
                 self.misses += 1
             return self._kept.get(key)
 
-    def add(self, key: bytes, features: np.ndarray) -> None:
-        """Remember the features (P, D) of a tile, unless they alone pass the limit."""
+    def add(self, key: bytes, features: Kept) -> None:
+        """Remember this of a tile, unless it alone passes the limit."""
         if features.nbytes > self.limit:
             return
         with self._lock:
@@ -60,17 +96,18 @@ class FeatureCache:
 
 def encode_pictures(
     pictures: Sequence[PictureTiles],
-    encode: Callable[[np.ndarray], np.ndarray],
+    encode: Callable[[np.ndarray], Sequence[TileFeatures]],
     tiles_at_once: int,
-    cache: FeatureCache,
+    cache: FeatureCache[TileFeatures],
     progress: Progress | None = None,
-) -> tuple[list[np.ndarray], int]:
-    """Pictures -> their features (n, P, D) in order, and how many tiles were encoded for it.
+    known: Mapping[bytes, TileFeatures] | None = None,
+) -> tuple[dict[bytes, TileFeatures], int]:
+    """Pictures -> the features of their tiles by the tiles' keys, and how many tiles were encoded for it.
 
-    Each different tile is encoded once, if it is not in the cache.
+    Each different tile is encoded once, if it is neither `known` nor in the cache.
     """
     tiles = {key: (picture, number) for picture in pictures for number, key in enumerate(picture.tile_keys)}
-    found = {key: cache.find(key) for key in tiles}
+    found = {key: (known or {}).get(key) or cache.find(key) for key in tiles}
     missing = [key for key, features in found.items() if features is None]
     for start, end in equal_spans(len(missing), tiles_at_once):
         if progress is not None:
@@ -78,14 +115,28 @@ def encode_pictures(
         now = missing[start:end]
         encoded = encode(np.stack([picture.normalised(number) for picture, number in map(tiles.__getitem__, now)]))
         for key, features in zip(now, encoded, strict=True):
-            found[key] = features.copy()  # a view would keep all of them alive
-            cache.add(key, found[key])  # type: ignore[arg-type]
-    return [np.stack([found[key] for key in picture.tile_keys]) for picture in pictures], len(missing)  # type: ignore[misc]
+            found[key] = features
+            cache.add(key, features)
+    return found, len(missing)  # type: ignore[return-value]
 
 
-def keys_of(ids: np.ndarray, context_id: int, pictures: Sequence[PictureTiles], tokens_per_tile: int) -> np.ndarray:
-    """What each token of a prompt (T,) stands for, (T,) int64: its id, or a negative number for one row of one picture."""
-    keys = ids.astype(np.int64)
-    rows = [np.int64(int.from_bytes(picture.key[:7], "big")) + np.arange(picture.count * tokens_per_tile) for picture in pictures]
+def keys_of(
+    ids: np.ndarray,
+    context_id: int,
+    pictures: Sequence[PictureTiles],
+    counts: Sequence[int] | np.ndarray,
+    most: int,
+    fewest: int = 0,
+) -> np.ndarray:
+    """What each token of a prompt (T,) stands for, (T,) int64: its id, or a negative number for one row of one picture.
+
+    `counts` has the rows of every tile: `most`, or with a router `fewest`, which are other ones.
+    """
+    keys, rows, left = ids.astype(np.int64), [], iter(counts)
+    for picture in pictures:
+        first = np.int64(int.from_bytes(picture.key[:7], "big"))
+        for tile in range(picture.count):
+            count = next(left)
+            rows.append(first + tile * (most + fewest) + (0 if count == most else most) + np.arange(count))
     keys[ids == context_id] = -1 - np.concatenate(rows) if rows else 0
     return keys

@@ -21,13 +21,14 @@ from runtime.answer.features import FEATURE_CACHE_BYTES, FeatureCache
 from runtime.answer.prompt import CONTEXT_TOKEN
 from runtime.errors import InternVLError, ModelFolderError, TokenizerError
 from runtime.folder.config import InternVLConfig, read_config
-from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, check_folder
+from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, PART_FILES, check_folder
 from runtime.folder.generation import read_generation_config
 from runtime.folder.settings import BEST, overflowing, settings_of
 from runtime.folder.tokenizer import Tokenizer
 from runtime.parts.device import choose_devices, place_parts
 from runtime.parts.kv_cache import KVCache
 from runtime.parts.language_part import LanguagePart
+from runtime.parts.part import PATCHES
 from runtime.parts.stateless_part import StatelessPart
 from runtime.progress import Progress, beside
 
@@ -43,7 +44,8 @@ class OpenedModel(ChatModel):
     the folder; False keeps none). `ov_config` holds OpenVINO properties of all parts, `part_config` of single ones.
     `feature_cache_bytes` bounds the cache of vision features, and `reuse_kv` off makes stateless calls compute their whole prompt.
     `language` off leaves the language part to somebody else: prompts can be made and embedded, and not answered. `tuned` off
-    ignores what python -m runtime tune found for the devices. `progress` hears every second how many parts are compiled.
+    ignores what python -m runtime tune found for the devices. `flash` off leaves every tile with all of its context tokens, where a
+    router may take most of them. `progress` hears every second how many parts are compiled.
     Raises ModelFolderError for a folder that is not whole or not converted, TokenizerError for one without its tokenizer,
     DeviceError for a device that is not there.
     """
@@ -62,6 +64,7 @@ class OpenedModel(ChatModel):
         reuse_kv: bool = True,
         language: bool = True,
         tuned: bool = True,
+        flash: bool = True,
         progress: Progress | None = None,
     ):
         self.folder = folder = Path(model_dir)
@@ -69,6 +72,12 @@ class OpenedModel(ChatModel):
         raw = read_config(folder / CONFIG_FILE)
         self.config = InternVLConfig.from_dict(raw)
         self.system_message = self.conv_template.system_message
+        self.flash = self.config.flash if flash else None
+        if self.flash is not None and not (folder / PART_FILES["router"]).exists():
+            raise ModelFolderError(
+                f"{folder} has no {PART_FILES['router']}, which flash_mode in config.json needs: convert the checkpoint again, "
+                "or answer with all context tokens (--no-flash, flash=False)"
+            )
         self.feature_cache = FeatureCache(feature_cache_bytes)
         self.tiles_at_once = max(1, PATCHES_AT_ONCE // self.config.grid_side**2)
         self.generation_defaults = _checked_defaults(folder / GENERATION_CONFIG_FILE)
@@ -84,6 +93,7 @@ class OpenedModel(ChatModel):
             device,
             vision_device=vision_device,
             wide_vision=self.config.vision.norm_type == "rms_norm",
+            router=self.flash is not None,
             precision=precision,
             cache_dir=cache_dir,
             ov_config=ov_config,
@@ -94,9 +104,13 @@ class OpenedModel(ChatModel):
         width = self.config.language["hidden_size"]
         self.language_placement = placed["language"]
         # Compiling lets other threads run.
-        vision = beside(lambda: StatelessPart(folder, core, placed["vision"], width))
+        patches = PATCHES if self.flash is not None else None
+        vision = beside(lambda: StatelessPart(folder, core, placed["vision"], width, patches))
         text = beside(lambda: StatelessPart(folder, core, placed["text_embeddings"], width))
         opening: list[Future[Any]] = [vision, text]
+        if self.flash is not None:
+            router = beside(lambda: StatelessPart(folder, core, placed["router"], width))
+            opening.append(router)
         if language:
             part = beside(
                 lambda: LanguagePart(
@@ -118,6 +132,8 @@ class OpenedModel(ChatModel):
         finally:
             _wait(opening, progress)
         self._text, self._vision = text.result(), vision.result()
+        if self.flash is not None:
+            self._router = router.result()
         if language:
             self.language_part = part.result()
             self.language_part.pack_when_idle()
@@ -127,6 +143,11 @@ class OpenedModel(ChatModel):
 
     def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
         return self._vision(pixel_values)
+
+    def route_tiles(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, patches = self._vision.outputs(pixel_values)
+        few, probabilities = self._router.outputs(patches)
+        return rows, few, probabilities[:, 0]
 
     def settle(self) -> None:
         self.language_part.settle()
@@ -141,6 +162,8 @@ class OpenedModel(ChatModel):
 
     def release_vision(self) -> None:
         self._vision.release()
+        if self.flash is not None:
+            self._router.release()
 
     def new_cache(self) -> KVCache:
         return self.language_part.new_cache()

@@ -32,10 +32,19 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled parts there (default: on a GPU, in FOLDER)")
     where.add_argument("--no-cache", dest="cache_dir", action="store_const", const=False, help="keep no compiled parts")
+    where.add_argument(
+        "--no-flash", dest="flash", action="store_false", help="InternVL3.5-Flash: let all tiles have all of their context tokens"
+    )
 
 
 def open_model(
-    folder: Path, device: str, vision_device: str | None, precision: str, cache_dir: Path | Literal[False] | None, **_: Any
+    folder: Path,
+    device: str,
+    vision_device: str | None,
+    precision: str,
+    cache_dir: Path | Literal[False] | None,
+    flash: bool = True,
+    **_: Any,
 ) -> OpenedModel:
     """The model of the command line's options."""
     from runtime.answer.model import OpenedModel
@@ -46,7 +55,9 @@ def open_model(
         show_line(f"compiling: {done} of {total} {stage}, {time.perf_counter() - started:.0f} s ")
 
     try:
-        model = OpenedModel(folder, device, vision_device=vision_device, precision=precision, cache_dir=cache_dir, progress=show)
+        model = OpenedModel(
+            folder, device, vision_device=vision_device, precision=precision, cache_dir=cache_dir, flash=flash, progress=show
+        )
     finally:
         show_line("")
     if model.choice is not None:

@@ -49,6 +49,17 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class FlashConfig:
+    """InternVL3.5-Flash: from which of the router's numbers on a tile is left with few context tokens.
+
+    Both in 0..1: `relative` is the share of a prompt's tiles that keep all of theirs, `absolute` the least number.
+    """
+
+    relative: float
+    absolute: float
+
+
+@dataclass(frozen=True)
 class InternVLConfig:
     """One checkpoint or model folder: the vision transformer, the language model's section, tiling, template."""
 
@@ -65,6 +76,7 @@ class InternVLConfig:
     max_tiles: int = 6
     use_thumbnail: bool = False
     dynamic_image_size: bool = False
+    flash: FlashConfig | None = None  # where a router may leave a tile with few context tokens
 
     @property
     def grid_side(self) -> int:
@@ -75,6 +87,16 @@ class InternVLConfig:
     def shuffle_factor(self) -> int:
         """Patches along one side of the square that one context token stands for."""
         return int(1 / self.downsample_ratio)
+
+    @property
+    def few_shuffle_factor(self) -> int:
+        """The same where a router leaves a tile with few context tokens."""
+        return self.shuffle_factor**2
+
+    @property
+    def few_per_tile(self) -> int:
+        """Context tokens of such a tile."""
+        return (self.grid_side // self.few_shuffle_factor) ** 2
 
     @property
     def context_length(self) -> int | None:
@@ -159,6 +181,7 @@ class InternVLConfig:
             max_tiles=raw.get("max_dynamic_patch", 6),
             use_thumbnail=raw.get("use_thumbnail", False),
             dynamic_image_size=raw.get("dynamic_image_size", False),
+            flash=_flash(raw),
         )
         config._check()
         return config
@@ -171,11 +194,29 @@ class InternVLConfig:
                 f"config.json: a tile of {self.tile_size} pixels is not a whole number of "
                 f"{self.shuffle_factor} x {self.shuffle_factor} squares of {self.vision.patch_size}-pixel patches"
             )
+        if self.flash is not None and self.grid_side % self.few_shuffle_factor:
+            raise CheckpointError(
+                f"config.json: flash_mode joins {self.few_shuffle_factor} x {self.few_shuffle_factor} patches, "
+                f"a tile has {self.grid_side} x {self.grid_side}"
+            )
         layers = self.vision.num_hidden_layers
         if not -layers - 1 <= self.select_layer <= layers:
             raise CheckpointError(
                 f"config.json: select_layer {self.select_layer} is outside a vision transformer of {layers} layers"
             )
+
+
+def _flash(raw: dict[str, Any]) -> FlashConfig | None:
+    """The thresholds of a checkpoint with a router. Raises CheckpointError where they are missing or no shares."""
+    if not raw.get("flash_mode"):
+        return None
+    keys = ("flash_relative_threshold", "flash_absolute_threshold")
+    for key in keys:
+        value = raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            found = "is missing" if value is None else f"is {value!r}"
+            raise CheckpointError(f"config.json: flash_mode is on, and {key} {found}: a number from 0 to 1 is needed")
+    return FlashConfig(*(float(raw[key]) for key in keys))
 
 
 def _another_kind(raw: dict[str, Any]) -> str | None:

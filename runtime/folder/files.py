@@ -21,12 +21,15 @@ from runtime.errors import ModelFolderError
 if TYPE_CHECKING:
     import openvino as ov
 
+    from runtime.folder.config import InternVLConfig
+
 PART_FILES = {
     "text_embeddings": "openvino_text_embeddings_model.xml",
     "vision": "openvino_vision_embeddings_model.xml",
     "language": "openvino_language_model.xml",
+    "router": "openvino_router_model.xml",  # of InternVL3.5-Flash
 }
-PARTS = tuple(PART_FILES)
+PARTS = ("text_embeddings", "vision", "language")  # of every folder
 TOKENIZER_FILE = "openvino_tokenizer.xml"
 DETOKENIZER_FILE = "openvino_detokenizer.xml"
 CONFIG_FILE = "config.json"
@@ -48,6 +51,11 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-openvino"
 
 
+def parts_of(config: InternVLConfig) -> tuple[str, ...]:
+    """The parts of a model folder, in the order in which they are made."""
+    return PARTS if config.flash is None else ("text_embeddings", "vision", "router", "language")
+
+
 def bytes_of(folder: Path, part: str) -> int:
     """Size of a part's two files (.xml and .bin) in bytes."""
     xml = folder / PART_FILES[part]
@@ -56,7 +64,7 @@ def bytes_of(folder: Path, part: str) -> int:
 
 def check_folder(folder: Path) -> None:
     """Raise ModelFolderError unless `folder` holds all parts; for a checkpoint, it says how to convert it."""
-    missing = [name for name in [*PART_FILES.values(), CONFIG_FILE] if not (folder / name).exists()]
+    missing = [name for name in [*(PART_FILES[part] for part in PARTS), CONFIG_FILE] if not (folder / name).exists()]
     if not missing:
         return
     hub_id = not folder.exists() and not folder.parent.exists() and HUB_ID.fullmatch(folder.as_posix())

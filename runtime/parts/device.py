@@ -167,6 +167,7 @@ def place_parts(
     *,
     vision_device: str | None = None,
     wide_vision: bool = False,
+    router: bool = False,
     precision: str = "default",
     cache_dir: str | Path | Literal[False] | None = None,
     ov_config: Mapping[str, Any] | None = None,
@@ -176,7 +177,8 @@ def place_parts(
 ) -> dict[str, Placement]:
     """The device and the properties of every part.
 
-    `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). `tuned` says what was found best
+    `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). A `router` runs beside the
+    vision part, in float32: its last digits choose. `tuned` says what was found best
     on a device and `overflowing` which parts cannot be computed in float16 there (runtime/folder/settings.py); they are not asked
     where a precision is. A second compilation of the language part, for
     single tokens, is placed as "decode" where it was found, else as "later" where the class of the processor wants one. `ov_config`
@@ -190,11 +192,15 @@ def place_parts(
         raise OptionError(f"part_config names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     # Rows of the embedding table go to host memory anyway: looking them up on a GPU would only add a round trip a token.
     devices = {"text_embeddings": "CPU", "vision": vision_device or device, "language": device}
-    placed, own = {}, {part: dict(ov_config or {}) | dict((part_config or {}).get(part, {})) for part in PARTS}
+    if router:
+        devices["router"] = devices["vision"]
+    placed, own = {}, {part: dict(ov_config or {}) | dict((part_config or {}).get(part, {})) for part in devices}
     for part, name in devices.items():
         check_device(core, name)
         wide = (wide_vision and part == "vision") or (precision == "default" and part in overflowing(name))
         properties = _chosen(core, folder, part, name, precision, cache_dir, wide=wide)
+        if part == "router":
+            properties |= FLOAT32
         found = tuned(name) if precision == "default" else None
         if found is not None:
             properties |= found["parts"].get(part, {})

@@ -23,6 +23,7 @@ from runtime.parts.memory import leaving_mapped
 ACTIVATION_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 STORED_KINDS = ("u4", "i4", "u8", "i8")
 VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
+PATCHES = "patch_hidden_state"  # a tensor (N, side * side, C) inside of vision parts, and the input of a router
 CACHE = "CACHE_DIR"
 THREADS = "INFERENCE_NUM_THREADS"
 
@@ -41,7 +42,7 @@ def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> 
         raise ModelFolderError(
             f"{file} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; convert the checkpoint again"
         ) from error
-    port = model.input("inputs_embeds") if placement.part == "language" else model.output()
+    port = model.input("inputs_embeds") if placement.part == "language" else model.output(0)
     found = port.partial_shape[-1]
     if found.is_static and found.get_length() != width:
         raise ModelFolderError(

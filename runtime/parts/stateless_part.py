@@ -1,6 +1,6 @@
-"""A part without memory of its own: the text embeddings, the vision part.
+"""A part without memory of its own: the text embeddings, the vision part, a router.
 
-One input, one output, called with NumPy arrays; knows nothing of what they mean.
+One input, called with NumPy arrays; knows nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ from runtime.parts.part import compile_part, compile_wider, infer, leaving_file,
 
 
 class StatelessPart:
-    """One part without memory of its own, one input and one output, that several threads may call."""
+    """One part without memory of its own and with one input, that several threads may call.
 
-    def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int):
-        self._read = lambda: read_part(core, folder, placement, width)
+    `also` names a tensor inside that is an output too.
+    """
+
+    def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int, also: str | None = None):
+        def read() -> ov.Model:
+            model = read_part(core, folder, placement, width)
+            if also is not None:
+                model.add_outputs(also)
+            return model
+
+        self._read = read
         model = self._read()
         self._use(compile_part(core, folder, open_attention(model) if placement.device == "CPU" else model, placement))
         wider = widened(core, placement)
@@ -32,17 +41,25 @@ class StatelessPart:
         self._packing: Callable[[], AbstractContextManager[None]] = partial(leaving_file, folder, placement)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Its first output."""
+        return self.outputs(values)[0]
+
+    def outputs(self, values: np.ndarray) -> list[np.ndarray]:
+        """All of its outputs."""
         with self._lock:
             with self._packing():
                 infer(self._request, {self._input: values})
             self._packing = nullcontext
-            found = self._request.get_output_tensor().data.copy()
-            if self._wider is not None and not np.isfinite(found).all():
+            found = self._found()
+            if self._wider is not None and not all(np.isfinite(each).all() for each in found):
                 self._use(self._wider())
                 self._wider = None
                 infer(self._request, {self._input: values})
-                found = self._request.get_output_tensor().data.copy()
+                found = self._found()
             return found
+
+    def _found(self) -> list[np.ndarray]:
+        return [tensor.data.copy() for tensor in self._request.output_tensors]
 
     def _use(self, compiled: ov.CompiledModel) -> None:
         self._compiled, self._request = compiled, compiled.create_infer_request()

@@ -181,7 +181,9 @@ class Server:
         def prepare() -> tuple[Prompt, str]:
             given, turns = turns_of(ask.messages, model.config, self.rules.media, continue_final=ask.continue_final_message)
             system = ask.system(given, model.system_message, model.config, thinking=thinking)
-            return model.prompt_of(system, turns), turns[-1].answer
+            prompt = model.prompt_of(system, turns)
+            model.check(prompt)
+            return model.route(prompt), turns[-1].answer
 
         where = self._slow if takes_long(ask) else None
         prompt, prefix = await asyncio.get_running_loop().run_in_executor(where, prepare)
@@ -208,7 +210,7 @@ class Server:
     def decoding(self, ask: Writing, prompt: Prompt, most_tokens: int | None, **more: Any) -> Decoding:
         """The request's wishes, then generation_config.json, then the defaults of Decoding."""
         model = self.engine.model
-        model.check(prompt.ids, prompt.pictures)
+        model.check(prompt)
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         return decoding_of(
             model,

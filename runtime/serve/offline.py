@@ -187,8 +187,8 @@ class Pipeline:
             shown = not isinstance(images, list | tuple) or len(images) > 0  # else the mark is text
             turns.append(Question(text.replace(IMAGE_TOKEN, IMAGE_MARK) if shown else text, images=images).open(model.config))
         made = model.prompt_of(model.system_message if system is None else system, turns)
-        model.check(made.ids, made.pictures)
-        return _Asked(made, turns[-1])
+        model.check(made)
+        return _Asked(model.route(made), turns[-1])
 
     def _stream(self, prompts: list[Callable[[], _Asked]], gen_config: GenerationConfig | None) -> Iterator[Response]:
         config, context = gen_config or GenerationConfig(), self.engine.model.config.context_length

@@ -12,10 +12,12 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.answer.chat_core import Prompt
 from runtime.answer.chat_model import ChatModel
 from runtime.answer.prompt import (
     CONTEXT_TOKEN,
@@ -201,19 +203,33 @@ class UpstreamCalls(ChatModel):
         new_tokens, plain = options.get("max_new_tokens"), _array(ids)
         if new_tokens is not None and new_tokens < 1:
             raise OptionError(f"max new tokens {new_tokens} is not positive")
-        self.check(plain, pictures)
+        self.check(Prompt(plain, pictures))
         self.settle()
         if len(ids) > 1 or not mask.all() or many_rows(options):
-            features, _ = self.encode(pictures)
-            rows = np.concatenate([each.reshape(-1, each.shape[-1]) for each in features]) if features else None
-            return self._generate_batch(ids, mask, rows, **options)
-        keys = self.keys(plain[0], pictures)
+            if self.flash is None:
+                return self._generate_batch(ids, mask, self.rows_of([Prompt(plain, pictures)])[0], **options)
+            prompts = [self.route(prompt) for prompt in self._rows_of_batch(plain, _array(mask), pictures)]
+            padded = _padded([prompt.ids.tolist() for prompt in prompts])
+            return self._generate_batch(padded["input_ids"], padded["attention_mask"], self.rows_of(prompts)[0], **options)
+        prompt = self.route(Prompt(plain[0], pictures))
+        keys = self.keys(prompt)
         with self.lend_cache(keys) as cache, cache.busy:
             reused = cache.keep(keys)
-            rows, _ = self.rows_after(plain[0], reused, pictures, None)
-            new = plain[:, reused:]
+            rows, _ = self.rows_after(prompt, reused, None)
+            new = prompt.ids[None, reused:]
             embeds, visual = torch.from_numpy(self.merge(new, rows)), torch.from_numpy(self.visual(new))
-            return self.generate_from(embeds, mask[:, reused:], visual, cache=cache, **options)
+            return self.generate_from(embeds, torch.ones_like(visual), visual, cache=cache, **options)
+
+    def _rows_of_batch(self, ids: np.ndarray, mask: np.ndarray, pictures: Sequence[PictureTiles]) -> list[Prompt]:
+        """Prompts (B, T) and all tiles of them in order -> a prompt a row. Raises PromptError for a row with a part of a tile."""
+        tiles = (PictureTiles((key,), each.pixels[n : n + 1]) for each in pictures for n, key in enumerate(each.tile_keys))
+        prompts = []
+        for row, seen in zip(ids, mask, strict=True):
+            own = row[seen == 1]
+            count = int((own == self.img_context_token_id).sum()) // self.config.tokens_per_tile
+            prompts.append(Prompt(own, [*islice(tiles, count)]))
+            self.check(prompts[-1])
+        return prompts
 
     def _generate_batch(self, ids: Tensor, mask: Tensor, rows: np.ndarray | None, **options: Any) -> Any:
         """Prompts (B, T) and the rows (R, D) of all their context tokens -> new token ids, with a KV cache of their own."""
@@ -264,9 +280,12 @@ def _encoded(tokenizer: PreTrainedTokenizerBase | Tokenizer, prompts: str | list
     if not isinstance(tokenizer, Tokenizer):
         padding = {} if isinstance(prompts, str) else {"padding": True, "padding_side": "left"}
         return tokenizer(prompts, return_tensors="pt", **padding)
-    torch = import_torch("chat")
-    rows = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-    longest = max(map(len, rows))
+    return _padded([tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)])
+
+
+def _padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Token ids of several prompts -> input_ids and attention_mask (B, T), left-padded."""
+    torch, longest = import_torch("chat"), max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     return {"input_ids": ids, "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])}
 

@@ -15,7 +15,7 @@ from convert.compress import bit_widths, compress
 from convert.reference.model import load_vision
 from convert.trace import trace_text_embeddings, trace_vision
 from runtime.errors import OptionError
-from runtime.folder.files import PART_FILES
+from runtime.folder.files import PART_FILES, PARTS
 
 
 @pytest.fixture
@@ -106,11 +106,11 @@ def test_only_the_head_of_an_int4_language_part_is_int8(tiny, converted):
 
 
 def test_the_6b_vision_transformer_stays_int8():
-    assert ConvertOptions().formats(vision_is_6b=True) == {"text_embeddings": "int8", "vision": "int8", "language": "int4"}
-    assert ConvertOptions().formats(vision_is_6b=False)["vision"] == "auto"
-    assert ConvertOptions(weight_format="int8").formats(vision_is_6b=False)["vision"] == "int8"
-    assert ConvertOptions(vision_weight_format="w8a8").formats(vision_is_6b=True)["vision"] == "w8a8"
-    assert ConvertOptions(vision_weight_format="int4").formats(vision_is_6b=True)["vision"] == "int4"
+    assert ConvertOptions().formats(PARTS, vision_is_6b=True) == {"text_embeddings": "int8", "vision": "int8", "language": "int4"}
+    assert ConvertOptions().formats(PARTS, vision_is_6b=False)["vision"] == "auto"
+    assert ConvertOptions(weight_format="int8").formats(PARTS, vision_is_6b=False)["vision"] == "int8"
+    assert ConvertOptions(vision_weight_format="w8a8").formats(PARTS, vision_is_6b=True)["vision"] == "w8a8"
+    assert ConvertOptions(vision_weight_format="int4").formats(PARTS, vision_is_6b=True)["vision"] == "int4"
 
 
 @pytest.mark.parametrize(

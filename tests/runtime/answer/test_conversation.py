@@ -21,7 +21,7 @@ from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
 from runtime import OVInternVLChatModel
 from runtime.answer.decode import Decoding, Token
-from runtime.answer.features import FeatureCache, encode_pictures, keys_of
+from runtime.answer.features import FeatureCache, TileFeatures, encode_pictures, keys_of
 from runtime.answer.prompt import get_template, render
 from runtime.answer.stream import Statistics, TextStream, stream_text
 from runtime.answer.turn import Question, Turn
@@ -374,7 +374,7 @@ def test_the_feature_cache_drops_the_oldest_first_and_holds_its_bound():
 
     def encode(batch):
         calls.append(len(batch))
-        return np.zeros((len(batch), 4, 8), np.float32)
+        return [TileFeatures(np.zeros((4, 8), np.float32)) for _ in batch]
 
     cache = FeatureCache(2 * 4 * 8 * 4)  # two tiles
     a, b, c = (PictureTiles.of_picture(picture(seed, 56, 56), Tiling(56)) for seed in range(3))
@@ -383,18 +383,18 @@ def test_the_feature_cache_drops_the_oldest_first_and_holds_its_bound():
         assert cache.bytes <= cache.limit
     large = PictureTiles.of_picture(picture(7, 224, 224), Tiling(56))
     features, _ = encode_pictures([large, a], encode, 4, cache)
-    assert [len(each) for each in features] == [10, 1]
+    assert features.keys() == {*large.tile_keys, *a.tile_keys}
     assert calls[-3:] == [3, 3, 4]
 
 
 def test_keys_tell_pictures_apart_and_rows_of_one():
     ids = np.array([1, 5, 5, 5, 5, 2])
     first, second = (PictureTiles.of_picture(picture(seed, 56, 56), Tiling(56)) for seed in (1, 2))
-    keys = keys_of(ids, 5, [first, second], 2)
+    keys = keys_of(ids, 5, [first, second], [2, 2], 2)
     assert list(keys[[0, 5]]) == [1, 2]
     assert (keys[1:5] < 0).all()
     assert len(set(keys)) == 6
-    assert list(keys_of(ids, 5, [first, first], 2)[1:3]) == list(keys[1:3])
+    assert list(keys_of(ids, 5, [first, first], [2, 2], 2)[1:3]) == list(keys[1:3])
 
 
 def test_a_long_prompt_is_prefilled_in_pieces(model, reference, monkeypatch):

@@ -103,7 +103,7 @@ def test_marks_are_text_where_there_are_no_pictures(model):
         prompt = model.prompt_of("S", [Turn("<IMG_CONTEXT> <image>", "a <IMG_CONTEXT>", []), turn])
         assert not prompt.pictures
         assert model.img_context_token_id not in prompt.ids
-        model.check(prompt.ids, prompt.pictures)
+        model.check(prompt)
         assert text.replace(" ", "") in model.tokenizer.decode(prompt.ids).replace(" ", "")
 
 

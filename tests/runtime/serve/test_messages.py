@@ -289,7 +289,7 @@ def test_a_typed_mark_is_no_row_of_a_picture(model):  # noqa: F811
     """Keys of the KV cache: a context token's is its picture's, and a typed one has none."""
     turn = Question("<IMG_CONTEXT> what?", images=[PICTURE]).open(model.config)
     prompt = model.prompt_of("S", [turn])
-    keys = model.keys(prompt.ids, prompt.pictures)
+    keys = model.keys(prompt)
     assert (
         (keys < 0).sum()
         == (prompt.ids == model.img_context_token_id).sum()
