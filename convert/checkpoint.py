@@ -18,6 +18,7 @@ import torch
 from convert.adapter import Adapter
 from convert.lora import UNCOPIED, UPSTREAM_SCALE, Later, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
+from convert.packed import Ready, find_packed, read_recipe
 from convert.reference.router import TENSORS as ROUTER
 from convert.reference.router import UNUSED
 from convert.weight_files import Shapes, WeightFiles, some
@@ -115,10 +116,12 @@ class Checkpoint:
         self._stored: dict[str, list[str]] = {}  # published name -> tensors of the files that it is made of, row by row
         self._updates: dict[str, Update] = {}  # by stored name
         self._cut: set[str] = set()  # tables of which only the first rows are taken
+        self.recipe = read_recipe(self.raw_config)
         self._name_tensors(native)
         self.adapter = Adapter(adapter) if adapter is not None else None
         if self.adapter is not None:
             stored = {part: self._files.shapes[part] for parts in self._stored.values() for part in parts}
+            stored |= {name: packed.shape for name, packed in self._packed.items()}
             self.adapter.fit(stored, renamed if native else lambda one: next(iter(unwrap([one])[0]), one))
         self._cut_tables()
 
@@ -147,6 +150,12 @@ class Checkpoint:
             plain, pairs = unwrap(names)
             self._stored = {name: [stored] for name, stored in plain.items()}
             self._find_lora(pairs)
+        self._packed = find_packed(self._stored, shapes, dtypes, self.recipe)
+        for name, packed in self._packed.items():
+            self.shapes[name], self.dtypes[name] = packed.shape, "F16"
+        if self.recipe is not None:
+            self.notes.append(f"packed: {len(self._packed)} matrices ({self.recipe})")
+            self._forget_recipe()
         for name, parts in self._stored.items():
             missing = [part for part in parts if part not in shapes]
             if missing:
@@ -154,6 +163,11 @@ class Checkpoint:
             first = shapes[parts[0]]
             self.shapes[name] = first if len(parts) == 1 else (sum(shapes[part][0] for part in parts), *first[1:])
             self.dtypes[name] = dtypes[parts[0]]
+
+    def _forget_recipe(self) -> None:
+        """A model folder has weights of its own kind: other readers would unpack them."""
+        for raw in (self.raw_config, self.raw_config["llm_config"]):
+            raw.pop("quantization_config", None)
 
     def _find_lora(self, pairs: dict[str, tuple[str, str]]) -> None:
         """Take the pairs that training left unmerged, as upstream's own training does. Raises CheckpointError."""
@@ -224,7 +238,9 @@ class Checkpoint:
             raise CheckpointError(f"the tensors of {self.folder} do not fit its config.json: {'; '.join(found)}")
 
     def copies(self, name: str, *, later: bool = False) -> bool:
-        """Whether a tensor is a copy, with what was trained merged into it; `later` leaves out those that can wait for it."""
+        """Whether a tensor is a copy: unpacked, or with what was trained merged into it; `later` leaves out those that can wait."""
+        if name in self._packed:  # by the proof, if by nobody else
+            return True
         return any(self._changed(part) for part in self._stored[name]) and not (later and self._waits(name))
 
     def _waits(self, name: str) -> Update | None:
@@ -241,14 +257,22 @@ class Checkpoint:
     def _changed(self, stored: str) -> bool:
         return stored in self._updates or self._adapted(stored)
 
-    def tensors(self, names: Iterable[str], *, empty: Empty = torch.empty, later: Later | None = None) -> dict[str, torch.Tensor]:
+    def tensors(
+        self,
+        names: Iterable[str],
+        *,
+        empty: Empty = torch.empty,
+        later: Later | None = None,
+        ready: Ready | None = None,
+        unpacked: torch.dtype = torch.float16,
+    ) -> dict[str, torch.Tensor]:
         """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped.
 
         Those into which something is merged are copied to tensors that `empty` gives, or wait in `later` as they are stored,
-        if they can; those that are stored in parts are copies.
+        if they can; those that are stored in parts are copies. Packed ones wait in `ready`, or are copies of the type `unpacked`.
         """
         wanted = set(names)
-        stored = {name: self._stored[name] for name in self.shapes if name in wanted}
+        stored = {name: self._stored[name] for name in self.shapes if name in wanted and name in self._stored}
         opened = self._files.open(part for parts in stored.values() for part in parts)
 
         def found(part: str) -> torch.Tensor:
@@ -263,6 +287,14 @@ class Checkpoint:
             return made if self.adapter is None else self.adapter.merge(part, made)
 
         made: dict[str, torch.Tensor] = {}
+        for name in [name for name in self._packed if name in wanted]:
+            load = partial(self._packed[name].load, self._open)
+            if ready is not None:
+                made[name] = ready.placeholder(self.shapes[name], torch.float16, load)
+                continue
+            made[name] = load().unpack(empty(self.shapes[name], dtype=unpacked))
+            if self.adapter is not None:
+                self.adapter.merge(name, made[name])
         for name, parts in stored.items():
             update = None if later is None else self._waits(name)
             if later is not None and update is not None:

@@ -14,6 +14,23 @@ VISION_FORMATS = (AUTO, *FORMATS, W8A8)
 BACKUP_PRECISIONS = ("none", "int8_sym", "int8_asym")
 
 
+def check_packed(options: ConvertOptions, recipe: str) -> None:
+    """Raise OptionError for what cannot be done to a checkpoint that is packed by `recipe`."""
+    wish, plain = options.weight_format, ConvertOptions()
+    if wish == "fp32":
+        raise OptionError(
+            f"the checkpoint is packed ({recipe}): --weight-format int4 keeps its numbers, int8 and fp16 unpack them, "
+            f"{wish} would say more than there is"
+        )
+    own = ("group_size", "ratio", "sym", "awq", "scale_estimation")
+    given = ["--" + name.replace("_", "-") for name in own if getattr(options, name) != getattr(plain, name)]
+    if wish == "int4" and (given or options.adapter):
+        what = ", ".join([*given, *(["--adapter"] if options.adapter else [])])
+        raise OptionError(
+            f"the checkpoint is packed ({recipe}), and its numbers are kept: leave out {what}, or unpack with --weight-format int8"
+        )
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """How to convert. Names and meanings are optimum-cli's; the defaults are the InternVL tutorial's recipe."""

@@ -26,7 +26,8 @@ from convert.calibration import calibration_samples, calibration_tiles, find_pic
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, check_group_size, compress
 from convert.lora import Later
-from convert.options import AUTO, W8A8, ConvertOptions
+from convert.options import AUTO, W8A8, ConvertOptions, check_packed
+from convert.packed import Ready
 from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
@@ -112,10 +113,13 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
         print(f"system message: {checkpoint.config.system_message}", flush=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
+    if checkpoint.recipe is not None:
+        check_packed(options, str(checkpoint.recipe))
     formats = options.formats(parts_of(checkpoint.config), vision_is_6b=checkpoint.config.vision.qk_normalization)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     check_space(final, _expected_bytes(checkpoint, formats, options))
-    check_group_size(_row_widths(checkpoint, formats), options.group_size)
+    if checkpoint.recipe is None:
+        check_group_size(_row_widths(checkpoint, formats), options.group_size)
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
         # 2) the tokenizer, beside the parts: it is Python's work, theirs is mostly not
@@ -165,18 +169,22 @@ def _convert_part(
     """Load, trace, compress and save one part; return its weight format, which `AUTO` leaves open."""
     dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
     later = Later() if _merges_later(weight_format, options) else None
+    ready = Ready() if part == "language" and weight_format == "int4" and checkpoint.recipe is not None else None
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
         "router": lambda: trace_router(load_router(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
-            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later), quantised=dtype is None
+            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready), quantised=dtype is None
         ),
     }[part]()
     if weight_format in (AUTO, W8A8):
         model, weight_format, summary.proof = _in_8_bits(model, weight_format, [*samples], checkpoint)
         samples = ()
-    model = compress(model, weight_format, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
+    if ready is not None:
+        ready.insert(model)
+    rest = weight_format if ready is None else "int8"  # of a packed checkpoint: the head, and what was left as it was
+    model = compress(model, rest, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
     save_model(model, work / PART_FILES[part])

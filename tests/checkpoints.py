@@ -279,6 +279,7 @@ INTERNLM3 = {  # InternVL3-9B
     "rope_scaling": {"type": "dynamic", "factor": 6.0},
 }
 VISUAL_EXPERTS = {"architectures": ["InternLM2VEForCausalLM"]}
+FLASH = {"flash_mode": True, "flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.0}
 DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}  # InternVL3
 
 CONFIGS: dict[str, dict] = {
@@ -318,6 +319,8 @@ CONFIGS: dict[str, dict] = {
     "InternVL3_5-38B": _of_2_5(VIT_6B, _qwen(QWEN3_06B, 5120, 64, 64, 8, 25600)),
     "InternVL3_5-30B-A3B": _of_2_5(VIT_300M, QWEN3_30B_A3B),
     "InternVL3_5-241B-A28B": _of_2_5(VIT_6B, _qwen(QWEN3_30B_A3B, 4096, 94, 64, 4, 12288, moe_intermediate_size=1536)),
+    "InternVL3_5-1B-Flash": _of_2_5(VIT_300M, QWEN3_06B) | FLASH,
+    "InternVL3_5-8B-Flash": _of_2_5(VIT_300M, _qwen(QWEN3_06B, 4096, 36, 32, 8, 12288)) | FLASH,
     "InternVL3_5-GPT-OSS-20B-A4B-Preview": _config(VIT_300M, GPT_OSS_20B, "internvl3_5_gpt_oss"),
     # one tiny checkpoint a kind
     "tiny-qwen2": _config(VIT_300M | TINY_VISION, QWEN2_05B | TINY_LANGUAGE, "Hermes-2"),
@@ -368,6 +371,8 @@ def tensor_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield every tensor of a checkpoint with this configuration, (name, shape), in file order."""
     yield from _vision_shapes(config["vision_config"])
     yield from _projector_shapes(config)
+    if config.get("flash_mode"):
+        yield from _router_shapes(config["vision_config"]["hidden_size"], config["llm_config"]["hidden_size"])
     kind = config["llm_config"]["architectures"][0]
     yield from (_internlm2_shapes if kind.startswith("InternLM2") else _transformers_shapes)(config["llm_config"])
 
@@ -410,6 +415,34 @@ def _projector_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "mlp1.1.bias", (width,)
     yield "mlp1.3.weight", (width, width)
     yield "mlp1.3.bias", (width,)
+
+
+def _router_shapes(c: int, d: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """InternVL3.5-Flash; attention and norm 3 and 4 are published and unused."""
+    yield "mlp2.0.weight", (16 * c,)
+    yield "mlp2.0.bias", (16 * c,)
+    for place, rows, columns in ((1, 2 * d, 16 * c), (4, 2 * d, 2 * d), (7, d, 2 * d)):
+        yield f"mlp2.{place}.weight", (rows, columns)
+        yield f"mlp2.{place}.bias", (rows,)
+    yield "pooling_before_gating.query_token", (1, c)
+    for n in "1234":
+        attention, norm, block = f"pooling_before_gating.attn{n}.", f"pooling_before_gating.norm{n}.", f"gating.block{n}."
+        yield attention + "in_proj_weight", (3 * c, c)
+        yield attention + "in_proj_bias", (3 * c,)
+        yield attention + "out_proj.weight", (c, c)
+        yield attention + "out_proj.bias", (c,)
+        yield norm + "weight", (c,)
+        yield norm + "bias", (c,)
+        yield block + "0.weight", (4 * c, c)
+        yield block + "0.bias", (4 * c,)
+        yield block + "3.weight", (c, 4 * c)
+        yield block + "3.bias", (c,)
+        yield block + "5.weight", (c,)
+        yield block + "5.bias", (c,)
+    yield "gating.gate.0.weight", (c,)
+    yield "gating.gate.0.bias", (c,)
+    yield "gating.gate.1.weight", (2, c)
+    yield "gating.gate.1.bias", (2,)
 
 
 def _transformers_shapes(c: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -502,7 +535,18 @@ class _RandomValues:
 
     @staticmethod
     def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight", "mlp1.0.weight")):
+        if name.endswith(
+            (
+                "norm.weight",
+                "norm1.weight",
+                "norm2.weight",
+                "layernorm.weight",
+                "mlp1.0.weight",
+                "mlp2.0.weight",
+                ".5.weight",
+                "gate.0.weight",
+            )
+        ):
             return 0.1, 1.0
         if name.endswith((".ls1", ".ls2")):
             return 0.02, 0.2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from convert.checkpoint import Shapes
 from convert.lora import Later
+from convert.packed import Ready
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig
 
@@ -275,11 +277,12 @@ def to_transformers(
     dtype: torch.dtype | None,
     empty: Empty = torch.empty,
     later: Later | None = None,
+    ready: Ready | None = None,
 ) -> dict[str, torch.Tensor]:
     """Give published tensors the names (and, for packed attention, the split) of transformers' class.
 
     What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None. The
-    parts of a packed matrix that waits in `later` wait there in its place.
+    parts of a packed matrix that waits in `later` or `ready` wait there in its place.
     """
     kind = language_kind(config)
     state: dict[str, torch.Tensor] = {}
@@ -287,10 +290,11 @@ def to_transformers(
     for published, tensor in joined.items():
         name = published.removeprefix(PREFIX)
         if kind.packed_attention and PACKED in name:
-            matrices = _split_packed(config, tensor, empty)
+            split = partial(_split_packed, config, empty=torch.empty)
+            matrices = (ready.split(tensor, split) if ready is not None else None) or _split_packed(config, tensor, empty)
             state |= zip((name.replace(PACKED, part) for part in SPLIT), matrices, strict=True)
             if later is not None:
-                later.move(tensor, matrices, lambda rows: _split_packed(config, rows, torch.empty))
+                later.move(tensor, matrices, split)
         else:
             state[_rename(name, kind.names)] = tensor
     return state

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from convert.checkpoint import Checkpoint, Shapes
 from convert.lora import Later
+from convert.packed import Ready
 from convert.reference.language import (
     PREFIX,
     Empty,
@@ -81,8 +82,9 @@ def load_language(
     head_only: bool = False,
     empty: Empty = torch.empty,
     later: Later | None = None,
+    ready: Ready | None = None,
 ) -> PreTrainedModel:
-    """Load the language part. `dtype`, `empty` and `later` as in `load_vision`.
+    """Load the language part. `dtype`, `empty` and `later` as in `load_vision`; what is in four bits is left to `ready`.
 
     `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
     takes embeddings, so the table would only take memory.
@@ -91,8 +93,9 @@ def load_language(
     model = build_language(checkpoint.config, tied=tied)
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
-    mapped = checkpoint.tensors((name for name in names if tied or not head_only or name != table), empty=empty, later=later)
-    state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty, later), dtype, model, empty)
+    wanted = (name for name in names if tied or not head_only or name != table)
+    mapped = checkpoint.tensors(wanted, empty=empty, later=later, ready=ready, unpacked=dtype or torch.float16)
+    state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty, later, ready), dtype, model, empty)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     elif head_only:

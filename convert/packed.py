@@ -1,0 +1,275 @@
+"""Matrices in four bits: as AWQ and GPTQ publish them, and as OpenVINO computes with them.
+
+weight[r, c] = (code[r, c] - zero[r, c // group]) * scale[r, c // group], codes and zeros in 0..15: what both publish, and what
+OpenVINO reads, so that numbers are moved and never rounded again. Layouts: InternLM/lmdeploy@1263d5c
+lmdeploy/lite/quantization/modules/linear.py (AWQ, version gemm), AutoGPTQ/AutoGPTQ@v0.7.1
+auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (GPTQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset13 as opset
+
+from convert.weight_files import Shapes, some
+from runtime.errors import CheckpointError
+
+BITS, EACH = 4, 8  # of a number, and numbers in an int32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in an int32, from its lowest bits on
+MIDDLE = 8  # the zero of symmetric numbers
+SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+PLACES = 1 << 20  # bytes of a placeholder's memory in which others may begin
+PLACE = 64
+
+Open = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """A matrix (..., rows, columns): codes uint8 of its shape, zeros uint8 and scales float16 (..., rows, groups)."""
+
+    codes: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+
+    def unpack(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the numbers they stand for to `out`; each is computed in float32."""
+        grouped = self.codes.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
+        grouped -= self.zeros[..., None]
+        grouped *= self.scales[..., None]
+        return out.copy_(grouped.flatten(-2))
+
+    def split(self, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[FourBits]:
+        """The matrices that `split` makes of the rows."""
+        return [FourBits(*parts) for parts in zip(split(self.codes), split(self.zeros), split(self.scales), strict=True)]
+
+    def node(self, name: str, kind: ov.Type) -> ov.Output:
+        """The matrix as a graph gives it, the way NNCF writes it, in the type `kind`."""
+        *rows, columns = self.codes.shape
+        groups = self.scales.shape[-1]
+        codes = _u4(self.codes, [*rows, groups, columns // groups], name)
+        zeros = _u4(self.zeros, [*rows, groups, 1], f"{name}/zero_point")
+        scale = opset.constant(self.scales.to(torch.float16).unsqueeze(-1).numpy(), name=f"{name}/scale", shared_memory=False)
+        moved = opset.subtract(
+            opset.convert(codes, ov.Type.f16), opset.convert(zeros, ov.Type.f16), name=f"{name}/zero_point/subtract"
+        )
+        scaled = opset.multiply(moved, scale, name=f"{name}/fq_weights_1")
+        whole = opset.reshape(scaled, opset.constant(np.array([*rows, columns], np.int64)), special_zero=False)
+        return opset.convert(whole, kind).output(0)
+
+
+def _u4(numbers: torch.Tensor, shape: list[int], name: str) -> ov.Node:
+    """A constant of 4-bit numbers, two a byte, the first in its lower half."""
+    flat = numbers.reshape(-1)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    pairs = (flat[0::2] | (flat[1::2] << BITS)).numpy()
+    made = ov.op.Constant(ov.Tensor(pairs, ov.Shape(shape), ov.Type.u4), shared_memory=False)
+    made.set_friendly_name(name)
+    return made
+
+
+class Ready:
+    """Matrices that are in four bits already, known by the address of what is traced in their place.
+
+    The placeholders are zeros that take no memory: they lie over each other, each beginning at another place.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Callable[[], FourBits]] = {}
+        self._zeros = np.zeros(0, np.uint8)
+        self._place = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def placeholder(self, shape: Iterable[int], dtype: torch.dtype, load: Callable[[], FourBits]) -> torch.Tensor:
+        """What is traced instead of the matrix that `load` gives later."""
+        shape = torch.Size(shape)
+        size = shape.numel() * dtype.itemsize
+        if self._place + PLACE + size > len(self._zeros):
+            self._zeros, self._place = np.zeros(size + PLACES, np.uint8), 0
+        self._place += PLACE
+        made = torch.from_numpy(self._zeros[self._place : self._place + size]).view(dtype).view(shape)
+        self._waiting[made.data_ptr()] = load
+        return made
+
+    def split(self, matrix: torch.Tensor, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor] | None:
+        """Placeholders for the parts of the rows of one that waits; None where it does not wait."""
+        load = self._waiting.pop(matrix.data_ptr(), None)
+        if load is None:
+            return None
+        whole: dict[int, FourBits] = {}  # read when the first part is, kept until the last
+
+        def part(number: int) -> FourBits:
+            if not whole:
+                whole.update(enumerate(load().split(split)))
+            return whole.pop(number)
+
+        heights = [len(each) for each in split(matrix[:, :1])]  # of one column, which takes no time
+        return [self.placeholder((rows, matrix.shape[1]), matrix.dtype, partial(part, n)) for n, rows in enumerate(heights)]
+
+    def insert(self, model: ov.Model) -> None:
+        """Put the matrices into a traced model where their placeholders are."""
+        for constant in [node for node in model.get_ops() if node.get_type_name() == "Constant"]:
+            load = self._waiting.pop(np.asarray(constant.data).ctypes.data, None) if constant.get_byte_size() else None
+            if load is None:
+                continue
+            kind = constant.get_output_element_type(0)
+            matrix = load().node(constant.get_friendly_name(), kind)
+            for target in constant.output(0).get_target_inputs():
+                target.replace_source_output(matrix)
+        model.validate_nodes_and_infer_types()
+        if self._waiting:
+            raise RuntimeError(f"{len(self._waiting)} matrices in four bits have no place in the traced model")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What quantization_config says."""
+
+    method: str  # awq or gptq
+    group_size: int  # -1: one a row
+    kept: tuple[str, ...]  # parts of names of modules that stay as they are
+    stored_less: int  # what stored zeros lack
+
+    def __str__(self) -> str:
+        groups = "one scale a row" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{self.method.upper()}, four bits, {groups}"
+
+
+def read_recipe(raw: Mapping[str, Any]) -> Recipe | None:
+    """The recipe of config.json, None where the checkpoint is not packed. Raises CheckpointError for what is not read here."""
+    said = raw.get("quantization_config") or (raw.get("llm_config") or {}).get("quantization_config")
+    if not said:
+        return None
+    method, version = str(said.get("quant_method")).lower(), str(said.get("version", "gemm")).lower()
+    bits, group = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size", 128))
+    for key, found, right in (
+        ("quant_method", method, ("awq", "gptq")),
+        ("bits", bits, (BITS,)),
+        ("version", version if method == "awq" else "gemm", ("gemm",)),
+    ):
+        if found not in right:
+            wanted = " and ".join(map(str, right))
+            raise CheckpointError(
+                f"config.json: quantization_config.{key} is {found!r}, {wanted} can be read: take the unpacked weights"
+            )
+    if isinstance(group, bool) or not isinstance(group, int) or (group != -1 and group < 1):
+        raise CheckpointError(f"config.json: quantization_config.group_size is {group!r}: a positive number or -1 is needed")
+    second = str(said.get("checkpoint_format", "gptq")) == "gptq_v2"
+    kept = tuple(said.get("modules_to_not_convert") or ())
+    return Recipe(method, group, kept, 1 if method == "gptq" and not second else 0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed matrix of a checkpoint: how it is read, and its shape (rows, columns)."""
+
+    name: str  # of the matrix, published
+    stored: Mapping[str, str]  # suffix -> name in the files
+    shape: tuple[int, int]
+    recipe: Recipe
+
+    def load(self, open_: Open) -> FourBits:
+        """Read it. Raises CheckpointError for an order or zeros that do not go into four bits."""
+        packed = open_(self.stored[".qweight"])
+        scales = open_(self.stored[".scales"]).t().to(torch.float16).contiguous()
+        if ".g_idx" in self.stored:
+            groups, columns = open_(self.stored[".g_idx"]), self.shape[1]
+            if not torch.equal(groups.long(), torch.arange(columns) // (columns // scales.shape[1])):
+                raise CheckpointError(
+                    f"{self.name}: g_idx is out of order (desc_act), so that groups are no runs of columns, which OpenVINO has no "
+                    "constants for: take the unpacked weights"
+                )
+        if self.recipe.method == "awq":
+            codes = _nibbles(packed, AWQ_ORDER).t().contiguous()
+        else:
+            codes = _nibbles(packed.t().contiguous(), range(EACH))
+        if ".qzeros" not in self.stored:
+            return FourBits(codes, torch.full_like(scales, MIDDLE, dtype=torch.uint8), scales)
+        order = AWQ_ORDER if self.recipe.method == "awq" else range(EACH)
+        zeros = _nibbles(open_(self.stored[".qzeros"]), order).t() + self.recipe.stored_less
+        if int(zeros.max()) >= 1 << BITS:
+            raise CheckpointError(
+                f"{self.name}: a zero point is {int(zeros.max())}, four bits end at 15: take the unpacked weights"
+            )
+        return FourBits(codes, zeros.contiguous(), scales)
+
+
+def _nibbles(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
+    """int32 (rows, columns / 8) -> uint8 (rows, columns); `order` says which of eight columns each four bits are, lowest first."""
+    octets = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, EACH // 2))
+    out = octets.new_empty((*packed.shape, EACH))
+    for place, column in enumerate(order):
+        half = octets[..., place // 2]
+        out[..., column] = half >> BITS if place % 2 else half & 15
+    return out.flatten(-2)
+
+
+def find_packed(
+    stored: dict[str, list[str]], shapes: Shapes, dtypes: Mapping[str, str], recipe: Recipe | None
+) -> dict[str, Packed]:
+    """The packed matrices among the tensors of a checkpoint, by the name of the matrix; their tensors are taken out of `stored`.
+
+    Raises CheckpointError for sizes that do not fit, tensors that are missing, and matrices that should be packed and are not.
+    """
+    modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+    if not modules:
+        if recipe is not None:
+            raise CheckpointError(
+                f"config.json: quantization_config says {recipe}, and no tensor is packed: remove one or fetch the other"
+            )
+        return {}
+    if recipe is None:
+        raise CheckpointError(
+            f"{len(modules)} matrices are packed ({some(modules)}), and config.json has no quantization_config that says how: "
+            "fetch config.json again"
+        )
+    found = {}
+    for module in modules:
+        own = {suffix: stored.pop(module + suffix)[0] for suffix in SUFFIXES if module + suffix in stored}
+        found[module + ".weight"] = Packed(module + ".weight", own, _shape(module, own, shapes, dtypes, recipe), recipe)
+    left = [
+        name
+        for name in stored
+        if name.startswith("language_model.")
+        and ".layers." in name
+        and name.endswith(".weight")
+        and len(shapes[stored[name][0]]) == 2
+    ]
+    strange = [name for name in left if not any(part in name for part in recipe.kept)]
+    if strange:
+        raise CheckpointError(
+            f"{len(strange)} matrices are not packed as the others are ({some(strange)}), and modules_to_not_convert does not name "
+            "them: the files are of two checkpoints"
+        )
+    return found
+
+
+def _shape(module: str, own: Mapping[str, str], shapes: Shapes, dtypes: Mapping[str, str], recipe: Recipe) -> tuple[int, int]:
+    """Rows and columns of a packed matrix, once its tensors fit each other."""
+    if ".scales" not in own:
+        raise CheckpointError(f"{module} has a qweight and no scales: the checkpoint is not whole")
+    given = {suffix: [*shapes[name]] for suffix, name in own.items()}
+    weight, scales = given[".qweight"], given[".scales"]
+    told = f"{module}: " + ", ".join(f"{suffix[1:]} {shape}" for suffix, shape in given.items())
+    kinds = {suffix: dtypes[name] for suffix, name in own.items()}
+    if any(kinds.get(suffix, "I32") != "I32" for suffix in (".qweight", ".qzeros")):
+        raise CheckpointError(f"{module}: qweight and qzeros are {kinds['.qweight']} and {kinds.get('.qzeros')}, both I32 is right")
+    if len(weight) != 2 or len(scales) != 2:
+        raise CheckpointError(f"{told}: two axes each are right")
+    columns, rows = (weight[0], weight[1] * EACH) if recipe.method == "awq" else (weight[0] * EACH, weight[1])
+    groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
+    fits = columns % groups == 0 if groups else False
+    right = {".scales": [groups, rows], ".qzeros": [groups, rows // EACH], ".g_idx": [columns]}
+    if not fits or any(given[suffix] != shape for suffix, shape in right.items() if suffix in given):
+        raise CheckpointError(f"{told} do not fit {recipe}: the files are broken or of another config.json")
+    return rows, columns
