@@ -236,6 +236,8 @@ class Checkpoint:
         ]
         if found:
             raise CheckpointError(f"the tensors of {self.folder} do not fit its config.json: {'; '.join(found)}")
+        for packed in self._packed.values():
+            packed.check(self._open)
 
     def copies(self, name: str, *, later: bool = False) -> bool:
         """Whether a tensor is a copy: unpacked, or with what was trained merged into it; `later` leaves out those that can wait."""

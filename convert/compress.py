@@ -22,6 +22,7 @@ from openvino import opset13 as opset
 
 from convert.lora import Later
 from convert.options import W8A8, ConvertOptions
+from convert.packed import FourBits
 from runtime.errors import OptionError
 from runtime.parts.memory import page_out
 
@@ -218,6 +219,21 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
         small = nncf.compress_weights(small, mode=nncf.CompressWeightsMode[mode])
     found = {node.get_friendly_name(): node.data for node in small.get_ops() if node.get_type_name() == "Constant"}
     return found["rows"], found["rows/scale"], found.get("rows/zero_point")
+
+
+def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
+    """A matrix (rows, columns) in four bits, as `compress` does it with INT4_ASYM."""
+    _nncf()
+    from nncf import CompressWeightsMode
+    from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
+    from nncf.quantization.algorithms.weight_compression.weight_lowering import do_integer_quantization
+    from nncf.tensor import Tensor
+
+    config = WeightCompressionConfig(CompressWeightsMode.INT4_ASYM, group_size)
+    found = do_integer_quantization(Tensor(matrix.float().numpy()), config, reduction_axes=1)
+    codes, zeros, scales = (torch.from_numpy(np.array(t.data)) for t in (found.tensor, found.zero_point, found.scale))
+    rows = len(matrix)
+    return FourBits(codes.to(torch.uint8).reshape(rows, -1), zeros.to(torch.uint8).reshape(rows, -1), scales.reshape(rows, -1))
 
 
 def check_group_size(widths: Iterable[int], group_size: int) -> None:

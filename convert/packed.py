@@ -8,7 +8,7 @@ auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (GPTQ).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,8 @@ PLACES = 1 << 20  # bytes of a placeholder's memory in which others may begin
 PLACE = 64
 
 Open = Callable[[str], torch.Tensor]
+Empty = Callable[..., torch.Tensor]
+Quantise = Callable[[torch.Tensor], "FourBits"]
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,21 @@ class FourBits:
         grouped *= self.scales[..., None]
         return out.copy_(grouped.flatten(-2))
 
+    @classmethod
+    def stack(cls, matrices: Sequence[FourBits]) -> FourBits:
+        """Several matrices of one shape as one of one axis more."""
+        return cls(*(torch.stack([getattr(each, name) for each in matrices]) for name in ("codes", "zeros", "scales")))
+
     def split(self, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[FourBits]:
         """The matrices that `split` makes of the rows."""
         return [FourBits(*parts) for parts in zip(split(self.codes), split(self.zeros), split(self.scales), strict=True)]
 
-    def node(self, name: str, kind: ov.Type) -> ov.Output:
-        """The matrix as a graph gives it, the way NNCF writes it, in the type `kind`."""
+    def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
+        """The matrix as a graph gives it, the way NNCF writes it, in the type `kind`; codes lie in memory that `empty` gives."""
         *rows, columns = self.codes.shape
         groups = self.scales.shape[-1]
-        codes = _u4(self.codes, [*rows, groups, columns // groups], name)
-        zeros = _u4(self.zeros, [*rows, groups, 1], f"{name}/zero_point")
+        codes = _u4(self.codes, [*rows, groups, columns // groups], name, empty)
+        zeros = _u4(self.zeros, [*rows, groups, 1], f"{name}/zero_point", empty)
         scale = opset.constant(self.scales.to(torch.float16).unsqueeze(-1).numpy(), name=f"{name}/scale", shared_memory=False)
         moved = opset.subtract(
             opset.convert(codes, ov.Type.f16), opset.convert(zeros, ov.Type.f16), name=f"{name}/zero_point/subtract"
@@ -65,13 +72,14 @@ class FourBits:
         return opset.convert(whole, kind).output(0)
 
 
-def _u4(numbers: torch.Tensor, shape: list[int], name: str) -> ov.Node:
+def _u4(numbers: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.Node:
     """A constant of 4-bit numbers, two a byte, the first in its lower half."""
     flat = numbers.reshape(-1)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
-    pairs = (flat[0::2] | (flat[1::2] << BITS)).numpy()
-    made = ov.op.Constant(ov.Tensor(pairs, ov.Shape(shape), ov.Type.u4), shared_memory=False)
+    pairs = empty((len(flat) // 2,), dtype=torch.uint8)
+    torch.bitwise_or(flat[0::2], flat[1::2] << BITS, out=pairs)
+    made = ov.op.Constant(ov.Tensor(pairs.numpy(), ov.Shape(shape), ov.Type.u4), shared_memory=True)
     made.set_friendly_name(name)
     return made
 
@@ -79,11 +87,14 @@ def _u4(numbers: torch.Tensor, shape: list[int], name: str) -> ov.Node:
 class Ready:
     """Matrices that are in four bits already, known by the address of what is traced in their place.
 
-    The placeholders are zeros that take no memory: they lie over each other, each beginning at another place.
+    The placeholders are zeros that take no memory: they lie over each other, each beginning at another place with a number of its
+    own, since OpenVINO makes one constant of two that are equal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, empty: Empty, quantise: Quantise) -> None:
+        self._empty, self._quantise = empty, quantise
         self._waiting: dict[int, Callable[[], FourBits]] = {}
+        self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not keep
         self._zeros = np.zeros(0, np.uint8)
         self._place = 0
 
@@ -97,7 +108,9 @@ class Ready:
         if self._place + PLACE + size > len(self._zeros):
             self._zeros, self._place = np.zeros(size + PLACES, np.uint8), 0
         self._place += PLACE
-        made = torch.from_numpy(self._zeros[self._place : self._place + size]).view(dtype).view(shape)
+        place = self._zeros[self._place : self._place + size]
+        place[:4] = np.array([self._place // PLACE], np.int32).view(np.uint8)
+        made = torch.from_numpy(place).view(dtype).view(shape)
         self._waiting[made.data_ptr()] = load
         return made
 
@@ -116,6 +129,17 @@ class Ready:
         heights = [len(each) for each in split(matrix[:, :1])]  # of one column, which takes no time
         return [self.placeholder((rows, matrix.shape[1]), matrix.dtype, partial(part, n)) for n, rows in enumerate(heights)]
 
+    def join(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A placeholder for the experts of a layer, a matrix each: packed ones that wait, or others, rounded one by one."""
+        quantised = [partial(self._quantise, matrix) for matrix in matrices]
+        loads = [self._waiting.pop(matrix.data_ptr(), other) for matrix, other in zip(matrices, quantised, strict=True)]
+        shape = (len(matrices), *matrices[0].shape)
+        return self.placeholder(shape, torch.float32, lambda: FourBits.stack([load() for load in loads]))
+
+    def _room(self, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
+        self._kept.append(self._empty(shape, dtype=dtype))
+        return self._kept[-1]
+
     def insert(self, model: ov.Model) -> None:
         """Put the matrices into a traced model where their placeholders are."""
         for constant in [node for node in model.get_ops() if node.get_type_name() == "Constant"]:
@@ -123,7 +147,7 @@ class Ready:
             if load is None:
                 continue
             kind = constant.get_output_element_type(0)
-            matrix = load().node(constant.get_friendly_name(), kind)
+            matrix = load().node(constant.get_friendly_name(), kind, self._room)
             for target in constant.output(0).get_target_inputs():
                 target.replace_source_output(matrix)
         model.validate_nodes_and_infer_types()
@@ -179,29 +203,35 @@ class Packed:
     recipe: Recipe
 
     def load(self, open_: Open) -> FourBits:
-        """Read it. Raises CheckpointError for an order or zeros that do not go into four bits."""
+        """Read it."""
         packed = open_(self.stored[".qweight"])
         scales = open_(self.stored[".scales"]).t().to(torch.float16).contiguous()
-        if ".g_idx" in self.stored:
-            groups, columns = open_(self.stored[".g_idx"]), self.shape[1]
-            if not torch.equal(groups.long(), torch.arange(columns) // (columns // scales.shape[1])):
-                raise CheckpointError(
-                    f"{self.name}: g_idx is out of order (desc_act), so that groups are no runs of columns, which OpenVINO has no "
-                    "constants for: take the unpacked weights"
-                )
         if self.recipe.method == "awq":
             codes = _nibbles(packed, AWQ_ORDER).t().contiguous()
         else:
             codes = _nibbles(packed.t().contiguous(), range(EACH))
+        return FourBits(codes, self._zeros(open_, scales), scales)
+
+    def check(self, open_: Open) -> None:
+        """Raise CheckpointError for groups that are no runs of columns, and for zeros that do not go into four bits."""
+        scales = open_(self.stored[".scales"])
+        if ".g_idx" in self.stored:
+            group, columns = open_(self.stored[".g_idx"]), self.shape[1]
+            if not torch.equal(group.long(), torch.arange(columns) // (columns // len(scales))):
+                raise CheckpointError(
+                    f"{self.name}: g_idx is out of order (desc_act), so that groups are no runs of columns, which OpenVINO has no "
+                    "constants for: take the unpacked weights"
+                )
+        highest = int(self._zeros(open_, scales.t()).max())
+        if highest >= 1 << BITS:
+            raise CheckpointError(f"{self.name}: a zero point is {highest}, four bits end at 15: take the unpacked weights")
+
+    def _zeros(self, open_: Open, scales: torch.Tensor) -> torch.Tensor:
+        """The zeros of all groups, of the shape of `scales`."""
         if ".qzeros" not in self.stored:
-            return FourBits(codes, torch.full_like(scales, MIDDLE, dtype=torch.uint8), scales)
+            return torch.full_like(scales, MIDDLE, dtype=torch.uint8)
         order = AWQ_ORDER if self.recipe.method == "awq" else range(EACH)
-        zeros = _nibbles(open_(self.stored[".qzeros"]), order).t() + self.recipe.stored_less
-        if int(zeros.max()) >= 1 << BITS:
-            raise CheckpointError(
-                f"{self.name}: a zero point is {int(zeros.max())}, four bits end at 15: take the unpacked weights"
-            )
-        return FourBits(codes, zeros.contiguous(), scales)
+        return (_nibbles(open_(self.stored[".qzeros"]), order).t() + self.recipe.stored_less).contiguous()
 
 
 def _nibbles(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:

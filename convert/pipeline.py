@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
-from convert.compress import bit_widths, check_group_size, compress
+from convert.compress import bit_widths, check_group_size, compress, four_bits
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, check_packed
 from convert.packed import Ready
@@ -169,21 +169,24 @@ def _convert_part(
     """Load, trace, compress and save one part; return its weight format, which `AUTO` leaves open."""
     dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
     later = Later() if _merges_later(weight_format, options) else None
-    ready = Ready() if part == "language" and weight_format == "int4" and checkpoint.recipe is not None else None
+    ready = None
+    if part == "language" and weight_format == "int4" and (checkpoint.recipe is not None or _rounds_experts(checkpoint, options)):
+        ready = Ready(scratch.empty, partial(four_bits, group_size=options.group_size))
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
         "router": lambda: trace_router(load_router(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
-            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready), quantised=dtype is None
+            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready),
+            quantised=dtype is None,
+            ready=ready,
         ),
     }[part]()
     if weight_format in (AUTO, W8A8):
         model, weight_format, summary.proof = _in_8_bits(model, weight_format, [*samples], checkpoint)
         samples = ()
-    if ready is not None:
-        ready.insert(model)
-    rest = weight_format if ready is None else "int8"  # of a packed checkpoint: the head, and what was left as it was
+    # of a packed checkpoint, what was left as it was
+    rest = "int8" if weight_format == "int4" and part == "language" and checkpoint.recipe is not None else weight_format
     model = compress(model, rest, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
     for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
@@ -202,6 +205,11 @@ def _in_8_bits(model: ov.Model, weight_format: str, samples: list[np.ndarray], c
     if proof.holds or weight_format == W8A8:
         return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
     return model, "int8", f"int8, since w8a8 gives {proof}"
+
+
+def _rounds_experts(checkpoint: Checkpoint, options: ConvertOptions) -> bool:
+    """Whether experts are compressed one by one before there is a graph: where NNCF would look at nothing but their numbers."""
+    return language_kind(checkpoint.config).single_experts and options.looks_once and not options.sym
 
 
 def _merges_later(weight_format: str, options: ConvertOptions) -> bool:
@@ -227,7 +235,7 @@ def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
 
 def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: ConvertOptions) -> int:
     """About what the folder will take on disk, and the copies of one part beside it."""
-    sizes, copies = dict.fromkeys(formats, 0.0), dict.fromkeys(formats, 0)
+    sizes, copies = dict.fromkeys(formats, 0.0), dict.fromkeys(formats, 0.0)
     for name, shape in checkpoint.shapes.items():
         part = "text_embeddings" if name.startswith("language_model.") and "embed" in name else _part_of(name)
         weights = torch.Size(shape).numel()
@@ -235,10 +243,11 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: Co
         if part == "text_embeddings":
             continue
         stored, cast = 4 if checkpoint.dtypes[name] == "F32" else 2, LOAD_TYPES.get(formats[part])
-        wanted = cast.itemsize if cast else 4 if EXPERTS in name else stored
+        rounded = EXPERTS in name and formats[part] == "int4" and _rounds_experts(checkpoint, options)
+        wanted = cast.itemsize if cast else 0.55 if rounded else 4 if EXPERTS in name else stored
         copies[part] += weights * (stored if checkpoint.copies(name, later=_merges_later(formats[part], options)) else 0)
         copies[part] += weights * ((wanted if wanted != stored or EXPERTS in name else 0) + (stored if PACKED in name else 0))
-    return int(sum(sizes.values())) + max(copies.values()) + TOKENIZER_BYTES
+    return int(sum(sizes.values()) + max(copies.values())) + TOKENIZER_BYTES
 
 
 def _write_configuration(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path) -> None:

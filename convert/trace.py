@@ -28,6 +28,7 @@ from optimum.exporters.openvino.utils import _get_input_info, clear_class_regist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from convert.packed import Ready
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.router import RouterPart
 from convert.reference.vision import VisionPart
@@ -83,12 +84,13 @@ def trace_router(part: RouterPart) -> ov.Model:
     return _name(model, [PATCHES], ["few_hidden_state", "probabilities"])
 
 
-def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
+def trace_language(model: PreTrainedModel, *, quantised: bool, ready: Ready | None = None) -> ov.Model:
     """Decoder -> stateful model `inputs_embeds` (B, T, D), `attention_mask` (B, past + T), `position_ids` (B, T), `beam_idx` (B).
 
     Its output is `logits` (B, T, V) float32 at all positions; keys and values live in states of (B, heads, past, head size).
     A model with visual experts has one more input, `visual_token_mask` (B, T) int64, 1 on context tokens.
-    `quantised` weights leave the KV cache's precision to the device; otherwise float16 is asked for, as optimum-intel does.
+    `quantised` weights leave the KV cache's precision to the device; otherwise float16 is asked for, as optimum-intel does. What
+    waits in `ready` is put in its place.
     """
     from optimum.exporters.openvino.model_configs import get_vlm_text_generation_config
     from optimum.exporters.openvino.stateful import patch_stateful
@@ -113,7 +115,7 @@ def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
         if routed:  # the last argument of its forward
             example[VISUAL_MASK] = torch.ones(example["inputs_embeds"].shape[:2], dtype=torch.int64)
             inputs.append((VISUAL_MASK, ov.PartialShape([-1, -1])))
-        traced = _to_openvino(model, example, [shape for _, shape in inputs])
+        traced = _to_openvino(model, example, [shape for _, shape in inputs], ready)
     _take_turned(traced)
     _name(traced, [name for name, _ in inputs], list(export.outputs))
     patch_stateful(model.config, traced)
@@ -123,17 +125,21 @@ def trace_language(model: PreTrainedModel, *, quantised: bool) -> ov.Model:
     return traced
 
 
-def _to_openvino(module: nn.Module, example: dict[str, Any], shapes: list[ov.PartialShape]) -> ov.Model:
+def _to_openvino(module: nn.Module, example: dict[str, Any], shapes: list[ov.PartialShape], ready: Ready | None = None) -> ov.Model:
     """Trace on an example, then open the axes; ov.convert_model's steps without its second validation and its telemetry."""
     keep_16bit_weights(module)
-    decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    model = frontend.convert(frontend.load(decoder))
+    try:
+        decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        model = frontend.convert(frontend.load(decoder))
+    finally:  # or torch.bmm stays one that computes nothing
+        unpatch_model(module, PATCHED_FORWARD)
     for parameter, shape in zip(model.get_parameters(), shapes, strict=True):
         parameter.set_partial_shape(shape)
-    model.validate_nodes_and_infer_types()
+    _take_turned(model)
+    if ready is not None:  # before the next step copies constants of three axes
+        ready.insert(model)
     apply_moc_transformations(model, cf=False, smart_reshape=True)
-    unpatch_model(module, PATCHED_FORWARD)
     return model
 
 

@@ -167,7 +167,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     embeds = text.clone()
     here = torch.eq(ids[0], context_id(tokenizer))
     embeds[:, here] = features[:, : int(here.sum())]
-    model = load_language(checkpoint, None, empty=scratch.empty)
+    model = load_language(checkpoint, None, empty=scratch.empty, single=True)
     compute_in_float32(model)
     visual = here.long()[None]
     routing = {VISUAL_MASK: visual} if isinstance(model, LlamaWithVisualExperts) else {}

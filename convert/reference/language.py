@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from convert.checkpoint import Shapes
 from convert.lora import Later
 from convert.packed import Ready
+from convert.reference.experts import Experts
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig
 
@@ -59,7 +59,6 @@ VISUAL_NAMES = [  # of Mono-InternVL
     (".feed_forward_ve.w2.", ".mlp.visual.down_proj."),
     (".feed_forward_ve.w3.", ".mlp.visual.up_proj."),
 ]
-# Joined by transformers: gate_up_proj (E, 2I, D) with the gate's rows first, down_proj (E, D, I).
 EXPERTS = ".mlp.experts."
 PACKED, SPLIT = ".attention.wqkv.", (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj.")
 
@@ -75,7 +74,7 @@ class LanguageModel:
     packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
     head: str = "lm_head.weight"
     visual_experts: bool = False
-    single_experts: bool = False  # published one by one, joined by transformers
+    single_experts: bool = False  # published one by one (experts.py)
     keys: tuple[str, ...] = ()  # of llm_config that shape it, beside those of all
     required: tuple[str, ...] = ()
     attention: str = "sdpa"
@@ -238,6 +237,12 @@ def build_language(config: InternVLConfig, *, tied: bool) -> PreTrainedModel:
     with torch.device("meta"):
         model = build(hf_config)
     # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
+    if kind.single_experts:
+        c = hf_config
+        for layer in model.model.layers:
+            if hasattr(layer.mlp, "experts"):
+                with torch.device("meta"):
+                    layer.mlp.experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
     rope: nn.Module = type(model.model.rotary_emb)(hf_config)
     model.model.rotary_emb = DynamicRope(rope) if rope.rope_type == "dynamic" else rope
     return model.eval()
@@ -255,10 +260,8 @@ def published_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
             rows = sum(build_rows(config))
             shapes[PREFIX + name.replace(SPLIT[0], PACKED)] = (rows, *shape[1:])
         elif kind.single_experts and EXPERTS in name:
-            matrices = ["gate_proj", "up_proj"] if name.endswith("gate_up_proj") else ["down_proj"]
-            for expert, matrix in product(range(shape[0]), matrices):
-                own = f"{name.rpartition('.')[0]}.{expert}.{matrix}.weight"
-                shapes[PREFIX + own] = (shape[1] // len(matrices), shape[2])
+            experts, _, matrix = name.rpartition(".")
+            shapes |= {f"{PREFIX}{experts}.{expert}.{matrix}.weight": shape[1:] for expert in range(shape[0])}
         elif not (kind.packed_attention and any(part in name for part in SPLIT)):
             shapes[PREFIX + _rename(name, [(ours, theirs) for theirs, ours in kind.names])] = shape
     return shapes
@@ -281,12 +284,12 @@ def to_transformers(
 ) -> dict[str, torch.Tensor]:
     """Give published tensors the names (and, for packed attention, the split) of transformers' class.
 
-    What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None. The
-    parts of a packed matrix that waits in `later` or `ready` wait there in its place.
+    What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None,
+    unless they wait in `ready`. The parts of a packed matrix that waits in `later` or `ready` wait there in its place.
     """
     kind = language_kind(config)
     state: dict[str, torch.Tensor] = {}
-    joined = _join_experts(tensors, dtype or torch.float32, empty) if kind.single_experts else tensors
+    joined = _join_experts(tensors, dtype or torch.float32, empty, ready) if kind.single_experts else tensors
     for published, tensor in joined.items():
         name = published.removeprefix(PREFIX)
         if kind.packed_attention and PACKED in name:
@@ -300,24 +303,33 @@ def to_transformers(
     return state
 
 
-def _join_experts(tensors: dict[str, torch.Tensor], dtype: torch.dtype, empty: Empty) -> dict[str, torch.Tensor]:
-    """The matrices of single experts as transformers' joined ones; whatever else there is stays as it is."""
-    joined = {name: tensor for name, tensor in tensors.items() if EXPERTS not in name}
-    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if EXPERTS in name:
-            layer, _, rest = name.partition(EXPERTS)
-            number, matrix, _ = rest.split(".")
-            experts.setdefault(layer + EXPERTS, {})[int(number), matrix] = tensor
-    for layer, own in experts.items():
-        count = 1 + max(number for number, _ in own)
-        inner, width = own[0, "gate_proj"].shape
-        gates_and_ups, downs = empty((count, 2 * inner, width), dtype=dtype), empty((count, width, inner), dtype=dtype)
-        for e in range(count):
-            gates_and_ups[e, :inner], gates_and_ups[e, inner:] = own[e, "gate_proj"], own[e, "up_proj"]
-            downs[e] = own[e, "down_proj"]
-        joined |= {f"{layer}gate_up_proj": gates_and_ups, f"{layer}down_proj": downs}
+def _join_experts(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, empty: Empty, ready: Ready | None
+) -> dict[str, torch.Tensor]:
+    """The matrices of single experts, (E, rows, columns) of a kind and layer; whatever else there is stays as it is."""
+    joined, kinds = apart(tensors)
+    for name, matrices in kinds.items():
+        if ready is not None:
+            joined[name] = ready.join(matrices)
+            continue
+        joined[name] = empty((len(matrices), *matrices[0].shape), dtype=dtype)
+        for number, matrix in enumerate(matrices):
+            joined[name][number] = matrix
     return joined
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Tensors that belong to no single expert, and those that do: of a kind and layer, expert by expert."""
+    others: dict[str, torch.Tensor] = {}
+    kinds: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, here, rest = name.partition(EXPERTS)
+        if not here:
+            others[name] = tensor
+            continue
+        number, matrix, _ = rest.split(".")
+        kinds.setdefault(f"{layer}{EXPERTS}{matrix}", {})[int(number)] = tensor
+    return others, {name: [own[number] for number in sorted(own)] for name, own in kinds.items()}
 
 
 def _rename(name: str, pairs: list[tuple[str, str]]) -> str:

@@ -21,6 +21,7 @@ from convert.reference.language import (
     PREFIX,
     Empty,
     LlamaWithVisualExperts,
+    apart,
     build_language,
     language_kind,
     published_shapes,
@@ -83,8 +84,11 @@ def load_language(
     empty: Empty = torch.empty,
     later: Later | None = None,
     ready: Ready | None = None,
+    single: bool = False,
 ) -> PreTrainedModel:
     """Load the language part. `dtype`, `empty` and `later` as in `load_vision`; what is in four bits is left to `ready`.
+
+    `single` leaves experts that are published one by one where they lie, to be used and not to be traced.
 
     `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
     takes embeddings, so the table would only take memory.
@@ -95,6 +99,11 @@ def load_language(
     table = text_table_name(checkpoint)
     wanted = (name for name in names if tied or not head_only or name != table)
     mapped = checkpoint.tensors(wanted, empty=empty, later=later, ready=ready, unpacked=dtype or torch.float16)
+    if single and language_kind(checkpoint.config).single_experts:
+        mapped, kinds = apart(mapped)
+        for name, matrices in kinds.items():
+            place, _, matrix = name.removeprefix(PREFIX).rpartition(".")
+            model.get_submodule(place).leave(matrix, matrices)  # type: ignore[operator]
     state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty, later, ready), dtype, model, empty)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

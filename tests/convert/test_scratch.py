@@ -88,7 +88,7 @@ def test_nothing_is_left_in_a_folder(tmp_path, monkeypatch, system):
     ("name", "changes"),
     [
         ("tiny-internlm2", {"hidden_size": 1024, "num_attention_heads": 16}),
-        ("tiny-qwen3-moe", {"hidden_size": 512}),
+        ("tiny-qwen3-moe", {"hidden_size": 1024}),
         ("tiny-gpt-oss", {"hidden_size": 1024, "intermediate_size": 256}),
     ],
 )
