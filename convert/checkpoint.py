@@ -18,7 +18,7 @@ import torch
 from convert.adapter import Adapter
 from convert.lora import UNCOPIED, UPSTREAM_SCALE, Later, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
-from convert.packed import Ready, find_packed, read_recipe
+from convert.packed import Matrices, Ready, find_mxfp4, find_packed, read_recipe
 from convert.reference.router import TENSORS as ROUTER
 from convert.reference.router import UNUSED
 from convert.weight_files import Shapes, WeightFiles, some
@@ -153,9 +153,14 @@ class Checkpoint:
         self._packed = find_packed(self._stored, shapes, dtypes, self.recipe)
         for name, packed in self._packed.items():
             self.shapes[name], self.dtypes[name] = packed.shape, "F16"
+        self._mxfp4 = find_mxfp4(self._stored, shapes, dtypes)
+        for name, joined in self._mxfp4.items():
+            self.shapes[name], self.dtypes[name] = joined.shape, "BF16"
         if self.recipe is not None:
             self.notes.append(f"packed: {len(self._packed)} matrices ({self.recipe})")
-            self._forget_recipe()
+        if self._mxfp4:
+            self.notes.append(f"packed: {len(self._mxfp4)} tensors of joined experts (MXFP4)")
+        self._forget_recipe()
         for name, parts in self._stored.items():
             missing = [part for part in parts if part not in shapes]
             if missing:
@@ -243,6 +248,8 @@ class Checkpoint:
         """Whether a tensor is a copy: unpacked, or with what was trained merged into it; `later` leaves out those that can wait."""
         if name in self._packed:  # by the proof, if by nobody else
             return True
+        if name in self._mxfp4:
+            return False
         return any(self._changed(part) for part in self._stored[name]) and not (later and self._waits(name))
 
     def _waits(self, name: str) -> Update | None:
@@ -297,6 +304,9 @@ class Checkpoint:
             made[name] = load().unpack(empty(self.shapes[name], dtype=unpacked))
             if self.adapter is not None:
                 self.adapter.merge(name, made[name])
+        for name in [name for name in self._mxfp4 if name in wanted]:
+            unpack = partial(self._mxfp4[name].load, self._open)
+            made[name] = unpack() if ready is None else ready.read_later(self.shapes[name], unpack)
         for name, parts in stored.items():
             update = None if later is None else self._waits(name)
             if later is not None and update is not None:
@@ -305,6 +315,12 @@ class Checkpoint:
             else:
                 made[name] = found(parts[0]) if len(parts) == 1 else torch.cat([*map(found, parts)])
         return made | {name: made[name][: self.shapes[name][0]] for name in self._cut & set(made)}
+
+    def experts(self, name: str) -> Matrices:
+        """Joined experts (E, columns, rows) one by one, (rows, columns); those in MXFP4 are unpacked when they are asked for."""
+        if name in self._mxfp4:
+            return self._mxfp4[name].single(self._open)
+        return [one.t() for one in self.tensors([name])[name]]
 
     def _open(self, name: str) -> torch.Tensor:
         return self._files.open([name])[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import openvino as ov
@@ -94,6 +94,7 @@ class Ready:
     def __init__(self, empty: Empty, quantise: Quantise) -> None:
         self._empty, self._quantise = empty, quantise
         self._waiting: dict[int, Callable[[], FourBits]] = {}
+        self._unread: dict[int, Callable[[], torch.Tensor]] = {}
         self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not keep
         self._zeros = np.zeros(0, np.uint8)
         self._place = 0
@@ -103,6 +104,11 @@ class Ready:
 
     def placeholder(self, shape: Iterable[int], dtype: torch.dtype, load: Callable[[], FourBits]) -> torch.Tensor:
         """What is traced instead of the matrix that `load` gives later."""
+        made = self._nothing(shape, dtype)
+        self._waiting[made.data_ptr()] = load
+        return made
+
+    def _nothing(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         shape = torch.Size(shape)
         size = shape.numel() * dtype.itemsize
         if self._place + PLACE + size > len(self._zeros):
@@ -110,9 +116,7 @@ class Ready:
         self._place += PLACE
         place = self._zeros[self._place : self._place + size]
         place[:4] = np.array([self._place // PLACE], np.int32).view(np.uint8)
-        made = torch.from_numpy(place).view(dtype).view(shape)
-        self._waiting[made.data_ptr()] = load
-        return made
+        return torch.from_numpy(place).view(dtype).view(shape)
 
     def split(self, matrix: torch.Tensor, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor] | None:
         """Placeholders for the parts of the rows of one that waits; None where it does not wait."""
@@ -135,6 +139,20 @@ class Ready:
         loads = [self._waiting.pop(matrix.data_ptr(), other) for matrix, other in zip(matrices, quantised, strict=True)]
         shape = (len(matrices), *matrices[0].shape)
         return self.placeholder(shape, torch.float32, lambda: FourBits.stack([load() for load in loads]))
+
+    def read_later(self, shape: Iterable[int], load: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A placeholder for joined experts (E, columns, rows) that `load` reads, and that `turn` takes."""
+        made = self._nothing(shape, torch.bfloat16)
+        self._unread[made.data_ptr()] = load
+        return made
+
+    def turn(self, joined: torch.Tensor) -> torch.Tensor:
+        """A placeholder (E, rows, columns) for joined experts (E, columns, rows), which are rounded one by one."""
+        read = self._unread.pop(joined.data_ptr(), lambda: joined)
+        experts, columns, rows = joined.shape
+        return self.placeholder(
+            (experts, rows, columns), torch.float32, lambda: FourBits.stack([self._quantise(one.t()) for one in read()])
+        )
 
     def _room(self, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
         self._kept.append(self._empty(shape, dtype=dtype))
@@ -172,7 +190,7 @@ class Recipe:
 def read_recipe(raw: Mapping[str, Any]) -> Recipe | None:
     """The recipe of config.json, None where the checkpoint is not packed. Raises CheckpointError for what is not read here."""
     said = raw.get("quantization_config") or (raw.get("llm_config") or {}).get("quantization_config")
-    if not said:
+    if not said or str(said.get("quant_method")).lower() == "mxfp4":  # those tensors speak for themselves
         return None
     method, version = str(said.get("quant_method")).lower(), str(said.get("version", "gemm")).lower()
     bits, group = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size", 128))
@@ -303,3 +321,66 @@ def _shape(module: str, own: Mapping[str, str], shapes: Shapes, dtypes: Mapping[
     if not fits or any(given[suffix] != shape for suffix, shape in right.items() if suffix in given):
         raise CheckpointError(f"{told} do not fit {recipe}: the files are broken or of another config.json")
     return rows, columns
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # the sign is the highest of four bits
+BIAS = 127  # of e8m0
+BLOCKS, BLOCK_SCALES = "_blocks", "_scales"
+
+
+class Matrices(Protocol):
+    """The matrices of experts, one by one."""
+
+    def __getitem__(self, number: int, /) -> torch.Tensor:
+        """That of one expert, (rows, columns)."""
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Joined experts as GPT-OSS publishes them: blocks (E, rows, G, 16) uint8, each with a scale (E, rows, G) uint8.
+
+    A block is 32 numbers of e2m1, two a byte, the first in its lower half, times 2 ** (scale - 127). Format: OCP Microscaling
+    Formats (MX) v1.0; layout: huggingface/transformers@v5.5.4 src/transformers/integrations/mxfp4.py
+    """
+
+    name: str
+    stored: tuple[str, str]  # blocks and scales
+    shape: tuple[int, int, int]  # E, columns, rows, as they are published unpacked
+
+    def load(self, open_: Open) -> torch.Tensor:
+        """All experts (E, columns, rows) bfloat16, which holds each of the numbers."""
+        single = self.single(open_)
+        return torch.stack([single[number] for number in range(self.shape[0])]).transpose(1, 2)
+
+    def single(self, open_: Open) -> Matrices:
+        """Matrices (rows, columns) bfloat16, unpacked when they are asked for."""
+        return _Unpacked(*(open_(name) for name in self.stored))
+
+
+class _Unpacked:
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
+        self._blocks, self._scales = blocks, scales
+
+    def __getitem__(self, number: int, /) -> torch.Tensor:
+        halves = torch.stack([self._blocks[number] & 15, self._blocks[number] >> BITS], dim=-1).flatten(-2).long()
+        values = torch.cat([E2M1, -E2M1])[halves]
+        powers = torch.exp2(self._scales[number].float() - BIAS)
+        return (values * powers[..., None]).flatten(-2).to(torch.bfloat16)
+
+
+def find_mxfp4(stored: dict[str, list[str]], shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, Mxfp4]:
+    """The joined experts in MXFP4 among the tensors of a checkpoint, by their names unpacked; `stored` keeps the others.
+
+    Raises CheckpointError for blocks and scales that do not fit each other.
+    """
+    found = {}
+    for name in [name.removesuffix(BLOCKS) for name in stored if name.endswith(BLOCKS)]:
+        if name + BLOCK_SCALES not in stored:
+            raise CheckpointError(f"{name} has blocks and no scales: the checkpoint is not whole")
+        own = stored.pop(name + BLOCKS)[0], stored.pop(name + BLOCK_SCALES)[0]
+        blocks, scales = (shapes[part] for part in own)
+        if len(blocks) != 4 or blocks[3] != 16 or scales != blocks[:3] or {dtypes[part] for part in own} != {"U8"}:
+            told = f"blocks {[*blocks]} {dtypes[own[0]]} and scales {[*scales]} {dtypes[own[1]]}"
+            raise CheckpointError(f"{name}: {told} are not MXFP4, (E, rows, G, 16) and (E, rows, G) of U8 are: fetch it again")
+        found[name] = Mxfp4(name, own, (blocks[0], blocks[2] * 32, blocks[1]))
+    return found

@@ -209,7 +209,7 @@ def _in_8_bits(model: ov.Model, weight_format: str, samples: list[np.ndarray], c
 
 def _rounds_experts(checkpoint: Checkpoint, options: ConvertOptions) -> bool:
     """Whether experts are compressed one by one before there is a graph: where NNCF would look at nothing but their numbers."""
-    return language_kind(checkpoint.config).single_experts and options.looks_once and not options.sym
+    return language_kind(checkpoint.config).experts is not None and options.looks_once and not options.sym
 
 
 def _merges_later(weight_format: str, options: ConvertOptions) -> bool:

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from convert.checkpoint import Shapes
 from convert.lora import Later
 from convert.packed import Ready
-from convert.reference.experts import Experts
+from convert.reference.experts import Experts, GptOssExperts, QwenExperts
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig
 
@@ -74,7 +74,8 @@ class LanguageModel:
     packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
     head: str = "lm_head.weight"
     visual_experts: bool = False
-    single_experts: bool = False  # published one by one (experts.py)
+    experts: Callable[[PretrainedConfig], Experts] | None = None  # published one by one, or
+    turned_experts: bool = False  # joined, with their outputs as columns
     keys: tuple[str, ...] = ()  # of llm_config that shape it, beside those of all
     required: tuple[str, ...] = ()
     attention: str = "sdpa"
@@ -89,13 +90,15 @@ INTERNLM2: dict[str, Any] = {
 LANGUAGE_MODELS = {
     "Qwen2ForCausalLM": LanguageModel("qwen2", "Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": LanguageModel("qwen3", "Qwen3ForCausalLM"),
-    "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM", single_experts=True),
+    "Qwen3MoeForCausalLM": LanguageModel("qwen3_moe", "Qwen3MoeForCausalLM", experts=QwenExperts),
     "GptOssForCausalLM": LanguageModel(
         "gpt_oss",
         "GptOssForCausalLM",
         keys=("num_local_experts", "layer_types"),
         required=("num_local_experts", "sliding_window", "max_position_embeddings"),
         attention="eager",
+        experts=GptOssExperts,
+        turned_experts=True,
     ),
     "LlamaForCausalLM": LanguageModel("llama", "LlamaForCausalLM"),
     "Phi3ForCausalLM": LanguageModel("phi3", "Phi3ForCausalLM"),
@@ -237,12 +240,11 @@ def build_language(config: InternVLConfig, *, tied: bool) -> PreTrainedModel:
     with torch.device("meta"):
         model = build(hf_config)
     # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
-    if kind.single_experts:
-        c = hf_config
+    if kind.experts is not None:
         for layer in model.model.layers:
             if hasattr(layer.mlp, "experts"):
                 with torch.device("meta"):
-                    layer.mlp.experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
+                    layer.mlp.experts = kind.experts(hf_config)
     rope: nn.Module = type(model.model.rotary_emb)(hf_config)
     model.model.rotary_emb = DynamicRope(rope) if rope.rope_type == "dynamic" else rope
     return model.eval()
@@ -259,7 +261,9 @@ def published_shapes(config: InternVLConfig, *, tied: bool) -> Shapes:
         if kind.packed_attention and SPLIT[0] in name:
             rows = sum(build_rows(config))
             shapes[PREFIX + name.replace(SPLIT[0], PACKED)] = (rows, *shape[1:])
-        elif kind.single_experts and EXPERTS in name:
+        elif kind.turned_experts and EXPERTS in name and len(shape) == 3:
+            shapes[PREFIX + name] = (shape[0], shape[2], shape[1])
+        elif kind.experts is not None and not kind.turned_experts and EXPERTS in name:
             experts, _, matrix = name.rpartition(".")
             shapes |= {f"{PREFIX}{experts}.{expert}.{matrix}.weight": shape[1:] for expert in range(shape[0])}
         elif not (kind.packed_attention and any(part in name for part in SPLIT)):
@@ -289,7 +293,8 @@ def to_transformers(
     """
     kind = language_kind(config)
     state: dict[str, torch.Tensor] = {}
-    joined = _join_experts(tensors, dtype or torch.float32, empty, ready) if kind.single_experts else tensors
+    gather = _turn_experts if kind.turned_experts else _join_experts
+    joined = tensors if kind.experts is None else gather(tensors, dtype or torch.float32, empty, ready)
     for published, tensor in joined.items():
         name = published.removeprefix(PREFIX)
         if kind.packed_attention and PACKED in name:
@@ -316,6 +321,20 @@ def _join_experts(
         for number, matrix in enumerate(matrices):
             joined[name][number] = matrix
     return joined
+
+
+def _turn_experts(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, empty: Empty, ready: Ready | None
+) -> dict[str, torch.Tensor]:
+    """Joined experts (E, columns, rows) as (E, rows, columns); whatever else there is stays as it is."""
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        if ready is not None:
+            return ready.turn(tensor)
+        experts, columns, rows = tensor.shape
+        return empty((experts, rows, columns), dtype=dtype).copy_(tensor.transpose(1, 2))
+
+    return {name: turned(tensor) if EXPERTS in name and tensor.ndim == 3 else tensor for name, tensor in tensors.items()}
 
 
 def apart(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:

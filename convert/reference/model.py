@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from convert.checkpoint import Checkpoint, Shapes
 from convert.lora import Later
-from convert.packed import Ready
+from convert.packed import Matrices, Ready
 from convert.reference.language import (
+    EXPERTS,
     PREFIX,
     Empty,
     LlamaWithVisualExperts,
@@ -97,10 +98,11 @@ def load_language(
     model = build_language(checkpoint.config, tied=tied)
     names = published_shapes(checkpoint.config, tied=tied)
     table = text_table_name(checkpoint)
-    wanted = (name for name in names if tied or not head_only or name != table)
+    wanted = [name for name in names if tied or not head_only or name != table]
+    if single:
+        wanted, kinds = _single_experts(checkpoint, wanted)
     mapped = checkpoint.tensors(wanted, empty=empty, later=later, ready=ready, unpacked=dtype or torch.float16)
-    if single and language_kind(checkpoint.config).single_experts:
-        mapped, kinds = apart(mapped)
+    if single:
         for name, matrices in kinds.items():
             place, _, matrix = name.removeprefix(PREFIX).rpartition(".")
             model.get_submodule(place).leave(matrix, matrices)  # type: ignore[operator]
@@ -111,6 +113,19 @@ def load_language(
         state["model.embed_tokens.weight"] = model.model.embed_tokens.weight
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _single_experts(checkpoint: Checkpoint, names: list[str]) -> tuple[list[str], dict[str, Matrices]]:
+    """Names of what belongs to no single expert, and the matrices of those that do, by kind and layer, expert by expert."""
+    kind, shapes = language_kind(checkpoint.config), checkpoint.shapes
+    if kind.experts is None:
+        return names, {}
+    if not kind.turned_experts:
+        own = [name for name in names if EXPERTS in name]
+        return [name for name in names if EXPERTS not in name], {**apart(checkpoint.tensors(own))[1]}
+    own = [name for name in names if EXPERTS in name and len(shapes[name]) == 3]
+    found: dict[str, Matrices] = {name: checkpoint.experts(name) for name in own}
+    return [name for name in names if name not in found], found
 
 
 def load_text_embeddings(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> Tensor:
