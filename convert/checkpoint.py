@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from convert.adapter import Adapter
+from convert.four_bits import Ready
 from convert.lora import UNCOPIED, UPSTREAM_SCALE, Later, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
-from convert.packed import Matrices, Ready, find_mxfp4, find_packed, read_recipe
+from convert.packed import Matrices, find_mxfp4, find_packed, read_recipe
 from convert.reference.router import TENSORS as ROUTER
 from convert.reference.router import UNUSED
 from convert.weight_files import Shapes, WeightFiles, some

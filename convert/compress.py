@@ -20,9 +20,9 @@ import openvino as ov
 import torch
 from openvino import opset13 as opset
 
+from convert.four_bits import FourBits
 from convert.lora import Later
 from convert.options import W8A8, ConvertOptions
-from convert.packed import FourBits
 from runtime.errors import OptionError
 from runtime.parts.memory import page_out
 

@@ -1,176 +1,28 @@
-"""Matrices in four bits: as AWQ and GPTQ publish them, and as OpenVINO computes with them.
+"""Weights that are published in four bits, read as they are: AWQ, GPTQ, and MXFP4 of GPT-OSS's experts.
 
-weight[r, c] = (code[r, c] - zero[r, c // group]) * scale[r, c // group], codes and zeros in 0..15: what both publish, and what
-OpenVINO reads, so that numbers are moved and never rounded again. Layouts: InternLM/lmdeploy@1263d5c
-lmdeploy/lite/quantization/modules/linear.py (AWQ, version gemm), AutoGPTQ/AutoGPTQ@v0.7.1
-auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (GPTQ).
+Numbers are moved and never rounded again. Layouts: InternLM/lmdeploy@1263d5c lmdeploy/lite/quantization/modules/linear.py (AWQ,
+version gemm), AutoGPTQ/AutoGPTQ@v0.7.1 auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (GPTQ),
+huggingface/transformers@v5.5.4 src/transformers/integrations/mxfp4.py. Knows names and sizes; opens no files itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-import openvino as ov
 import torch
-from openvino import opset13 as opset
 
+from convert.four_bits import BITS, FourBits
 from convert.weight_files import Shapes, some
 from runtime.errors import CheckpointError
 
-BITS, EACH = 4, 8  # of a number, and numbers in an int32
+EACH = 8  # numbers in an int32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in an int32, from its lowest bits on
 MIDDLE = 8  # the zero of symmetric numbers
 SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
-PLACES = 1 << 20  # bytes of a placeholder's memory in which others may begin
-PLACE = 64
 
 Open = Callable[[str], torch.Tensor]
-Empty = Callable[..., torch.Tensor]
-Quantise = Callable[[torch.Tensor], "FourBits"]
-
-
-@dataclass(frozen=True)
-class FourBits:
-    """A matrix (..., rows, columns): codes uint8 of its shape, zeros uint8 and scales float16 (..., rows, groups)."""
-
-    codes: torch.Tensor
-    zeros: torch.Tensor
-    scales: torch.Tensor
-
-    def unpack(self, out: torch.Tensor) -> torch.Tensor:
-        """Write the numbers they stand for to `out`; each is computed in float32."""
-        grouped = self.codes.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
-        grouped -= self.zeros[..., None]
-        grouped *= self.scales[..., None]
-        return out.copy_(grouped.flatten(-2))
-
-    @classmethod
-    def stack(cls, matrices: Sequence[FourBits]) -> FourBits:
-        """Several matrices of one shape as one of one axis more."""
-        return cls(*(torch.stack([getattr(each, name) for each in matrices]) for name in ("codes", "zeros", "scales")))
-
-    def split(self, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[FourBits]:
-        """The matrices that `split` makes of the rows."""
-        return [FourBits(*parts) for parts in zip(split(self.codes), split(self.zeros), split(self.scales), strict=True)]
-
-    def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
-        """The matrix as a graph gives it, the way NNCF writes it, in the type `kind`; codes lie in memory that `empty` gives."""
-        *rows, columns = self.codes.shape
-        groups = self.scales.shape[-1]
-        codes = _u4(self.codes, [*rows, groups, columns // groups], name, empty)
-        zeros = _u4(self.zeros, [*rows, groups, 1], f"{name}/zero_point", empty)
-        scale = opset.constant(self.scales.to(torch.float16).unsqueeze(-1).numpy(), name=f"{name}/scale", shared_memory=False)
-        moved = opset.subtract(
-            opset.convert(codes, ov.Type.f16), opset.convert(zeros, ov.Type.f16), name=f"{name}/zero_point/subtract"
-        )
-        scaled = opset.multiply(moved, scale, name=f"{name}/fq_weights_1")
-        whole = opset.reshape(scaled, opset.constant(np.array([*rows, columns], np.int64)), special_zero=False)
-        return opset.convert(whole, kind).output(0)
-
-
-def _u4(numbers: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.Node:
-    """A constant of 4-bit numbers, two a byte, the first in its lower half."""
-    flat = numbers.reshape(-1)
-    if len(flat) % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    pairs = empty((len(flat) // 2,), dtype=torch.uint8)
-    torch.bitwise_or(flat[0::2], flat[1::2] << BITS, out=pairs)
-    made = ov.op.Constant(ov.Tensor(pairs.numpy(), ov.Shape(shape), ov.Type.u4), shared_memory=True)
-    made.set_friendly_name(name)
-    return made
-
-
-class Ready:
-    """Matrices that are in four bits already, known by the address of what is traced in their place.
-
-    The placeholders are zeros that take no memory: they lie over each other, each beginning at another place with a number of its
-    own, since OpenVINO makes one constant of two that are equal.
-    """
-
-    def __init__(self, empty: Empty, quantise: Quantise) -> None:
-        self._empty, self._quantise = empty, quantise
-        self._waiting: dict[int, Callable[[], FourBits]] = {}
-        self._unread: dict[int, Callable[[], torch.Tensor]] = {}
-        self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not keep
-        self._zeros = np.zeros(0, np.uint8)
-        self._place = 0
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def placeholder(self, shape: Iterable[int], dtype: torch.dtype, load: Callable[[], FourBits]) -> torch.Tensor:
-        """What is traced instead of the matrix that `load` gives later."""
-        made = self._nothing(shape, dtype)
-        self._waiting[made.data_ptr()] = load
-        return made
-
-    def _nothing(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-        shape = torch.Size(shape)
-        size = shape.numel() * dtype.itemsize
-        if self._place + PLACE + size > len(self._zeros):
-            self._zeros, self._place = np.zeros(size + PLACES, np.uint8), 0
-        self._place += PLACE
-        place = self._zeros[self._place : self._place + size]
-        place[:4] = np.array([self._place // PLACE], np.int32).view(np.uint8)
-        return torch.from_numpy(place).view(dtype).view(shape)
-
-    def split(self, matrix: torch.Tensor, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor] | None:
-        """Placeholders for the parts of the rows of one that waits; None where it does not wait."""
-        load = self._waiting.pop(matrix.data_ptr(), None)
-        if load is None:
-            return None
-        whole: dict[int, FourBits] = {}  # read when the first part is, kept until the last
-
-        def part(number: int) -> FourBits:
-            if not whole:
-                whole.update(enumerate(load().split(split)))
-            return whole.pop(number)
-
-        heights = [len(each) for each in split(matrix[:, :1])]  # of one column, which takes no time
-        return [self.placeholder((rows, matrix.shape[1]), matrix.dtype, partial(part, n)) for n, rows in enumerate(heights)]
-
-    def join(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A placeholder for the experts of a layer, a matrix each: packed ones that wait, or others, rounded one by one."""
-        quantised = [partial(self._quantise, matrix) for matrix in matrices]
-        loads = [self._waiting.pop(matrix.data_ptr(), other) for matrix, other in zip(matrices, quantised, strict=True)]
-        shape = (len(matrices), *matrices[0].shape)
-        return self.placeholder(shape, torch.float32, lambda: FourBits.stack([load() for load in loads]))
-
-    def read_later(self, shape: Iterable[int], load: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A placeholder for joined experts (E, columns, rows) that `load` reads, and that `turn` takes."""
-        made = self._nothing(shape, torch.bfloat16)
-        self._unread[made.data_ptr()] = load
-        return made
-
-    def turn(self, joined: torch.Tensor) -> torch.Tensor:
-        """A placeholder (E, rows, columns) for joined experts (E, columns, rows), which are rounded one by one."""
-        read = self._unread.pop(joined.data_ptr(), lambda: joined)
-        experts, columns, rows = joined.shape
-        return self.placeholder(
-            (experts, rows, columns), torch.float32, lambda: FourBits.stack([self._quantise(one.t()) for one in read()])
-        )
-
-    def _room(self, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
-        self._kept.append(self._empty(shape, dtype=dtype))
-        return self._kept[-1]
-
-    def insert(self, model: ov.Model) -> None:
-        """Put the matrices into a traced model where their placeholders are."""
-        for constant in [node for node in model.get_ops() if node.get_type_name() == "Constant"]:
-            load = self._waiting.pop(np.asarray(constant.data).ctypes.data, None) if constant.get_byte_size() else None
-            if load is None:
-                continue
-            kind = constant.get_output_element_type(0)
-            matrix = load().node(constant.get_friendly_name(), kind, self._room)
-            for target in constant.output(0).get_target_inputs():
-                target.replace_source_output(matrix)
-        model.validate_nodes_and_infer_types()
-        if self._waiting:
-            raise RuntimeError(f"{len(self._waiting)} matrices in four bits have no place in the traced model")
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, check_group_size, compress, four_bits
+from convert.four_bits import Ready
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, check_packed
-from convert.packed import Ready
 from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision

@@ -28,7 +28,7 @@ from optimum.exporters.openvino.utils import _get_input_info, clear_class_regist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from convert.packed import Ready
+from convert.four_bits import Ready
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.router import RouterPart
 from convert.reference.vision import VisionPart

@@ -27,17 +27,24 @@ KINDS = {  # llm_config.architectures -> (name, what proves it)
 CONVERTED = ("InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL2-8B")  # at full size, with random weights
 CONVERTING, RUNNING = 1.6e9, 1.6e9  # bytes beside the largest compressed part, and beside vision and language part
 CALIBRATING = 2.2e9  # bytes while the ranges of InternViT-300M are found
-EXPERT_BYTES = 2.7  # of memory a weight beside its result, while joined experts are traced
 SCALE_INT4, SCALE_INT8 = 2.5, 3  # bytes of the scale and the zero point that weights share
 
 
 def int4_bytes(config: dict) -> dict[str, float]:
-    """Bytes of each part of a model folder: int4 with an int8 head, the other parts in 8 bits, vectors in float32."""
+    """Bytes of each part of a model folder: int4 with an int8 head, the other parts in 8 bits, vectors in float32.
+
+    A router is not compressed: 16 bits, its attention in float32.
+    """
     group = next(size for size in (128, 64, 32) if not config["llm_config"]["hidden_size"] % size)
     sizes = {"text_embeddings": 0.0, "vision": 0.0, "language": 0.0}
     for name, shape in tensor_shapes(config):
         weights, rows = math.prod(shape), shape[0]
         language = name.startswith("language_model.")
+        if name.startswith(("mlp2.", "gating.", "pooling_before_gating.")):
+            if not name.startswith(tuple(f"pooling_before_gating.{what}{n}." for what in ("attn", "norm") for n in "34")):
+                width = 4 if len(shape) == 1 or "in_proj" in name else 1 if name.startswith("mlp2.") else 2
+                sizes["router"] = sizes.get("router", 0.0) + width * weights
+            continue
         part = "vision" if not language else "text_embeddings" if "embed" in name else "language"
         wide = part == "text_embeddings" or "head" in name or name.endswith("output.weight")
         if len(shape) == 1 or "embedding" in name.partition("vision_model.")[2]:
@@ -52,9 +59,10 @@ def int4_bytes(config: dict) -> dict[str, float]:
 def memory(config: dict) -> tuple[float, float]:
     """Anonymous bytes to convert to int4, and to answer about a picture."""
     sizes = int4_bytes(config)
-    experts = sum(math.prod(shape) for name, shape in tensor_shapes(config) if ".mlp.experts." in name)
-    converting = max(max(sizes.values()) + EXPERT_BYTES * experts + CONVERTING, CALIBRATING)
-    return converting, sizes["vision"] + sizes["language"] + RUNNING
+    experts = sum(math.prod(shape) for name, shape in tensor_shapes(config) if ".mlp.experts." in name)  # go to mapped files
+    largest = max((sizes | {"language": sizes["language"] - experts / 2}).values())
+    converting = max(largest + CONVERTING, CALIBRATING)
+    return converting, sum(sizes.values()) - sizes["text_embeddings"] + RUNNING
 
 
 def rows() -> list[str]:

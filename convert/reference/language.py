@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from convert.checkpoint import Shapes
+from convert.four_bits import Ready
 from convert.lora import Later
-from convert.packed import Ready
 from convert.reference.experts import Experts, GptOssExperts, QwenExperts
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.folder.config import InternVLConfig

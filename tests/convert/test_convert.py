@@ -24,6 +24,7 @@ from convert.checkpoint import Checkpoint
 from runtime.errors import DriftError
 from runtime.folder.files import PART_FILES
 from tests.checkpoints import make_checkpoint
+from tests.conftest import DATA
 
 ROOT = Path(__file__).parents[2]
 INT4 = ["--group-size", "32"]
@@ -92,7 +93,8 @@ def test_a_part_that_drifts_exits_1_and_leaves_no_folder(capsys, tiny, tmp_path,
 
     monkeypatch.setattr(pipeline, f"load_{part}", damaged)
     message = f"differs from the PyTorch path by more than its weight format allows: {part} (fp32"
-    assert_one_clear_line(capsys, message, tiny("tiny-qwen2"), tmp_path / "out", "--weight-format", "fp32", code=1)
+    source = DATA / "golden" / "flash" if part == "router" else tiny("tiny-qwen2")
+    assert_one_clear_line(capsys, message, source, tmp_path / "out", "--weight-format", "fp32", code=1)
 
 
 def test_nan_counts_as_drift():
