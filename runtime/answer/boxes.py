@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import PictureError, PromptError
-from runtime.folder.tokenizer import check_text
+from runtime.folder.tokenizer import PLACE_TOKENS, check_text
 from runtime.media.picture import Source, open_picture
 
-PLACE_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 BOX_KEYS, LABEL_KEYS = ("bbox_2d", "bbox", "box"), ("label", "name")  # of JSON answers
 FULL = 1000  # thousandths of a picture's width or height
 LEAST_THOUSANDTHS = 4  # RefCOCO's rule: four numbers that sum to less are fractions

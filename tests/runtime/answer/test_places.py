@@ -1,0 +1,132 @@
+"""python -m pytest tests/runtime/answer/test_places.py
+
+Conversations that ask where things are: tokens of places stay in the turns and out of the text, boxes are in pixels.
+"""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert.checkpoint import Checkpoint
+from convert.reference.model import InternVLChatModel
+from runtime import Box, OVInternVLChatModel, Question
+from runtime.answer.boxes import locate_question
+from runtime.answer.decode import Token
+from runtime.answer.turn import picture_names
+from runtime.errors import PromptError
+from runtime.folder.tokenizer import PLACE_TOKENS
+
+CAR = "<ref>car</ref><box>[[100, 200, 300, 600]]</box>"
+SHOWN = "car[[100, 200, 300, 600]]"
+
+
+class Scripted(InternVLChatModel):
+    """The reference with answers that are given: everything but the choice of the tokens is real."""
+
+    says = CAR
+
+    def tokens(self, prompt, decoding, cache=None, statistics=None, progress=None):
+        self.asked = prompt
+        for token in self.tokenizer.encode(self.says, add_special_tokens=False):
+            yield Token(token)
+        yield Token(self.stop_id)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from tests.test_docs import BUILT_IN
+
+    return Scripted.from_checkpoint(Checkpoint(BUILT_IN))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), "white")
+
+
+def test_tokens_of_places_stay_in_the_turn_and_out_of_the_text(model):
+    conversation = model.start_conversation()
+    assert conversation.boxes == []
+    assert conversation.ask("Where is the car?", images=[picture(2000, 500)]) == SHOWN, "as upstream's chat() shows it"
+    (turn,) = conversation.turns
+    assert turn.answer == SHOWN
+    assert set(turn.tokens) >= model.tokenizer.place_ids - {model.tokenizer.convert_tokens_to_ids(f"<{s}quad>") for s in ("", "/")}
+    assert conversation.boxes == [Box("car", 200, 100, 600, 300)]
+    conversation.ask("And now?")
+    assert f"{model.conv_template.assistant}{CAR}" in model.tokenizer.decode(model.asked.ids), "the next prompt has them too"
+    conversation.turns[0].answer = "car[[1, 2, 3, 4]]"  # edited: its tokens count no more
+    conversation.ask("And now?")
+    assert f"{model.conv_template.assistant}car[[1, 2, 3, 4]]" in model.tokenizer.decode(model.asked.ids)
+
+
+def test_text_with_special_tokens_where_somebody_wants_them(model):
+    conversation = model.start_conversation()
+    assert conversation.ask("Where?", images=[picture(2000, 500)], skip_special_tokens=False) == CAR
+    assert conversation.boxes == [Box("car", 200, 100, 600, 300)]
+    conversation.ask("And now?")
+    assert f"{model.conv_template.assistant}{CAR}" in model.tokenizer.decode(model.asked.ids)
+
+
+def test_boxes_are_of_the_picture_that_is_named(model, monkeypatch):
+    conversation = model.start_conversation()
+    assert conversation.ask("Where?") == SHOWN
+    assert conversation.boxes == [], "there is no picture"
+    pair = [picture(1000, 1000), picture(2000, 500)]
+    conversation.ask("Where?", images=pair)
+    assert conversation.boxes == [Box("car", 200, 100, 600, 300, 1)], "the last"
+    conversation.ask("Where is it in Image-1?")
+    assert conversation.boxes == [Box("car", 100, 200, 300, 600, 0)], "the question names it, a turn later"
+    conversation.ask("Where?", images=[picture(100, 100)])
+    assert conversation.boxes == [Box("car", 10, 20, 30, 60, 2)]
+    monkeypatch.setattr(model, "says", f"Image-2: {CAR} Image-9: {CAR}")
+    conversation.ask("Where?")
+    assert conversation.boxes == [Box("car", 200, 100, 600, 300, 1)]
+    conversation.reset()
+    assert conversation.boxes == []
+
+
+def test_pictures_are_numbered_beside_the_frames_of_a_video(model, video):
+    turns = [model.open_turn(Question("Look at Image-1.", video=video, num_segments=3, images=[picture(50, 60)]))]
+    names, asked = picture_names(turns)
+    assert names == {"frame1": 0, "frame2": 1, "frame3": 2, "image-1": 3}
+    assert asked.split() == ["Look", "at", "Image-1."]
+    text = "Image-1: <image>\nImage-2: <image>\nWhere?"
+    names, asked = picture_names([*turns, model.open_turn(Question(text, images=[picture(50, 60)] * 2))])
+    assert names == {"frame1": 0, "frame2": 1, "frame3": 2, "image-1": 4, "image-2": 5, "image-3": 5}, "the later one of a name"
+    assert asked.split() == ["Where?"]
+
+
+def test_typed_marks_of_places_are_tokens(model):
+    asked = model.open_turn(Question(f"Where is {''.join(PLACE_TOKENS)}?"))
+    ids = model.prompt_of("S", [asked]).ids
+    assert model.tokenizer.place_ids <= set(ids.tolist())
+    assert len(model.tokenizer.place_ids) == len(PLACE_TOKENS)
+
+
+def test_what_is_to_be_located_is_asked_in_the_published_words(model, monkeypatch):
+    conversation = model.start_conversation()
+    conversation.ask(locate=["the red car"], images=[picture(56, 56)])
+    assert conversation.turns[0].question == "<image>\n" + locate_question(["the red car"])
+    ref = model.tokenizer.convert_tokens_to_ids("<ref>")
+    assert np.count_nonzero(model.asked.ids == ref) == 1
+    conversation.ask("Look.", locate=["a", "b"])
+    assert conversation.turns[1].question == "Look.\n" + locate_question(["a", "b"])
+    monkeypatch.setattr(model.tokenizer, "place_ids", frozenset())  # a vocabulary without them
+    conversation.ask(locate="a")
+    assert conversation.turns[2].question == locate_question("a", marked=False)
+    for options, said in (({"locate": ["a"]}, "there is no picture to locate anything in"), ({"locate": [" "]}, "is empty")):
+        with pytest.raises(PromptError, match=said):
+            model.start_conversation().ask(**options)
+    with pytest.raises(PromptError, match="the question is empty"):
+        conversation.ask()
+
+
+def test_a_folder_answers_as_the_reference_asks(shapes):
+    """The same over OpenVINO's parts, with an answer that is begun with a box."""
+    opened = OVInternVLChatModel(shapes)
+    conversation = opened.start_conversation()
+    answer = conversation.ask(
+        answer_prefix=CAR, locate="the red circle", images=[picture(112, 56)], min_new_tokens=2, max_new_tokens=8
+    )
+    assert conversation.turns[0].answer.startswith(CAR)
+    assert conversation.boxes[0] == Box("car", 11.2, 11.2, 33.6, 33.6)
+    assert conversation.turns[0].answer.endswith(answer)
