@@ -93,6 +93,15 @@ def find_boxes(
     return boxes
 
 
+def intersection_over_union(one: Box, other: Box) -> float:
+    """How much two boxes have in common: 0 for nothing, 1 where they are the same. Which pictures they are of is not looked at."""
+    wide = min(one.x2, other.x2) - max(one.x1, other.x1)
+    high = min(one.y2, other.y2) - max(one.y1, other.y1)
+    common = max(0.0, wide) * max(0.0, high)
+    areas = sum((box.x2 - box.x1) * (box.y2 - box.y1) for box in (one, other))
+    return common / (areas - common) if common else 0.0
+
+
 def locate_question(labels: str | Sequence[str], *, marked: bool = True) -> str:
     """The published question for where things are. `marked` off writes no tokens, for models whose vocabulary has none.
 
