@@ -37,14 +37,14 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)("?)' + r"|'((?:[^'\\]|\\.)*)('?)", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _KEY_BEFORE = re.compile(r"[\"']?(?:" + "|".join(BOX_KEYS) + r")[\"']?\s*:\s*$")
-_SENTENCE = re.compile(r"[.!?]\s+|[。！？]")  # noqa: RUF001  Chinese has its own
+_SENTENCE = re.compile(r"(?<!\bMr|\bMs|\bDr|\bSt|\bNo|\bvs)[.!?]\s+|[。！？]")  # noqa: RUF001  Chinese has its own
 _BULLET = re.compile(r"(?:[-*•]|\d+[.)])\s+")
 _PROSE_END = re.compile(r"\s(?:is|are|at|in|coordinates?|box|boxes)$")
 _EDGES = " \t,;:.-–—*_`\"'=，；：、"  # noqa: RUF001  around a label
 _CUT, _OTHER = object(), object()  # where the answer ends inside of a list or object; true, false, null
 
 Size = tuple[int, int]  # width, height
-Found = tuple[str, list[float], int]  # label, four numbers, where they stand
+Found = tuple[str, list[float], str, int]  # label, four numbers, what else their object says, where they stand
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ def find_boxes(
     JSON lists and objects with `bbox_2d`, `bbox` or `box` and `label` or `name`, in a fence or in prose, cut off or not. Four
     numbers that sum to 4 or more are thousandths of the whole picture's width and height, smaller ones fractions. Numbers that are
     no box (x2 <= x1, five numbers, text) are left out.
-    `pictures` are what was shown, or its sizes (width, height) upright. A box is of the picture that its label, the words before
-    it, the whole answer or `question` name, else of the last. "Image-2" and "Frame2" are the second, unless `names` (in lower
-    case -> index) says otherwise; boxes of a picture that is not there are left out.
-    Raises PictureError for boxes without any picture, and for what is no picture.
+    `pictures` are what was shown, or its sizes (width, height) upright. A box is of the picture that its label, its object, the
+    words before it, the whole answer or `question` name, else of the last. "Image-2" and "Frame2" are the second, unless `names`
+    (in lower case -> index) says otherwise; boxes of a picture that is not there are left out.
+    Raises PictureError for boxes without any picture, and for what is no picture; PromptError for an answer that is no text.
     """
+    if not isinstance(answer, str):
+        raise PromptError(f"a {type(answer).__name__} is no answer: give its text")
     found = [*_found(answer)]
     sizes = _sizes(pictures)
     if found and not sizes:
@@ -84,9 +86,9 @@ def find_boxes(
     said = [(match.start(), match[0].lower()) for match in _NAME.finditer(answer)]
     whole = {name for _, name in said} or {*_names(question)}
     boxes = []
-    for label, numbers, at in found:
+    for label, numbers, others, at in found:
         before = said[bisect_left(said, (at, "")) - 1 :][:1] if said and said[0][0] < at else []
-        told = _names(label)[-1:] or [name for _, name in before] or ([*whole] if len(whole) == 1 else [])
+        told = _names(label)[-1:] or _names(others)[-1:] or [name for _, name in before] or ([*whole] if len(whole) == 1 else [])
         index = _index(told[0], names) if told else len(sizes) - 1
         box = _scaled(label, numbers, sizes[index], index) if 0 <= index < len(sizes) else None
         boxes += [] if box is None else [box]
@@ -185,8 +187,8 @@ def _found(text: str) -> Iterator[Found]:
             continue
         between = text[since : start.start()]
         last = _label(between, last) if ref is None else ref
-        for label, numbers in _rectangles(value, last, unnamed=ref or ""):
-            yield label, numbers, start.start()
+        for label, numbers, others in _rectangles(value, last, unnamed=ref or ""):
+            yield label, numbers, others, start.start()
         at = since = end_of_value
         ref = None
 
@@ -208,18 +210,22 @@ def _label(between: str, last: str) -> str:
     return "" if not attached and _PROSE_END.search(line) else " ".join(line.split())
 
 
-def _rectangles(value: Any, label: str, *, unnamed: str = "", bare: bool = True) -> Iterator[tuple[str, list[float]]]:
-    """The lists of four numbers in a value, with this label; in an object those of its box alone, with its own or as `unnamed`."""
+def _rectangles(
+    value: Any, label: str, *, unnamed: str = "", bare: bool = True, others: str = ""
+) -> Iterator[tuple[str, list[float], str]]:
+    """The lists of four numbers in a value, with this label; in an object those of its box alone, with its own or as `unnamed`,
+    and with its other texts."""
     if isinstance(value, list):
         if bare and len(value) == 4 and all(isinstance(number, float) for number in value):
-            yield label, value
+            yield label, value, others
         for one in value:
-            yield from _rectangles(one, label, unnamed=unnamed, bare=bare)
+            yield from _rectangles(one, label, unnamed=unnamed, bare=bare, others=others)
     elif isinstance(value, dict):
         own = next((" ".join(value[key].split()) for key in LABEL_KEYS if isinstance(value.get(key), str)), unnamed)
         box = next((key for key in BOX_KEYS if key in value), None)
+        texts = " ".join([others, *(one for one in value.values() if isinstance(one, str))])
         for key, one in value.items():
-            yield from _rectangles(one, own, unnamed=own, bare=key == box)
+            yield from _rectangles(one, own, unnamed=own, bare=key == box, others=texts)
 
 
 class _NoValue(Exception):

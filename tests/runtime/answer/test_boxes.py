@@ -58,6 +58,7 @@ ANSWERS = {  # name -> answer, its boxes in a picture of 2,000 x 500 pixels
     ),
     "skipped tokens, a comma": ("car[[100, 200, 300, 600]], dog[[500, 0, 1000, 1000]]", [A, B]),
     "skipped tokens in prose": ("It is sunny. car[[100, 200, 300, 600]] and dog[[500, 0, 1000, 1000]].", [A, B]),
+    "a full stop in a label": ("No. 10 car[[100, 200, 300, 600]]", [("No. 10 car", *A[1:])]),
     "skipped tokens, lines": ("car[[100, 200, 300, 600]]\ndog[[500, 0, 1000, 1000]]\n", [A, B]),
     "skipped tokens, a list": ("1. car: [[100, 200, 300, 600]]\n2. **dog** [[500, 0, 1000, 1000]]", [A, B]),
     "skipped tokens, cut off": ("car[[100, 200, 300, 600]]dog[[500, 0", [A]),
@@ -134,6 +135,11 @@ SEVERAL = {  # of pictures of 1,000 x 1,000 and 2,000 x 500 pixels
     "the label before the question": ("Image-2 car[[100, 200, 300, 600]]", "In Image-1?", [at("Image-2 car", *A[1:], picture=1)]),
     "a question about both": ("car[[100, 200, 300, 600]]", "Is it in Image-1 or Image-2?", [at(*A, picture=1)]),
     "JSON": ('{"label": "Image-1: car", "bbox_2d": [100, 200, 300, 600]}', "", [at("Image-1: car", 100, 200, 300, 600)]),
+    "JSON, a field of its own": (
+        '[{"bbox": [100, 200, 300, 600], "label": "car", "image": "Image-1"}, {"image": "Image-2", "bbox": [100, 200, 300, 600]}]',
+        "",
+        [at("car", 100, 200, 300, 600), at("", *A[1:], picture=1)],
+    ),
     "not there": (
         "<ref>Image-3</ref><box>[[1, 2, 30, 40]]</box> Image-0 car[[1, 2, 30, 40]] Image-99999999999999[[1, 2, 30, 40]]",
         "",
@@ -178,6 +184,8 @@ def test_boxes_without_a_picture_are_one_line():
     assert find_boxes("no box", []) == []
     with pytest.raises(PictureError, match=r"has boxes \(1\) and there is no picture: give it"):
         find_boxes("a[[1, 2, 30, 40]]", [])
+    with pytest.raises(PromptError, match="a NoneType is no answer"):
+        find_boxes(None, (10, 10))
     with pytest.raises(PictureError, match="is no size of a picture"):
         find_boxes("a[[1, 2, 30, 40]]", [(0, 10)])
     with pytest.raises(PictureError, match="is not there"):

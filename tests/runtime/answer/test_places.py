@@ -120,13 +120,22 @@ def test_what_is_to_be_located_is_asked_in_the_published_words(model, monkeypatc
         conversation.ask()
 
 
-def test_a_folder_answers_as_the_reference_asks(shapes):
-    """The same over OpenVINO's parts, with an answer that is begun with a box."""
-    opened = OVInternVLChatModel(shapes)
+@pytest.fixture(scope="module")
+def opened(shapes):
+    return OVInternVLChatModel(shapes)
+
+
+@pytest.mark.parametrize("tiles", [1, 12])
+@pytest.mark.parametrize("size", [(112, 112), (112, 336), (336, 112), (4000, 300), (1, 3), (3, 1)])
+def test_boxes_are_of_the_picture_and_not_of_its_tiles(opened, size, tiles):
+    """From the picture to the box, over OpenVINO's parts, with an answer that is begun with a box: each axis by its own side."""
     conversation = opened.start_conversation()
-    answer = conversation.ask(
-        answer_prefix=CAR, locate="the red circle", images=[picture(112, 56)], min_new_tokens=2, max_new_tokens=8
-    )
-    assert conversation.turns[0].answer.startswith(CAR)
-    assert conversation.boxes[0] == Box("car", 11.2, 11.2, 33.6, 33.6)
-    assert conversation.turns[0].answer.endswith(answer)
+    options = {"answer_prefix": CAR, "min_new_tokens": 2, "max_new_tokens": 8}
+    answer = conversation.ask(locate="the red circle", images=[picture(*size)], max_tiles=tiles, **options)
+    (turn,) = conversation.turns
+    assert turn.answer.startswith(CAR)
+    assert turn.answer.endswith(answer)
+    (box,) = conversation.boxes[:1]
+    assert (box.label, box.picture) == ("car", 0)
+    wide, high = size
+    assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((0.1 * wide, 0.2 * high, 0.3 * wide, 0.6 * high))
