@@ -9,12 +9,18 @@ from PIL import Image
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
-from runtime import Box, OVInternVLChatModel, Question
+from convert.tokenizer import load_tokenizer, save_tokenizer
+from runtime import Box, OVInternVLChatModel, Question, find_boxes
 from runtime.answer.boxes import locate_question
 from runtime.answer.decode import Token
+from runtime.answer.prompt import template_of
+from runtime.answer.stream import TextStream
 from runtime.answer.turn import picture_names
 from runtime.errors import PromptError
-from runtime.folder.tokenizer import PLACE_TOKENS
+from runtime.folder.config import InternVLConfig
+from runtime.folder.tokenizer import PLACE_TOKENS, Tokenizer
+from tests.checkpoints import CONFIGS
+from tests.conftest import shared
 
 CAR = "<ref>car</ref><box>[[100, 200, 300, 600]]</box>"
 SHOWN = "car[[100, 200, 300, 600]]"
@@ -139,3 +145,26 @@ def test_boxes_are_of_the_picture_and_not_of_its_tiles(opened, size, tiles):
     assert (box.label, box.picture) == ("car", 0)
     wide, high = size
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((0.1 * wide, 0.2 * high, 0.3 * wide, 0.6 * high))
+
+
+@pytest.mark.parametrize(("name", "files"), [("InternVL2-1B", "internvl2-1b"), ("InternVL2-2B", "internlm2")])
+def test_real_tokenizers_keep_and_show_places(tmp_path, name, files):
+    config = InternVLConfig.from_dict(CONFIGS[name])
+    save_tokenizer(load_tokenizer(shared(f"data/tokenizers/{files}"), config), tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert len(tokenizer.place_ids) == len(PLACE_TOKENS)
+    answer = f"{CAR}<ref>红色 的 汽车</ref><box>[[1, 2, 30, 40], [5, 6, 70, 80]]</box>"
+    for said in (answer, f"Sure, it is {answer} as you see."):
+        ids = tokenizer.encode(said, add_special_tokens=False)
+        shown, marked = (
+            TextStream(tokenizer, template_of(config)),
+            TextStream(tokenizer, template_of(config), skip_special_tokens=False),
+        )
+        text = "".join([*(shown.add(token) for token in ids), shown.end()])
+        assert text == said.replace("<ref>", "").replace("</ref>", "").replace("<box>", "").replace("</box>", "")
+        assert text == tokenizer.decode([token for token in ids if token not in tokenizer.place_ids]).strip()
+        whole = "".join([*(marked.add(token) for token in ids), marked.end()])
+        for form in (whole, text):
+            boxes = find_boxes(form, (1000, 1000))
+            assert [box.label for box in boxes][1:] == ["红色 的 汽车"] * 2
+            assert [(box.x1, box.y2) for box in boxes] == [(100, 600), (1, 40), (5, 80)]
