@@ -128,7 +128,7 @@ def locate_question(labels: str | Sequence[str], *, marked: bool = True) -> str:
 def _sizes(pictures: Any) -> list[Size]:
     """(width, height) of one picture or of several."""
     if isinstance(pictures, list | tuple) and not _is_size(pictures):
-        return [size for picture in pictures for size in ([_size(picture)])]
+        return [_size(picture) for picture in pictures]
     return [_size(pictures)]
 
 
@@ -221,7 +221,8 @@ def _rectangles(
         for one in value:
             yield from _rectangles(one, label, unnamed=unnamed, bare=bare, others=others)
     elif isinstance(value, dict):
-        own = next((" ".join(value[key].split()) for key in LABEL_KEYS if isinstance(value.get(key), str)), unnamed)
+        labels = (value[key] for key in LABEL_KEYS if isinstance(value.get(key), str))
+        own = next((" ".join(_TAG.sub("", label).split()) for label in labels), unnamed)
         box = next((key for key in BOX_KEYS if key in value), None)
         texts = " ".join([others, *(one for one in value.values() if isinstance(one, str))])
         for key, one in value.items():

@@ -67,6 +67,7 @@ ANSWERS = {  # name -> answer, its boxes in a picture of 2,000 x 500 pixels
         [A, B],
     ),
     "JSON object": ('{"bbox_2d": [100, 200, 300, 600], "label": "car"}', [A]),
+    "tokens in a label of JSON": ('{"bbox_2d": [100, 200, 300, 600], "label": "<ref>car</ref>"}', [A]),
     "other names": ('[{"name": "car", "bbox": [100, 200, 300, 600]}, {"label": "dog", "box": [500, 0, 1000, 1000]}]', [A, B]),
     "in a fence": ('```json\n[\n  {"bbox_2d": [100, 200, 300, 600], "label": "car"}\n]\n```', [A]),
     "in prose": ('Sure, it is {"bbox_2d": [100, 200, 300, 600], "label": "car"}, as you see.', [A]),
