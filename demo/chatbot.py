@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
+from demo.places import STYLE, SWITCH, show_boxes
 from demo.tiles import caption, draw_tiles
+from runtime.answer.boxes import Box
 from runtime.answer.chat_model import ChatModel
 from runtime.answer.conversation import Conversation
 from runtime.answer.model import OpenedModel
@@ -34,7 +37,7 @@ QUESTIONS = [  # with their pictures; the built-in model answers them right
     ("Which shape is purple?", "shapes.png"),
     ("How high is the red bar?", "chart.png"),
     ("Read the text on the right.", "print.png"),
-    ("Image-1: <image>\nImage-2: <image>\nWhich picture has more shapes?", "pair-1.png", "pair-2.png"),
+    ("Which picture has more shapes?", "pair-1.png", "pair-2.png"),
 ]
 PLACEHOLDER = "Ask; add, drop or paste pictures, or a video"
 STAGES = {"frames": "Reading frames", "tiles": "Looking at tiles", "prefill": "Reading the prompt"}
@@ -47,10 +50,12 @@ def whole(text: str) -> str:
 
 
 def parts_of(content: Any) -> tuple[str, list[str]]:
-    """Text and files of one message as Gradio keeps it: a string, or a list of text and file parts."""
+    """Text and files of one message as Gradio keeps it: a string, or a list of parts: texts, files (of its clients, their paths
+    alone) and components."""
     parts = content if isinstance(content, list) else [content]
     texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
-    files = [str(part["file"]["path"]) for part in parts if isinstance(part, dict) and part.get("file")]
+    held = [part.get("file") or part for part in parts if isinstance(part, dict)]
+    files = [str(file["path"]) for file in held if file.get("path")]
     return "\n".join(text for text in texts if text), files
 
 
@@ -113,6 +118,21 @@ class Tab:
         self.conversation.turns = turns
         self.asked = [(text, files) for text, files, _ in shown]
 
+    def boxes(self, model: ChatModel, most_tiles: int) -> list[tuple[Image.Image, list[Box]]]:
+        """The pictures that the last answer has boxes in, and these boxes; only these are opened again."""
+        found = self.conversation.boxes
+        drawn, first = [], 0
+        for turn, (text, files) in zip(self.conversation.turns, self.asked, strict=True):
+            own = range(first, first + len(turn.pictures))
+            first = own.stop
+            if any(box.picture in own for box in found):
+                question = Question(text, **sorted_files(files), max_tiles=most_tiles, allow_urls=False)
+                frames, pictures = question.pictures(model.config)
+                for index, picture in zip(own, [*frames, *pictures], strict=True):
+                    boxes = [box for box in found if box.picture == index]
+                    drawn += [(picture, boxes)] if boxes else []
+        return drawn
+
 
 class Chatbot:
     """The opened model, and the conversation of every tab."""
@@ -120,6 +140,9 @@ class Chatbot:
     def __init__(self, model: ChatModel):
         self.model = model
         self._tabs: dict[str, Tab] = {}
+        # HTML as a part of a message: a component itself would reach Gradio's clients as its repr.
+        props = gr.HTML(render=False).get_config()
+        self._html = {"type": "component", "component": "html", "constructor_args": {}, "props": props}
 
     def tab(self, name: str, system: str) -> Tab:
         """The tab of this name; its conversation starts anew with another system message or on another device."""
@@ -175,8 +198,9 @@ class Chatbot:
         assert conversation.statistics is not None
         line = gr.ChatMessage("", metadata={"title": told(conversation.statistics), "status": "done"})
         tab.asked.append((question, files))
+        pictures = [{**self._html, "value": show_boxes(*one)} for one in tab.boxes(self.model, int(max_tiles))]
         seen = [(draw_tiles(picture), caption(picture)) for picture in conversation.turns[-1].pictures]
-        yield [gr.ChatMessage(text), line], seen or gr.skip()
+        yield [gr.ChatMessage([text, *pictures] if pictures else text), line], seen or gr.skip()
 
     def open_on(self, device: str) -> str:
         """Open the folder again on another device; conversations go on from what the page shows. -> The device in use."""
@@ -216,7 +240,10 @@ def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
             left = gr.Column(scale=3, min_width=320)
             right = gr.Column(scale=1, min_width=280)
         with right:  # made first, because the chat needs its settings
-            seen = gr.Gallery(label="What the model saw last", columns=1, object_fit="contain", height=320, interactive=False)
+            gr.HTML(STYLE)
+            gr.Markdown("What the model saw last")  # above the pictures: a label of the gallery's own lies over them
+            seen = gr.Gallery(show_label=False, columns=1, object_fit="contain", height=320, interactive=False)
+            gr.Checkbox(True, label="Boxes in the chat", elem_id=SWITCH, interactive=True)
             tiles = gr.Slider(1, MOST_TILES, value=most, step=1, label="Tiles a picture")
             tokens = gr.Slider(1, 4096, value=DEFAULT_NEW_TOKENS, step=1, label="New tokens")
             with gr.Accordion("Sampling, system message, device", open=False):

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from runtime.answer.boxes import Box as Box
+    from runtime.answer.boxes import find_boxes as find_boxes
+    from runtime.answer.drawing import draw_boxes as draw_boxes
     from runtime.answer.turn import Question as Question
     from runtime.errors import InternVLError as InternVLError
     from runtime.serve.offline import GenerationConfig as GenerationConfig
@@ -20,6 +23,9 @@ _HOME = {
     "load_image": "upstream.load",
     "load_video": "upstream.load",
     "Question": "answer.turn",
+    "Box": "answer.boxes",
+    "find_boxes": "answer.boxes",
+    "draw_boxes": "answer.drawing",
     "InternVLError": "errors",
     "pipeline": "serve.offline",
     "GenerationConfig": "serve.offline",

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     v.add_argument("--split", choices=["test", "held_out"], default="test", help="(default: %(default)s)")
     v.add_argument("--max-tiles", type=int, metavar="N", help="tiles a picture at most (default: as trained)")
     v.add_argument("--noise", action="store_true", help="show noise instead of the pictures")
+    v.add_argument("--places", action="store_true", help="ask where things are instead: boxes that share half with the true ones")
     v.add_argument("--device", default="CPU", help="OpenVINO device, or CPU or CUDA for a checkpoint (default: %(default)s)")
     v.add_argument("--mistakes", type=int, default=0, metavar="N", help="print the first N wrong answers")
 
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     v.add_argument("run", metavar="RUN", type=Path, help="folder of the run: its state and its log")
     v.add_argument("output", metavar="CHECKPOINT", type=Path, help="checkpoint to write at the end")
     v.add_argument("--samples", type=int, help="scenes to train on")
+    v.add_argument("--start", metavar="CHECKPOINT", help="go on from its weights, not from random ones")
+    v.add_argument("--first", type=int, metavar="N", help="scenes that it has seen: those behind them come next")
     v.add_argument("--seed", type=int, help="of scenes and starting values")
     v.add_argument("--preset", choices=["cpu", "gpu"], help="sizes of the model")
     v.add_argument("--batch", type=int, help="scenes a step")
@@ -68,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _evaluate(source: Path, device: str, mistakes: int, **asked: object) -> None:
-    from demo.shapes.evaluate import EvaluateOptions, evaluate, open_model, table
+def _evaluate(source: Path, device: str, mistakes: int, places: bool = False, **asked: object) -> None:
+    from demo.shapes.evaluate import EvaluateOptions, evaluate, evaluate_places, open_model, table
 
     options = EvaluateOptions(**asked)  # type: ignore[arg-type]
-    result = evaluate(open_model(source, device), options)
+    result = (evaluate_places if places else evaluate)(open_model(source, device), options)
     wrong = result.pop("mistakes")
     for mistake in wrong[:mistakes]:
         print("{index}: {question} {expected!r}, answered {given!r}".format(**mistake))

@@ -1,6 +1,7 @@
-"""The exam: unseen questions put through conversations, answers compared exactly; accuracy a task.
+"""The exams: unseen questions put through conversations; answers compared exactly, accuracy a task, or boxes by what they share.
 
 Takes a model folder or a checkpoint and asks both the same way. Knows nothing of training.
+Rule for boxes: OpenGVLab/InternVL@2410d1d internvl_chat/eval/refcoco/evaluate_grounding.py.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from demo.shapes.scenes import TASKS, Question, make_question
+from demo.shapes.scenes import FRAMES, TASKS, Question, make_place_question, make_question
+from runtime.answer.boxes import Box, find_boxes, intersection_over_union
 from runtime.answer.chat_model import ChatModel
 from runtime.answer.model import OpenedModel
 from runtime.folder.files import PART_FILES
 
 NEW_TOKENS = 128  # the longest description has about 60
+LEAST_SHARED = 0.5  # intersection over union of a right box
+PLACE_TILES = 12  # of a picture to find things in
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,10 @@ def ask(model: ChatModel, question: Question, *, max_tiles: int | None = None, n
     for n, turn in enumerate(question.turns):
         given: dict[str, Any] = {}
         if n == 0:
-            given = {"images": pictures_of(question, noise), "max_tiles": max_tiles if question.scene.tiled else 1}
+            given = {
+                "images": pictures_of(question, noise),
+                "max_tiles": max_tiles if question.scene.kind == "find" else question.scene.max_tiles or max_tiles,
+            }
         text = turn.question if n else question.scene.prefix + turn.question
         answer = conversation.ask(text, **given, max_new_tokens=NEW_TOKENS, do_sample=False)
     return answer
@@ -89,6 +96,36 @@ def evaluate(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
     }
 
 
+def evaluate_places(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
+    """Ask for single boxes; the first of an answer is right where it shares half with the true one.
+
+    -> what `evaluate` gives, with "mean_iou" everywhere; "tasks" are the sizes of pictures, each with small and large things.
+    """
+    shared: dict[str, list[float]] = {f"{w} x {h} {size}": [] for w, h in FRAMES for size in ("small", "large")}
+    mistakes = []
+    for index in tqdm(range(options.limit), unit="question", mininterval=1):
+        question, (width, height) = make_place_question(options.seed, options.split, index)
+        noise = random.Random(f"noise/{options.seed}/{index}") if options.noise else None
+        given = ask(model, question, max_tiles=options.max_tiles or PLACE_TILES, noise=noise)
+        (corners,) = question.turns[-1].boxes
+        found = find_boxes(given, (width, height))
+        iou = intersection_over_union(found[0], Box("", *corners)) if found else 0.0
+        shared[f"{width} x {height} {question.task.removeprefix('find_')}"].append(iou)
+        if iou < LEAST_SHARED:
+            expected = question.turns[-1].answer
+            mistakes.append({"index": index, "question": question.turns[-1].question, "expected": expected, "given": given})
+    return {
+        **_places([iou for each in shared.values() for iou in each]),
+        "tasks": {name: _places(each) for name, each in shared.items() if each},
+        "mistakes": mistakes,
+    }
+
+
+def _places(shared: list[float]) -> dict[str, Any]:
+    right = sum(iou >= LEAST_SHARED for iou in shared)
+    return {**_score(len(shared), right), "mean_iou": round(sum(shared) / max(1, len(shared)), 4)}
+
+
 def _score(questions: int, right: int) -> dict[str, Any]:
     return {"questions": questions, "right": right, "accuracy": round(right / max(1, questions), 4)}
 
@@ -96,5 +133,9 @@ def _score(questions: int, right: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as lines for a person."""
     rows = [*result["tasks"].items(), ("all", result)]
-    lines = [f"{name:<12}{row['right']:>6} of {row['questions']:<6}{row['accuracy']:>8.1%}" for name, row in rows]
-    return "\n".join(["task         right of asked  accuracy", *lines])
+    wide = max(12, *(len(name) + 1 for name, _ in rows))
+    lines = [f"{name:<{wide}}{row['right']:>6} of {row['questions']:<6}{row['accuracy']:>8.1%}" for name, row in rows]
+    if "mean_iou" in result:
+        lines = [f"{line}{row['mean_iou']:>10.3f}" for line, (_, row) in zip(lines, rows, strict=True)]
+    head = f"{'task':<{wide}} right of asked  accuracy"
+    return "\n".join([head + "  mean IoU" * ("mean_iou" in result), *lines])

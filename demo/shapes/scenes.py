@@ -34,6 +34,7 @@ from demo.shapes.texts import (
     TEXTS,
     WORDS,
 )
+from runtime.answer.boxes import locate_question
 
 SIDE = 112  # of a tile, in pixels: pictures are whole numbers of tiles
 
@@ -43,7 +44,7 @@ CHECKSUMS = 10
 # Share of each kind of scene in training.
 KINDS = {
     **{"grid": 0.30, "row": 0.10, "text": 0.26, "chart": 0.10, "small_text": 0.09, "compare": 0.08, "motion": 0.07},
-    **{"page": 0.25, "forms": 0.4},
+    **{"page": 0.25, "forms": 0.4, "find": 1.0},
 }
 
 LATER = 5.3  # level from which these shares are others: rows and charts are learnt, what needs two looks is not
@@ -55,7 +56,10 @@ LAST_KINDS = LATER_KINDS | {"text": 0.45, "small_text": 0.12, "compare": 0.15, "
 COUNTING = 7.73  # level from which scenes of many alike shapes are frequent, and what is most frequent in them is asked for
 COUNTING_KINDS = LAST_KINDS | {"grid": 0.45, "forms": 0.3, "motion": 0.35, "page": 0.2, "small_text": 0.15}
 
-CHANGES = ((COUNTING, COUNTING_KINDS), (LAST, LAST_KINDS), (LATER, LATER_KINDS))
+FINDING = 9.6  # level from which boxes are asked for, half of the scenes; what was learnt before goes on, so that it stays
+FINDING_KINDS = COUNTING_KINDS | {"page": 0.05, "forms": 0.1, "find": 1.8}
+
+CHANGES = ((FINDING, FINDING_KINDS), (COUNTING, COUNTING_KINDS), (LAST, LAST_KINDS), (LATER, LATER_KINDS))
 
 STARTS = {
     "row": 0.1,
@@ -65,13 +69,14 @@ STARTS = {
     "motion": 0.4,
     "page": 0.85,
     "forms": 3.25,
+    "find": 9.6,
 }  # level from which a kind is drawn
 
 SURE = 1.4  # level from which printed words are seldom real ones, so that reading pays and guessing from the first letter does not
 
 DRILL = 4.4  # level from which scenes of shapes carry exercises
 
-TOLD = ("describe", "exercise")  # turns that tell what other turns ask
+TOLD = ("describe", "exercise", "find_several")  # turns that tell what other turns ask
 LATE = 2.335  # level from which a description mostly comes last: answers after it can be copied from it without a look
 
 # Kinds of scene that a task of the exam is asked on.
@@ -83,13 +88,21 @@ TASKS = {
 }
 
 
+Corners = tuple[float, float, float, float]  # x1, y1, x2, y2 of a box in pixels, the edges of what it holds
+
+# Width and height of the pictures that the exam of boxes has, so that each axis has its own scale, and tile limits of training.
+FRAMES = ((112, 112), (112, 336), (336, 112), (4000, 300))
+FRAME_TILES = (1, 12)
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One question with its exact answer."""
+    """One question with its exact answer, and the boxes in it."""
 
     task: str
     question: str
     answer: str
+    boxes: tuple[Corners, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ class Scene:
     language: str
     canvases: list[Canvas]
     prefix: str  # carries one <image> a picture; stands before the first question
-    tiled: bool  # whether pictures may be cut into tiles; frames and pictures to compare are one tile each
+    max_tiles: int | None  # of a picture; None: as many as the checkpoint takes; frames and pictures to compare are one tile each
     groups: list[list[Turn]]
 
 
@@ -150,6 +163,8 @@ def in_split(text: str, split: str) -> bool:
 
 class Maker:
     """Makes one scene: choices come from `rng`, words from `language`, difficulty from `level` (0 easy, 1 full)."""
+
+    size: tuple[int, int] | None = None  # of the picture to find things in; drawn where nobody says it
 
     def __init__(self, rng: random.Random, split: str, language: str, level: float):
         self.rng, self.split, self.language, self.level = rng, split, language, level
@@ -224,10 +239,10 @@ class Maker:
 
     # drawing
 
-    def canvas(self, columns: int = 1, rows: int = 1) -> Canvas:
+    def canvas(self, columns: int = 1, rows: int = 1, *, width: int = 0, height: int = 0) -> Canvas:
         pale = self.rng.randint(225, 255)
         colour = tuple(min(255, pale + self.rng.randint(-12, 12)) for _ in range(3))
-        return Canvas(Image.new("RGB", (SIDE * columns, SIDE * rows), colour))
+        return Canvas(Image.new("RGB", (width or SIDE * columns, height or SIDE * rows), colour))
 
     def ink(self, colour: str) -> tuple[int, ...]:
         return tuple(max(0, min(255, value + self.rng.randint(-15, 15))) for value in COLOURS[colour][1])
@@ -350,6 +365,69 @@ class Maker:
 
     def count_all(self, items: list[Item]) -> Turn:
         return Turn("count", self.say("count"), str(len(items)))
+
+    def find(self) -> Made:
+        """One to five shapes anywhere in a picture of any form, to be told by their boxes."""
+        while True:
+            items = self.items(self.rng.randint(1, 5), list(range(5)))
+            if in_split(repr(items), self.split):
+                break
+        return self.find_items(items, *(self.size or self.frame()))
+
+    def frame(self) -> tuple[int, int]:
+        """Width and height of a picture: a tile, three of them, a band, or anything between; short sides of 80 to 336 pixels."""
+        form = self.rng.random()
+        if form < 0.5:
+            return SIDE, SIDE
+        if form < 0.65:
+            return self.rng.choice([(SIDE, 3 * SIDE), (3 * SIDE, SIDE)])
+        if form < 0.8:
+            return round(SIDE * 40 / 3), SIDE
+        short, ratio = self.rng.randint(80, 336 if self.rng.random() < 0.2 else 150), math.exp(self.rng.uniform(0, 1.4))
+        long = round(short * ratio)
+        return (long, short) if self.rng.random() < 0.5 else (short, long)
+
+    def find_items(self, items: list[Item], width: int, height: int) -> Made:
+        """The picture of these items, sizes grow with its longer side, and its questions; from left to right."""
+        short = min(width, height)
+        unit = short / SIDE * min(2.6, (max(width, height) / short) ** 0.5)
+        spots: list[tuple[Item, float, float, float]] = []
+        for item in items:
+            for _ in range(50):
+                radius = unit * (self.rng.uniform(13.5, 16.5) if item.size == "large" else self.rng.uniform(7, 9.5))
+                x, y = (self.rng.uniform(radius + 1, side - radius - 1) for side in (width, height))
+                if all(math.dist((x, y), spot[1:3]) > radius + spot[3] + 2 for spot in spots):
+                    spots.append((item, x, y, radius))
+                    break
+        spots.sort(key=lambda spot: spot[1:3])
+        canvas = self.canvas(width=width, height=height)
+        self.draw_shapes(canvas, spots)
+        return [canvas], self.about_boxes(
+            [(item, extent(item.shape, x, y, radius)) for item, x, y, radius in spots], (width, height)
+        )
+
+    def about_boxes(self, found: list[tuple[Item, Corners]], size: tuple[int, int]) -> list[list[Turn]]:
+        """Questions for one thing, for all of a shape or colour, and for several things at once."""
+        by_name: dict[str, list[Corners]] = {}
+        sizes: dict[str, str] = {}
+        for item, corners in found:
+            by_name.setdefault(self.thing(item), []).append(corners)
+            sizes[self.thing(item)] = item.size
+        if self.rng.random() < 0.5:
+            for item, corners in found:
+                by_name.setdefault(self.name(SHAPES, item.shape), []).append(corners)
+        the = "the " if self.language == "en" and self.rng.random() < 0.3 else ""
+        groups = []
+        for name, boxes in by_name.items():
+            task = f"find_{sizes[name]}" if len(boxes) == 1 and name in sizes else "find_all"
+            answer = box_answer({the + name: boxes}, size)
+            groups.append([Turn(task, locate_question([the + name]), answer, tuple(boxes))])
+        if len(by_name) > 1:
+            names = self.rng.sample(list(by_name), len(by_name) if self.rng.random() < 0.7 else 2)
+            told = {name: by_name[name] for name in names}
+            boxes = [corners for name in names for corners in by_name[name]]
+            groups.append([Turn("find_several", locate_question(names), box_answer(told, size), tuple(boxes))])
+        return groups
 
     def forms(self) -> Made:
         """Two to five shapes to be found by their form: questions that colours do not answer."""
@@ -608,6 +686,11 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius:
         pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
         pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
         return
+    pen.polygon(corner_points(shape, x, y, radius), fill=fill)
+
+
+def corner_points(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """The corners of a shape with straight sides."""
     corners = {"triangle": (3, 1.0), "diamond": (4, 1.0), "star": (10, 0.42)}[shape]
     count, inner = corners
     points = []
@@ -616,7 +699,25 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius:
         angle = 2 * math.pi * n / count - math.pi / 2
         narrow = 0.8 if shape == "diamond" else 1.0
         points.append((x + reach * math.cos(angle) * narrow, y + reach * math.sin(angle)))
-    pen.polygon(points, fill=fill)
+    return points
+
+
+def extent(shape: str, x: float, y: float, radius: float) -> Corners:
+    """The box of what `draw_shape` fills."""
+    if shape in ("circle", "square", "cross"):
+        half = 0.86 * radius if shape == "square" else radius
+        return (x - half, y - half, x + half, y + half)
+    across, down = zip(*corner_points(shape, x, y, radius), strict=True)
+    return (min(across), min(down), max(across), max(down))
+
+
+def box_answer(told: dict[str, list[Corners]], size: tuple[int, int]) -> str:
+    """Boxes as the family writes them: thousandths of the whole picture's width and height, whole numbers."""
+    answer = ""
+    for label, boxes in told.items():
+        thousandths = [[round(1000 * value / size[n % 2]) for n, value in enumerate(corners)] for corners in boxes]
+        answer += f"<ref>{label}</ref><box>{thousandths}</box>"
+    return answer
 
 
 FONTS = ["", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold"]
@@ -643,9 +744,16 @@ def _dejavu_folder() -> Path:
 
 
 def make_scene(
-    seed: int, split: str, index: str | int, *, kind: str | None = None, language: str | None = None, level: float = 1.0
+    seed: int,
+    split: str,
+    index: str | int,
+    *,
+    kind: str | None = None,
+    language: str | None = None,
+    level: float = 1.0,
+    size: tuple[int, int] | None = None,
 ) -> Scene:
-    """The scene number `index`; kind and language are drawn unless given."""
+    """The scene number `index`; kind, language and the size of a picture to find things in are drawn unless given."""
     rng = random.Random(f"{seed}/{split}/{index}")
     known = [name for name in KINDS if level >= STARTS.get(name, 0)]
     shares = KINDS | next((kinds for start, kinds in CHANGES if level >= start), {})
@@ -653,18 +761,21 @@ def make_scene(
     spoken = "zh" if rng.random() < 0.3 else "en"
     kind, language = kind or drawn, language or spoken
     maker = Maker(rng, split, language, level)
+    maker.size = size
     make: Callable[[], Made] = getattr(maker, kind)
     canvases, groups = make()
     prefix = {
         "compare": "".join(f"Image-{n + 1}: <image>\n" for n in range(len(canvases))),
         "motion": "".join(f"Frame{n + 1}: <image>\n" for n in range(len(canvases))),
     }.get(kind, "<image>\n")
-    return Scene(kind, language, canvases, prefix, kind not in ("compare", "motion"), groups)
+    max_tiles = 1 if kind in ("compare", "motion") else rng.choice(FRAME_TILES) if kind == "find" else None
+    return Scene(kind, language, canvases, prefix, max_tiles, groups)
 
 
 def dialogue(scene: Scene, rng: random.Random, most: int, level: float) -> list[Turn]:
     """Up to about `most` turns of a scene in random order, follow-ups after what they refer to; no question twice."""
     groups = list(scene.groups)
+    most = min(most, 3) if scene.kind == "find" else most  # each has a long question
     rng.shuffle(groups)
     if rng.random() < 0.7:  # a description says more of the picture than any other answer
         groups.sort(key=lambda group: group[0].task not in TOLD)
@@ -707,6 +818,17 @@ def make_question(seed: int, split: str, index: int) -> Question:
         if asked:
             return Question(task, scene, rng.choice(asked))
     raise AssertionError(f"no scene of {task} has a question")
+
+
+def make_place_question(seed: int, split: str, index: int) -> tuple[Question, tuple[int, int]]:
+    """Question number `index` for one box, and the size of its picture; sizes take turns, small and large things too."""
+    size, task = FRAMES[index % len(FRAMES)], ("find_small", "find_large")[index // len(FRAMES) % 2]
+    for attempt in range(1000):
+        scene = make_scene(seed, split, f"places/{index}/{attempt}", kind="find", language="en", size=size)
+        asked = [group for group in scene.groups if group[0].task == task]
+        if asked:
+            return Question(task, scene, random.Random(f"places/{seed}/{split}/{index}").choice(asked)), size
+    raise AssertionError(f"no scene has a {task} thing")
 
 
 def literals() -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,6 +73,8 @@ class TrainOptions:
     """One training run."""
 
     samples: int = 576_000  # scenes, with several questions each
+    start: str | None = None  # checkpoint to go on from, with optimisers that remember nothing; None: random values
+    first: int = 0  # scenes that it has seen: the recipe goes on behind them, and warms up again
     seed: int = 1
     preset: str = "cpu"
     batch: int = 32  # scenes a step
@@ -88,7 +90,12 @@ class TrainOptions:
 
     @property
     def steps(self) -> int:
-        return self.samples // self.batch
+        return (self.samples - self.first) // self.batch
+
+    @property
+    def look_weight(self) -> float:
+        """Of the auxiliary losses: none after a start from a checkpoint, which has not their heads."""
+        return 0.0 if self.start else self.look
 
     def rate_at(self, step: int) -> float:
         falling = (self.steps - step) / max(1, self.decay * self.steps)
@@ -204,7 +211,7 @@ class Encoder:
 
     def tiles(self, scene: Scene) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Tiles of each picture (N, 3, S, S), and what stands on their patches (N, patches, classes); -1 where not known."""
-        tiling = self.tiling if scene.tiled else Tiling(SIDE, 1, 1, thumbnail=False)
+        tiling = self.tiling.at_most(scene.max_tiles)
         tiles = [cut_tiles(canvas.picture, tiling) for canvas in scene.canvases]
         looks = [self._look(canvas, tiling, len(cut)) for canvas, cut in zip(scene.canvases, tiles, strict=True)]
         return tiles, looks
@@ -213,11 +220,10 @@ class Encoder:
         side, patch = self.config.grid_side, self.config.vision.patch_size
         looks = np.full((tiles, side * side, len(WHATS)), -1, np.int8)
         columns, rows = choose_grid(*canvas.picture.size, tiling)
-        if canvas.picture.size != (columns * SIDE, rows * SIDE):
-            return looks
+        scales = (columns * SIDE / canvas.picture.width, rows * SIDE / canvas.picture.height)
         whole = np.zeros((rows * side, columns * side, len(WHATS)), np.int8)
         for mark in canvas.marks:
-            left, top, right, bottom = (value / patch for value in mark.box)
+            left, top, right, bottom = (value * scales[n % 2] / patch for n, value in enumerate(mark.box))
             if len(mark.what) > 1:  # a shape or colour: the patches whose middle it covers; a letter: the patch of its centre
                 left, top = min(left + 0.5, (left + right) / 2), min(top + 0.5, (top + bottom) / 2)
                 right, bottom = max(right - 0.5, left), max(bottom - 0.5, top)
@@ -265,8 +271,8 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> list[Batch]:
         o = self.options
-        samples = sorted((self.sample(step * o.batch + n) for n in range(o.batch)), key=lambda sample: len(sample[0]))
-        even = step * o.batch >= STARTS["forms"] * o.easy
+        samples = sorted((self.sample(o.first + step * o.batch + n) for n in range(o.batch)), key=lambda sample: len(sample[0]))
+        even = o.first + step * o.batch >= STARTS["forms"] * o.easy
         return [collate(samples[n : n + o.micro], self.pad, even) for n in range(0, o.batch, o.micro)]
 
     def sample(self, index: int) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
@@ -313,6 +319,14 @@ class Student(nn.Module):
                 parameter.zero_()  # every residual branch starts silent
             else:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Take the weights of a checkpoint that `export` wrote; what is not saved keeps its starting values."""
+        stored = load_file(checkpoint / "model.safetensors")
+        for name, parameter in self.named_parameters():
+            if not name.startswith("look"):
+                stored_name = name.removeprefix("vision.").replace("language.", "language_model.", 1)
+                parameter.data.copy_(stored[stored_name])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> logits (M, V) at the M labelled positions, their labels; auxiliary logits of patches (N, patches, classes) and of
@@ -413,7 +427,10 @@ class Run:
         self.config_json = config_json(PRESETS[options.preset], len(self.tokenizer), end)
         self.config = InternVLConfig.from_dict(self.config_json)
         torch.manual_seed(options.seed)
-        self.student = Student(self.config, self.tokenizer).to(device)
+        self.student = Student(self.config, self.tokenizer)
+        if options.start:
+            self.student.start_from(Path(options.start))
+        self.student.to(device)
         self.average = {name: tensor.detach().clone() for name, tensor in self.student.named_parameters()}
         self.optimisers = optimisers(self.student, options.rate)
         self.encoder = Encoder(self.config, self.tokenizer)
@@ -459,7 +476,7 @@ class Run:
             with torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda")):
                 answers, look = self.student.losses(batch)
             answers, look = answers / tokens, look / len(batches)
-            found = torch.autograd.grad(answers + self.options.look * look, parameters)
+            found = torch.autograd.grad(answers + self.options.look_weight * look, parameters)
             return answers.item(), look.item(), found
 
         said = looked = 0.0

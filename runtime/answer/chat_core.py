@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from runtime.answer.boxes import locate_question
 from runtime.answer.decode import Decoding, Rule, Token, write, write_beams, write_rows
 from runtime.answer.features import FeatureCache, TileFeatures, encode_pictures, keys_of
 from runtime.answer.flash import choose_few, cut_ids
 from runtime.answer.grammar import Grammars
 from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_MARK, IMAGE_START, Template, render_pieces, template_of
 from runtime.answer.stream import Statistics, after_lead, lead_ids
-from runtime.answer.turn import Turn
+from runtime.answer.turn import Question, Turn
 from runtime.errors import NumericsError, PromptError
 from runtime.folder.config import FlashConfig, InternVLConfig
 from runtime.folder.tokenizer import Tokenizer, Typed, check_text
@@ -138,6 +139,14 @@ class ChatCore(ABC):
 
     # ---- prompts
 
+    def open_turn(self, question: Question, progress: Progress | None = None) -> Turn:
+        """The turn of a question without its answer; what it is to locate is asked in this model's words. Raises InternVLError
+        kinds."""
+        if question.locate:
+            asked = locate_question(question.locate, marked=bool(self.tokenizer.place_ids))
+            question = replace(question, text=f"{question.text}\n{asked}" if question.text else asked)
+        return question.open(self.config, progress)
+
     def prompt_of(self, system: str, turns: Sequence[Turn]) -> Prompt:
         """The prompt that asks the last of `turns` after the others. Raises PromptError when marks and pictures do not fit.
 
@@ -177,9 +186,18 @@ class ChatCore(ABC):
 
     def _own_tokens(self, turn: Turn) -> list[int] | None:
         """A turn's tokens behind the lead, if they are its answer: not when it was edited, cut off in a character, or had white
-        space around it."""
+        space around it. Those of places are none of its text, and stay."""
         own = after_lead(turn.tokens, lead_ids(self.tokenizer, self.conv_template))
-        return own if own and self.tokenizer.decode(own) == turn.answer else None
+        return own if own and turn.answer in (self.text_without_places(own), self.tokenizer.decode(own)) else None
+
+    def text_without_places(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens as it is shown."""
+        return self.tokenizer.decode([token for token in ids if token not in self.tokenizer.place_ids])
+
+    def marked_answer(self, turn: Turn) -> str:
+        """The answer of a turn with the marks of places, where its own tokens are known; else its text."""
+        own = self._own_tokens(turn)
+        return turn.answer if own is None else self.tokenizer.decode(own)
 
     def check(self, prompt: Prompt) -> None:
         """Raise PromptError before any work for a prompt, of one row or (B, T), that cannot be answered."""

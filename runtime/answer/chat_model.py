@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.answer.chat_core import ChatCore
 from runtime.answer.conversation import Conversation
+from runtime.answer.decode import Decoding
 from runtime.answer.stream import Statistics, TextStream
 from runtime.answer.turn import Question
 from runtime.errors import OptionError
@@ -42,11 +43,12 @@ class ChatModel(ChatCore):
         if isinstance(questions, str):
             raise OptionError("ask_batch takes a list of questions: ask one in a conversation, or in a list of one")
         decoding = self.decoding_of(options)
-        turns = [(one if isinstance(one, Question) else Question(one)).open(self.config, progress) for one in questions]
+        turns = [self.open_turn(one if isinstance(one, Question) else Question(one), progress) for one in questions]
         prompts = [self.prompt_of(self.system_message if system is None else system, [turn]) for turn in turns]
         answers = self.answers(prompts, decoding, statistics, progress)
-        return [self._text_of([token.id for token in tokens], decoding.stop_strings) for tokens in answers]
+        return [self._text_of([token.id for token in tokens], decoding) for tokens in answers]
 
-    def _text_of(self, ids: Sequence[int], stop_strings: Sequence[str]) -> str:
-        stream = TextStream(self.tokenizer, self.conv_template, stop_strings)
+    def _text_of(self, ids: Sequence[int], decoding: Decoding) -> str:
+        skips = decoding.skip_special_tokens
+        stream = TextStream(self.tokenizer, self.conv_template, decoding.stop_strings, skip_special_tokens=skips)
         return "".join([*(stream.add(token) for token in ids), stream.end()])

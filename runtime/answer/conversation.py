@@ -13,10 +13,11 @@ from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
+from runtime.answer.boxes import Box, find_boxes
 from runtime.answer.chat_core import ChatCore, Prompt
 from runtime.answer.decode import Decoding
 from runtime.answer.stream import Statistics, TextStream, stream_text
-from runtime.answer.turn import Question, Turn
+from runtime.answer.turn import Question, Turn, picture_names
 from runtime.errors import OptionError, PromptError
 from runtime.progress import Progress
 
@@ -47,17 +48,18 @@ class Conversation:
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
 
-    def ask(self, question: str, **options: Any) -> str:
+    def ask(self, question: str = "", **options: Any) -> str:
         """The whole answer; arguments are those of `stream`."""
         return "".join(self.stream(question, **options))
 
-    def stream(self, question: str, *, progress: Progress | None = None, **options: Any) -> Iterator[str]:
+    def stream(self, question: str = "", *, progress: Progress | None = None, **options: Any) -> Iterator[str]:
         """Yield the answer piece by piece; `statistics` has what it took once it ends.
 
-        `options` are the fields of Question, like images=["photo.jpg"] and max_tiles=6, and those of Decoding, by transformers'
-        names, like max_new_tokens=100 and temperature=0.7 (which draws). `progress` hears of frames, tiles and prompt tokens.
-        Raises InternVLError kinds at once for what cannot be asked. A cancelled answer stays in `turns` as far as it came. Of an
-        `answer_prefix` the turn holds all, and what is yielded is what the model wrote after it.
+        `options` are the fields of Question, like images=["photo.jpg"], max_tiles=6 and locate=["the red car"], which needs no
+        question, and those of Decoding, by transformers' names, like max_new_tokens=100 and temperature=0.7 (which draws).
+        `progress` hears of frames, tiles and prompt tokens. Raises InternVLError kinds at once for what cannot be asked. A
+        cancelled answer stays in `turns` as far as it came. Of an `answer_prefix` the turn holds all, and what is yielded is what
+        the model wrote after it.
         """
         statistics, core = Statistics(), self._core
         asked, writing = question_of(question, options)
@@ -65,11 +67,24 @@ class Conversation:
         if decoding.num_return_sequences > 1:
             raise OptionError("a turn has one answer: ask_batch gives several with num_return_sequences")
         core.rule_of(decoding)  # what is wrong with a schema is told at once
-        turn = asked.open(core.config, progress)
+        turn = core.open_turn(asked, progress)
         statistics.tiles = sum(picture.count for picture in turn.pictures)
         prompt = core.prompt_of(self._system, [*self.turns, turn])
         core.check(prompt)
+        if asked.locate and not prompt.pictures:
+            raise PromptError("there is no picture to locate anything in: give one with images, or a video")
         return self._pieces(turn, prompt, decoding, statistics, progress)
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Those of the last answer, in pixels of the pictures as they were given; `picture` counts all of the conversation, frames
+        too. None where the answer has none, or where there is no picture."""
+        pictures = [picture for turn in self.turns for picture in turn.pictures]
+        sizes = [picture.size for picture in pictures if picture.size is not None]
+        if not pictures or len(sizes) < len(pictures):
+            return []
+        names, asked = picture_names(self.turns)
+        return find_boxes(self._core.marked_answer(self.turns[-1]), sizes, question=asked, names=names)
 
     def cancel(self) -> None:
         """Stop the answer that is being written; may be called from any thread."""
@@ -92,7 +107,12 @@ class Conversation:
             self.statistics = statistics
             text = stream_text(
                 lambda check: core.tokens(prompt, decoding, self._cache, statistics, check),
-                TextStream(core.tokenizer, core.conv_template, decoding.stop_strings),
+                TextStream(
+                    core.tokenizer,
+                    core.conv_template,
+                    decoding.stop_strings,
+                    skip_special_tokens=decoding.skip_special_tokens,
+                ),
                 decoding,
                 statistics,
                 kept,
@@ -116,7 +136,7 @@ class Conversation:
         if self._cancelled.is_set():
             statistics.finish_reason = "cancelled"
         if prefix and tokens:  # with the white space between the prefix and what follows, which is not shown
-            whole = self._core.tokenizer.decode(tokens)
+            whole = self._core.text_without_places(tokens)
             turn.answer = whole if whole.startswith(prefix) and whole.endswith(turn.answer.removeprefix(prefix)) else turn.answer
         if turn.answer != prefix:
             turn.tokens = tokens

@@ -72,6 +72,7 @@ class Decoding:
     stop_strings: tuple[str, ...] = ()  # an answer ends before the first of them; text is the text stream's
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # write on after a token that ends an answer
+    skip_special_tokens: bool = True  # in the text, which is the text stream's
     num_return_sequences: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: above 0 for longer ones
@@ -174,6 +175,7 @@ _RULES: dict[str, _Rule] = {  # field -> its types, whether a value holds, what 
     "stop_strings": (tuple, _all_text, "a list of texts"),
     "eos_token_ids": (tuple, lambda v: all(type(i) is int and i >= 0 for i in v), "a token id or a list of them"),
     "ignore_eos": (bool, lambda v: True, "true or false"),
+    "skip_special_tokens": (bool, lambda v: True, "true or false"),
     "num_return_sequences": (int, lambda v: v >= 1, "positive"),
     "num_beams": (int, lambda v: v >= 1, "positive"),
     "length_penalty": (int | float, lambda v: -math.inf < v < math.inf, "a number"),

@@ -59,9 +59,12 @@ class Statistics:
 class TextStream:
     """Tokens of one answer -> its text as far as it is certain: no lead, no white space around it, nothing after a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Template, stop_strings: Sequence[str] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, template: Template, stop_strings: Sequence[str] = (), *, skip_special_tokens: bool = True
+    ):
         self._tokenizer, self._template, self._stops = tokenizer, template, [stop for stop in stop_strings if stop]
-        self._decoder = tokenizer.decode_stream()
+        self._skips = skip_special_tokens
+        self._decoder = tokenizer.decode_stream(skip_special_tokens)
         self._lead = lead_ids(tokenizer, template)
         self._ids: list[int] = []
         self._text, self._said = "", 0
@@ -80,7 +83,7 @@ class TextStream:
     def end(self) -> str:
         """What was held back, once there are no more tokens."""
         if not self.stopped:
-            whole = whole_answer(self._tokenizer, self._ids, self._template)
+            whole = whole_answer(self._tokenizer, self._ids, self._template, skip_special_tokens=self._skips)
             self._text = whole if whole.startswith(self._text.strip()) else self._text
         return self._say(end=True)
 
@@ -102,10 +105,10 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def whole_answer(tokenizer: Tokenizer, ids: Sequence[int], template: Template) -> str:
+def whole_answer(tokenizer: Tokenizer, ids: Sequence[int], template: Template, *, skip_special_tokens: bool = True) -> str:
     """New token ids -> the answer: lead and special tokens left out, cut at the stop token, without outer white space."""
     own = after_lead([*ids], lead_ids(tokenizer, template)) if template.lead else ids
-    return tokenizer.decode(own, skip_special_tokens=True).split(template.stop_token)[0].strip()
+    return tokenizer.decode(own, skip_special_tokens=skip_special_tokens).split(template.stop_token)[0].strip()
 
 
 def lead_ids(tokenizer: Tokenizer, template: Template) -> list[int]:

@@ -5,10 +5,13 @@ A question with its pictures and video is opened, cut into tiles and given its m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+
+from PIL import Image
 
 from runtime.answer.prompt import IMAGE_MARK, check_question, frame_marks, picture_marks, typed
 from runtime.errors import PromptError
@@ -20,6 +23,8 @@ from runtime.media.tiles import PictureTiles, Tiling
 from runtime.media.video import DEFAULT_SEGMENTS, Bound, read_frames
 from runtime.progress import Progress
 
+MARK_NAME = re.compile(r"(Image-\d+|Frame\d+): ?$", re.IGNORECASE)  # before a mark
+
 
 @dataclass(frozen=True)
 class Question:
@@ -28,10 +33,11 @@ class Question:
     `images` are what runtime.media.document.open_pictures takes, PDFs page by page, cut into at most `max_tiles` tiles each (and
     a thumbnail). They stand at the `<image>` marks of the text, or before it. Of `video`, `num_segments` frames of its seconds
     `bound` stand before that, one tile each. `allow_urls` off refuses web addresses. `answer_prefix` is what the answer begins
-    with, given to the model as if it had written it.
+    with, given to the model as if it had written it. The boxes of the things in `locate` ("the red car") are asked for, behind the
+    text if there is one.
     """
 
-    text: str
+    text: str = ""
     images: Source | Sequence[Source] = ()
     video: str | Path | None = None
     max_tiles: int | None = None
@@ -39,18 +45,28 @@ class Question:
     bound: Bound | None = None
     allow_urls: bool = True
     answer_prefix: str = ""
+    locate: str | Sequence[str] = ()
 
-    def open(self, config: InternVLConfig, progress: Progress | None = None) -> Turn:
-        """The turn without its answer: the pictures opened and cut, and a mark in the question for each.
+    def pictures(self, config: InternVLConfig, progress: Progress | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
+        """The frames of the video and the pictures, as they were given, upright.
 
-        `progress` hears of the frames. Raises PictureError, VideoError, PromptError, OptionError.
+        `progress` hears of the frames. Raises PictureError, VideoError, OptionError.
         """
-        check_question(self.text)
         tiling = Tiling.of(config).at_most(self.max_tiles)
         frames = [] if self.video is None else read_frames(self.video, self.num_segments, self.bound, progress)
         several = self.images if isinstance(self.images, list | tuple) else [self.images]
         opened = [open_pictures(one, tiling, allow_urls=self.allow_urls) for one in several]  # type: ignore[arg-type]
-        pictures = [picture for each in opened for picture in each]
+        return frames, [picture for each in opened for picture in each]
+
+    def open(self, config: InternVLConfig, progress: Progress | None = None) -> Turn:
+        """The turn without its answer: the pictures opened and cut, and a mark in the question for each.
+
+        `locate` is written into the text by ChatCore.open_turn. `progress` hears of the frames. Raises PictureError, VideoError,
+        PromptError, OptionError.
+        """
+        check_question(self.text)
+        tiling = Tiling.of(config).at_most(self.max_tiles)
+        frames, pictures = self.pictures(config, progress)
         cut = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
         cut += [PictureTiles.of_picture(picture, tiling) for picture in pictures]
         marks = picture_marks(len(pictures)) if pictures and IMAGE_MARK not in self.text else ""
@@ -99,3 +115,28 @@ class Turn:
                 f"the question has {count} {IMAGE_MARK} marks for {len(self.pictures)} pictures: write one mark a picture, or none"
             )
         return [] if self.unasked else pieces
+
+
+def picture_names(turns: Sequence[Turn]) -> tuple[dict[str, int], str]:
+    """The names of all pictures of a dialogue, in lower case, with their index; and the last question without its marks.
+
+    A name stands before a mark ("Image-2: <image>"); the last picture that has it is meant. Pictures that are no frames are
+    numbered through for those that have no name of their own.
+    """
+    names: dict[str, int] = {}
+    shown: list[int] = []
+    asked, count = "", 0
+    for turn in turns:
+        asked, before = "", ""
+        for piece in turn.pieces():
+            if isinstance(piece, Typed):
+                before = piece
+                asked += piece
+                continue
+            if named := MARK_NAME.search(before):
+                names[named[1].lower()] = count
+                asked = asked[: len(asked) - len(named[0])]
+            if named is None or not named[1].startswith("Frame"):
+                shown.append(count)
+            count += 1
+    return {f"image-{number}": index for number, index in enumerate(shown, 1)} | names, asked

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,10 @@ from runtime.media.document import file_of
 from runtime.media.picture import is_data_url, is_web_address
 
 if TYPE_CHECKING:
+    from runtime.answer.boxes import Box
     from runtime.answer.conversation import Conversation
+    from runtime.answer.turn import Question
+    from runtime.folder.config import InternVLConfig
 
 DEFAULT_NEW_TOKENS, DEFAULT_FRAMES = 256, 8
 AUTO = "auto"
@@ -52,7 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", metavar="FILE", type=Path, help="a JSON schema that the answer fits")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
     parser.add_argument("--thinking", action="store_true", help="think first, in <think> marks (InternVL3.5)")
-    parser.add_argument("--json", action="store_true", help="print the answer and its statistics as one JSON object")
+    parser.add_argument(
+        "--locate",
+        metavar="THING",
+        action="append",
+        default=[],
+        help='ask where it is, like "the red car"; may be given several times',
+    )
+    parser.add_argument(
+        "--boxes",
+        metavar="OUT",
+        type=Path,
+        help="picture to write (boxes.png): the one asked about, the answer's boxes drawn into it",
+    )
+    parser.add_argument("--json", action="store_true", help="print the answer, its boxes and its statistics as one JSON object")
     writing = parser.add_argument_group("how it writes")
     most = f"(default: {DEFAULT_NEW_TOKENS}, {THINKING_TOKENS} with --thinking)"
     writing.add_argument("--max-new-tokens", type=int, metavar="N", help=most)
@@ -138,9 +156,70 @@ def read_schema(file: Path) -> str:
         raise OptionError(f"--schema {file}: {error}") from None
 
 
-def say(conversation: Conversation, question: str, **options: Any) -> None:
-    """Write the answer to standard output as it comes, then its statistics to standard error."""
-    begun = False
+@dataclass
+class Drawing:
+    """The picture that boxes are drawn into, and the questions whose pictures these may be."""
+
+    file: Path
+    questions: list[Question] = field(default_factory=list)
+    config: InternVLConfig | None = None  # of the model, once it is open
+
+    def __post_init__(self) -> None:
+        """Raise OptionError for a file that cannot be written."""
+        from PIL import Image
+
+        folder, suffix = self.file.parent, self.file.suffix.lower()
+        Image.init()
+        if Image.EXTENSION.get(suffix) not in Image.SAVE:
+            raise OptionError(
+                f"--boxes {self.file}: {suffix or 'a name without an ending'} is no picture: name one, like boxes.png"
+            )
+        if not folder.is_dir():
+            raise OptionError(f"--boxes {self.file}: the folder {folder} is not there: make it first")
+        if self.file.is_dir() or not os.access(self.file if self.file.exists() else folder, os.W_OK):
+            raise OptionError(f"--boxes {self.file} cannot be written: name another file")
+
+    def note(self, question: str, options: dict[str, Any]) -> None:
+        """A question was answered."""
+        from runtime.answer.conversation import question_of
+
+        self.questions.append(question_of(question, options)[0])
+
+    def write(self, boxes: Sequence[Box]) -> None:
+        """Draw into every picture that has boxes; those after the first get its number in their name. Raises OptionError."""
+        from runtime.answer.drawing import draw_boxes
+
+        if not boxes:
+            print(f"the answer has no boxes: {self.file} is not written", file=sys.stderr)
+            return
+        assert self.config is not None
+        pictures = [picture for question in self.questions for opened in question.pictures(self.config) for picture in opened]
+        for number, index in enumerate(sorted({box.picture for box in boxes})):
+            file = self.file.with_stem(f"{self.file.stem}-{index + 1}") if number else self.file
+            try:
+                draw_boxes(pictures[index], [box for box in boxes if box.picture == index]).save(file)
+            except (OSError, ValueError) as error:
+                raise OptionError(f"--boxes {file} cannot be written ({getattr(error, 'strerror', None) or error})") from None
+            print(f"boxes of picture {index + 1}: {file}", file=sys.stderr)
+
+
+def table(boxes: Sequence[Box]) -> str:
+    """Boxes as lines: label, number of the picture, from 1, edges in pixels."""
+    labels = ["".join(letter for letter in box.label if letter.isprintable())[:40] for box in boxes]
+    wide = max(map(len, ["label", *labels]))
+    lines = [f"{'label':<{wide}} {'picture':>8} {'x1':>8} {'y1':>8} {'x2':>8} {'y2':>8}"]
+    for label, box in zip(labels, boxes, strict=True):
+        edges = " ".join(f"{edge:>8.1f}" for edge in (box.x1, box.y1, box.x2, box.y2))
+        lines.append(f"{label:<{wide}} {box.picture + 1:>8} {edges}")
+    return "\n".join(lines)
+
+
+def say(conversation: Conversation, question: str, drawing: Drawing | None = None, **options: Any) -> None:
+    """Write the answer to standard output as it comes, then its statistics to standard error.
+
+    With a `drawing` also the table of its boxes, and the picture.
+    """
+    begun, turns = False, len(conversation.turns)
     try:
         for piece in conversation.stream(question, progress=show_progress, **options):
             if not begun:
@@ -150,8 +229,14 @@ def say(conversation: Conversation, question: str, **options: Any) -> None:
     finally:
         if not begun:
             show_line("")
+        if drawing is not None and len(conversation.turns) > turns:
+            drawing.note(question, options)
     print(flush=True)
+    if drawing is not None and conversation.boxes:
+        print(table(conversation.boxes), flush=True)
     print(conversation.statistics, file=sys.stderr)
+    if drawing is not None:
+        drawing.write(conversation.boxes)
 
 
 def run(question: str | None, image: list[str], video: str | None, max_tiles: int | str | None, **options: Any) -> None:
@@ -161,13 +246,23 @@ def run(question: str | None, image: list[str], video: str | None, max_tiles: in
         writing["schema"] = read_schema(options["schema"])
     if question is not None:
         check_question(question)
+    if options["locate"]:
+        from runtime.answer.boxes import locate_question
+
+        locate_question(options["locate"])  # what is wrong with it is told before a model is opened
+        question = question or ""
     if question is None and options["json"]:
         raise OptionError("--json answers one question: give it")
+    drawing = None if options["boxes"] is None else Drawing(options["boxes"])
+    if drawing is not None and question is not None and not (image or video):
+        raise OptionError("--boxes draws into a picture: give one with --image or --video")
     if options["thinking"]:
         check_thinking(options["folder"])
     if max_tiles == AUTO:
         max_tiles = affordable_tiles(**options)
     model, system = open_model(**options), options["system"]
+    if drawing is not None:
+        drawing.config = model.config
     conversation = model.start_conversation(thinking_system(model.config, system) if options["thinking"] else system)
     asked = {
         "images": image,
@@ -176,16 +271,21 @@ def run(question: str | None, image: list[str], video: str | None, max_tiles: in
         "num_segments": options["frames"],
         "bound": options["seconds"],
         "answer_prefix": options["answer_prefix"].replace("\\n", "\n"),
+        "locate": options["locate"],
         **writing,
     }
     if question is None:
-        talk(conversation, asked)
+        talk(conversation, asked, drawing=drawing)
     elif options["json"]:
         answer = conversation.ask(question, **asked)
         assert conversation.statistics is not None
-        print(json.dumps({"answer": answer, **conversation.statistics.as_dict()}, ensure_ascii=False))
+        boxes = [asdict(box) for box in conversation.boxes]
+        print(json.dumps({"answer": answer, "boxes": boxes, **conversation.statistics.as_dict()}, ensure_ascii=False))
+        if drawing is not None:
+            drawing.note(question, asked)
+            drawing.write(conversation.boxes)
     else:
-        say(conversation, question, **asked)
+        say(conversation, question, drawing, **asked)
 
 
 def affordable_tiles(folder: Path, device: str, vision_device: str | None, first_token: float, **_: Any) -> int:
@@ -204,7 +304,9 @@ def affordable_tiles(folder: Path, device: str, vision_device: str | None, first
     return tiles
 
 
-def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input) -> None:
+def talk(
+    conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input, drawing: Drawing | None = None
+) -> None:
     """Questions and commands from the terminal until it is enough. A mistake is told and the conversation goes on."""
     with contextlib.suppress(AttributeError):
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # half of a character is no reason to end
@@ -228,6 +330,8 @@ def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str]
                 return
             if command == "/reset":
                 conversation.reset()
+                if drawing is not None:
+                    drawing.questions.clear()
                 images, video = [], None
                 print("the conversation is empty", file=sys.stderr)
             elif command in ("/image", "/video"):
@@ -243,7 +347,7 @@ def talk(conversation: Conversation, asked: dict[str, Any], read: Callable[[str]
             elif line:
                 turns = len(conversation.turns)
                 try:
-                    say(conversation, line, **{**asked, "images": images, "video": video})
+                    say(conversation, line, drawing, **{**asked, "images": images, "video": video})
                 except KeyboardInterrupt:
                     print("\n(stopped)", file=sys.stderr)
                 if len(conversation.turns) > turns:

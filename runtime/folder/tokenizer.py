@@ -20,8 +20,9 @@ from tokenizers.decoders import DecodeStream
 from runtime.errors import PromptError, TokenizerError
 from runtime.folder.files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
 
+PLACE_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 WRITABLE = (  # added tokens that stay tokens wherever they are written: places, thoughts and calls; none of them ends a turn
-    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
+    *PLACE_TOKENS,
     *("<think>", "</think>", "<tool_call>", "</tool_call>"),
 )
 GUARDS = "\ufdd0", "\ufdd1"  # around tokens that are meant, where others are text; Unicode gives these two no meaning
@@ -127,16 +128,21 @@ class Tokenizer:
         """The id of one token, None where there is none."""
         return self.backend.token_to_id(token)
 
-    def decode_stream(self) -> TokenDecoder:
+    @cached_property
+    def place_ids(self) -> frozenset[int]:
+        """The tokens that stand around labels and boxes, as many as this vocabulary has."""
+        return frozenset(number for number, token in self._added.items() if token.content in PLACE_TOKENS)
+
+    def decode_stream(self, skip_special_tokens: bool = True) -> TokenDecoder:
         """What turns the tokens of one answer into text as they come."""
-        return TokenDecoder(self.backend)
+        return TokenDecoder(self.backend, skip_special_tokens)
 
 
 class TokenDecoder:
-    """Tokens of one answer, one after the other -> text, as soon as it is whole characters; special tokens are left out."""
+    """Tokens of one answer, one after the other -> text, as soon as it is whole characters."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend, self._stream = backend, DecodeStream(skip_special_tokens=True)
+    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool):
+        self._backend, self._stream = backend, DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def step(self, token: int) -> str:
         """The text that this token completes."""

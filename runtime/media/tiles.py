@@ -91,11 +91,12 @@ def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PictureTiles:
-    """The tiles of one picture, keys of their contents, and the columns and rows they were cut in, where that is known."""
+    """The tiles of one picture, keys of their contents, and the columns and rows they were cut in, where these are known."""
 
     tile_keys: tuple[bytes, ...]
     pixels: np.ndarray = field(repr=False, compare=False)  # (N, S, S, 3) uint8, or (N, 3, S, S) float32 when normalised already
     grid: tuple[int, int] | None = field(default=None, compare=False)
+    size: tuple[int, int] | None = field(default=None, compare=False)  # width and height of the picture, where it is known
 
     @property
     def key(self) -> bytes:
@@ -110,13 +111,13 @@ class PictureTiles:
     @classmethod
     def of_picture(cls, picture: Image.Image, tiling: Tiling) -> PictureTiles:
         """The tiles of an RGB picture."""
-        return cls.of_tiles(cut_pixels(picture, tiling), choose_grid(*picture.size, tiling))
+        return cls.of_tiles(cut_pixels(picture, tiling), choose_grid(*picture.size, tiling), picture.size)
 
     @classmethod
-    def of_tiles(cls, tiles: np.ndarray, grid: tuple[int, int] | None = None) -> PictureTiles:
+    def of_tiles(cls, tiles: np.ndarray, grid: tuple[int, int] | None = None, size: tuple[int, int] | None = None) -> PictureTiles:
         """Tiles that were cut already."""
         keys = tuple(sha1(np.ascontiguousarray(tile).data, usedforsecurity=False).digest() for tile in tiles)
-        return cls(keys, tiles, grid)
+        return cls(keys, tiles, grid, size)
 
     def normalised(self, number: int) -> np.ndarray:
         """One tile (3, S, S) float32."""

@@ -222,6 +222,7 @@ class Server:
             seed=secrets.randbits(32) if ask.seed is None else ask.seed,
             stop_strings=tuple(ask.stops),
             ignore_eos=ask.ignore_eos,
+            skip_special_tokens=ask.skip_special_tokens is not False,
             prompt_lookup_num_tokens=ask.prompt_lookup_num_tokens,
             **more,
         )

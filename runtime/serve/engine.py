@@ -92,6 +92,11 @@ class Engine(ABC):
         """Whether it can still answer."""
         return True
 
+    def text_of(self, decoding: Decoding) -> TextStream:
+        """What turns the tokens of an answer into its text."""
+        model, skips = self.model, decoding.skip_special_tokens
+        return TextStream(model.tokenizer, model.conv_template, decoding.stop_strings, skip_special_tokens=skips)
+
     @abstractmethod
     def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
         """Begin an answer; returns what cancels it, from any thread. Raises OptionError.
@@ -125,7 +130,7 @@ class NativeEngine(Engine):
                 raise Cancelled
 
         def run() -> None:
-            text, reason = TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings), ""
+            text, reason = self.text_of(decoding), ""
             count = 0
             try:
                 check()
@@ -207,7 +212,7 @@ class GenaiEngine(Engine):
                     "openvino_genai does not do in pieces: start the server with --engine native"
                 )
             decoding = replace(decoding, max_new_tokens=plain - length)
-        request = _Request(TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings), tell)
+        request = _Request(self.text_of(decoding), tell)
         number, cancelled = next(self._numbers), threading.Event()
 
         def begin() -> None:

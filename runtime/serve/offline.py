@@ -55,6 +55,7 @@ class GenerationConfig:
     random_seed: int | None = None  # answer n of a list is drawn with this seed plus n
     stop_words: Sequence[str] | None = None  # answers are cut before the first of them
     ignore_eos: bool = False
+    skip_special_tokens: bool = True  # in the text of the answer
     logprobs: bool = False  # of the tokens of the answer
     response_format: dict[str, Any] | None = None  # OpenAI's, of type json_schema or json_object
 
@@ -88,6 +89,7 @@ class GenerationConfig:
             seed=seed,
             stop_strings=tuple(stop for stop in self.stop_words or () if stop),
             ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
             logprobs=self.logprobs,
             json_schema=self._schema(),
         )

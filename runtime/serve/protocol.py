@@ -246,6 +246,7 @@ class Writing(Request):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool | None = True  # in the text of the answer
     prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=MOST_GUESSES)] | None = None
     logit_bias: Nothing = None
 

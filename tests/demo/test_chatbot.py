@@ -3,6 +3,9 @@
 The chatbot as a client meets it, over a local connection: streamed answers, pictures that stay, broken files.
 """
 
+import base64
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 from PIL import Image
 
 from demo.__main__ import main
-from runtime import OVInternVLChatModel
+from demo.places import show_boxes
+from runtime import Box, OVInternVLChatModel
+from runtime.answer.conversation import Conversation
 from runtime.errors import PromptError
 from runtime.folder.files import check_folder
 from runtime.media.tiles import PictureTiles, Tiling
@@ -138,3 +143,32 @@ def test_pictures_stay_with_their_turns():
 def test_a_folder_that_is_none_is_told(capsys, tmp_path):
     assert main([str(tmp_path / "none")]) == 2
     assert "is not there: give a model folder" in capsys.readouterr().err
+
+
+# ---- boxes
+
+
+def test_boxes_lie_where_they_are_and_words_of_the_model_are_no_html():
+    boxes = [Box("<b>small</b> \u05d0", 50, 100, 100, 150), Box("large", 0, 0, 200, 400)]
+    shown = show_boxes(Image.new("RGB", (200, 400)), boxes)
+    assert "<b>" not in shown
+    assert shown.index("large") < shown.index("&lt;b&gt;small&lt;/b&gt; \u05d0"), "the small one can be clicked"
+    assert "left:25.00%;top:25.00%;width:25.00%;height:12.50%" in shown
+    assert "x1 50, y1 100, x2 100, y2 150" in shown
+    assert "width:min(280px," in shown, "small pictures are shown larger"
+    huge = show_boxes(Image.new("RGB", (4000, 30)), [Box("x" * 10_000, 0, 0, 4000, 30)])
+    assert len(huge) < 100_000
+    sent = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^)]*)", huge)[1])))
+    assert sent.size == (1024, 8), "large ones are sent smaller"
+
+
+def test_an_answer_comes_with_its_pictures(page, picture, monkeypatch):
+    """In the second turn too, whose boxes are of the picture of the first."""
+    monkeypatch.setattr(Conversation, "boxes", property(lambda self: [Box("car", 10, 10, 50, 50)]))
+    client, _ = gradio_client.Client(page[0].src, verbose=False), page[1]
+    said, _ = client.predict({"text": "Where?", "files": [gradio_client.handle_file(str(picture))]}, *SETTINGS, api_name="/answer")
+    text, shown = said[0]["content"]
+    assert "x1 10, y1 10, x2 50, y2 50" in shown["value"]
+    assert text
+    said, _ = client.predict({"text": "And now?", "files": []}, *SETTINGS, api_name="/answer")
+    assert "x1 10, y1 10, x2 50, y2 50" in said[0]["content"][1]["value"]

@@ -12,6 +12,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from runtime import Box
+from runtime.answer.conversation import Conversation
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page is looked at in it")
@@ -108,6 +111,42 @@ def test_every_example_is_answered_right_by_one_click(window, question, answer, 
     assert page.get_by_text(answer, exact=True).is_visible()
     assert page.get_by_text(tiles, exact=True).first.is_visible()
     page.screenshot(path=SHOTS / f"example-{answer}.png")
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_boxes_are_clicked_and_switched_off(window, monkeypatch, width):
+    """The built-in model writes no boxes: they are put into its answer's place."""
+    boxes = [Box("a <b>circle</b>", 40, 2, 74, 37), Box("all", 0, 0, 112, 112)]
+    monkeypatch.setattr(Conversation, "boxes", property(lambda self: boxes))
+    page = window(width)
+    page.get_by_text(EXAMPLE).first.click()
+    answers(page, 1)
+    shown, told = page.locator(".boxes"), page.locator(".boxes .told:visible")
+    shown.wait_for()
+    assert told.count() == 0
+    outer = shown.bounding_box()
+    assert outer["width"] == pytest.approx(outer["height"], abs=2), "the picture's form"
+    assert outer["x"] + outer["width"] <= width
+    page.mouse.click(outer["x"] + outer["width"] * 57 / 112, outer["y"] + outer["height"] * 20 / 112)
+    assert told.all_inner_texts() == ["a <b>circle</b> x1 40, y1 2, x2 74, y2 37"], "the small one is in front"
+    page.screenshot(path=SHOTS / f"boxes-{width}.png")
+    page.mouse.click(outer["x"] + 5, outer["y"] + outer["height"] / 2)
+    assert told.all_inner_texts() == ["all x1 0, y1 0, x2 112, y2 112"]
+    switch = page.get_by_label("Boxes in the chat")
+    switch.uncheck()
+    shown.wait_for(state="hidden")
+    switch.check()
+    shown.wait_for()
+
+
+def test_the_example_with_two_pictures_has_no_raw_marks(window):
+    page = window()
+    page.get_by_text("Which picture has more shapes?").first.click()
+    answers(page, 1)
+    assert "<image>" not in page.inner_text("body")
+    bubble = page.locator(".message.user").last
+    assert bubble.inner_text().strip() == "Which picture has more shapes?"
+    page.screenshot(path=SHOTS / "pair.png")
 
 
 def test_a_webcam_picture_is_asked_about(window):

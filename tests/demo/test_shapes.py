@@ -17,13 +17,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel, expected_shapes
 from convert.tokenizer import load_tokenizer
-from demo.shapes.scenes import KINDS, LATE, LATER, SPLITS, TASKS, dialogue, in_split, make_question, make_scene
+from demo.shapes.scenes import (
+    FINDING,
+    FRAMES,
+    KINDS,
+    LATE,
+    LATER,
+    SPLITS,
+    TASKS,
+    dialogue,
+    draw_shape,
+    extent,
+    in_split,
+    make_place_question,
+    make_question,
+    make_scene,
+)
 from demo.shapes.texts import COLOURS, EXERCISES, SHAPES, TEXTS
+from runtime.answer.boxes import find_boxes
 from runtime.answer.prompt import IMAGE_MARK
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: it carries the fonts of the scenes")
@@ -294,6 +312,106 @@ def test_marks_stand_on_the_patches_of_their_tile(encoder):
     letters = looks[0][:-1, :, :36].any(-1)
     assert letters.any()
     assert (patches & letters).sum() >= 0.8 * letters.sum()
+
+
+# ---- boxes
+
+
+def test_a_true_box_holds_what_was_drawn_and_nothing_else():
+    """Seen in the pixels: everything in the box and nothing around it has the thing's colour."""
+    seen = 0
+    for index in range(60):
+        scene = make_scene(7, "test", index, kind="find", language="en", size=(112, 112))
+        found = blobs(scene.canvases[0].picture)
+        for group in scene.groups:
+            if group[0].task not in ("find_small", "find_large"):
+                continue
+            ((x1, y1, x2, y2),) = group[0].boxes
+            inside = [blob for blob in found if x1 <= blob[0] <= x2 and y1 <= blob[1] <= y2]
+            if len(found) == len({*scene.canvases[0].marks}) // 2 and len(inside) == 1:
+                assert f"{colour_of(inside[0][3])} " in group[0].question
+                seen += 1
+    assert seen > 40
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_extent_of_a_shape_is_that_of_its_pixels(shape):
+    canvas = Image.new("L", (200, 160))
+    draw_shape(ImageDraw.Draw(canvas), shape, 90, 80, 60, (255,))
+    assert extent(shape, 90, 80, 60) == pytest.approx(canvas.getbbox(), abs=1.5)
+
+
+@pytest.mark.parametrize("size", [None, *FRAMES])
+def test_answers_about_boxes_are_what_find_boxes_reads(size):
+    for index in range(20):
+        scene = make_scene(7, "train", index, kind="find", level=FINDING, size=size)
+        wide, high = scene.canvases[0].picture.size
+        assert size is None or (wide, high) == size
+        for turn in (turn for group in scene.groups for turn in group):
+            read = find_boxes(turn.answer, (wide, high))
+            assert len(read) == len(turn.boxes) > 0
+            for box, (x1, y1, x2, y2) in zip(read, turn.boxes, strict=True):
+                assert (box.x1, box.x2) == pytest.approx((x1, x2), abs=wide / 1000)
+                assert (box.y1, box.y2) == pytest.approx((y1, y2), abs=high / 1000)
+                assert 0 <= x1 < x2 <= wide
+                assert 0 <= y1 < y2 <= high
+
+
+def test_boxes_are_asked_for_in_training_alone_and_late():
+    assert not any(make_scene(7, "train", index, level=FINDING - 0.1).kind == "find" for index in range(100))
+    kinds = [make_scene(7, "train", index, level=FINDING).kind for index in range(100)]
+    assert 30 < kinds.count("find") < 70
+    assert not any(question.scene.kind == "find" for question in (make_question(1, "test", index) for index in range(28)))
+
+
+def test_questions_about_places_take_turns():
+    asked = [make_place_question(1, "test", index) for index in range(8)]
+    assert [size for _, size in asked] == [*FRAMES, *FRAMES]
+    assert [question.task for question, _ in asked] == ["find_small"] * 4 + ["find_large"] * 4
+    assert all(len(question.turns) == 1 and len(question.turns[0].boxes) == 1 for question, _ in asked)
+
+
+def test_the_exam_of_places_is_refcocos_rule():
+    """The first box of an answer counts; half of the union is enough."""
+
+    class Guesser:
+        def start_conversation(self):
+            return self
+
+        def ask(self, question, images=(), max_tiles=None, **_):
+            asked.append(max_tiles)
+            number = len(asked) - 1
+            turn, (wide, high) = make_place_question(1, "test", number)[0].turns[0], make_place_question(1, "test", number)[1]
+            x1, y1, x2, y2 = turn.boxes[0]
+            half = f"a[[{1000 * x1 / wide}, {1000 * y1 / high}, {1000 * x2 / wide}, {1000 * (y1 + (y2 - y1) * 0.51) / high}]]"
+            return {0: turn.answer, 1: half, 2: f"a[[0, 0, 1, 999]] {turn.answer}", 3: "nowhere"}[number % 4]
+
+    asked: list[int] = []
+    result = exam.evaluate_places(Guesser(), exam.EvaluateOptions(limit=8))
+    assert (result["questions"], result["right"], result["accuracy"]) == (8, 4, 0.5)
+    assert [mistake["index"] for mistake in result["mistakes"]] == [2, 3, 6, 7]
+    assert result["tasks"]["112 x 112 small"]["mean_iou"] == pytest.approx(1, abs=0.05)
+    assert result["tasks"]["112 x 336 large"]["mean_iou"] == pytest.approx(0.51, abs=0.001)
+    assert result["tasks"]["4000 x 300 small"] == {"questions": 1, "right": 0, "accuracy": 0.0, "mean_iou": 0.0}
+    assert {*asked} == {12}
+    assert "mean IoU" in exam.table(result)
+    exam.evaluate_places(Guesser(), exam.EvaluateOptions(limit=1, max_tiles=1))
+    assert asked[-1] == 1
+
+
+def test_a_run_starts_from_a_checkpoint(tmp_path):
+    """The weights that are saved are the checkpoint's, and the scenes those behind what it has seen."""
+    options = TrainOptions(start=str(SHIPPED), first=576_000, samples=576_000 + 64, batch=8)
+    run = Run(tmp_path, options)
+    run.export(tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (SHIPPED, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert options.steps == 8
+    steps = Steps(options, run.encoder, run.tokenizer.pad_token_id)
+    assert any(
+        (steps.sample(576_000)[0] == row[row != run.tokenizer.pad_token_id].tolist()) for batch in steps[0] for row in batch["ids"]
+    )
 
 
 # ---- training

@@ -215,3 +215,110 @@ talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
         process.wait()
         os.close(ours)
     assert "Traceback" not in seen
+
+
+# ---- boxes
+
+
+CAR = "<ref>a car</ref><box>[[250, 0, 750, 500]]</box>"
+
+
+@pytest.fixture
+def boxed(folder, wide, tmp_path, monkeypatch):
+    """A chat whose answers begin with a box; the tiny model goes on with what comes to its mind."""
+    monkeypatch.chdir(tmp_path)
+    return ["chat", str(folder), "Where?", "--image", str(wide), "--answer-prefix", CAR, "--max-new-tokens", "2"]
+
+
+def test_boxes_are_drawn_and_told(boxed, capsys, wide, tmp_path):
+    assert main([*boxed, "--boxes", "out.png"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[-2].split() == ["label", "picture", "x1", "y1", "x2", "y2"]
+    assert lines[-1].split() == ["a", "car", "1", "28.0", "0.0", "84.0", "28.0"]
+    assert captured.err.splitlines()[-1] == "boxes of picture 1: out.png"
+    before, after = (np.asarray(Image.open(file), np.int16) for file in (wide, tmp_path / "out.png"))
+    assert before.shape == after.shape
+    assert np.abs(before - after)[25:31].max() > 100, "its lower edge"
+
+
+def test_json_has_the_boxes(boxed, capsys, tmp_path):
+    assert main([*boxed, "--json", "--boxes", "out.jpg"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["boxes"] == [{"label": "a car", "x1": 28.0, "y1": 0.0, "x2": 84.0, "y2": 28.0, "picture": 0}]
+    assert Image.open(tmp_path / "out.jpg").size == (112, 56)
+
+
+def test_each_picture_with_boxes_is_written(boxed, capsys, tmp_path, wide):
+    prefix = f"Image-1: {CAR} Image-2: {CAR}"
+    assert main([*boxed, "--image", str(wide), "--answer-prefix", prefix, "--boxes", "out.png"]) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == ["boxes of picture 1: out.png", "boxes of picture 2: out-2.png"]
+    assert (tmp_path / "out-2.png").exists()
+
+
+def test_every_answer_of_a_conversation_is_drawn(boxed, folder, capsys, tmp_path, wide):
+    from runtime.commands.chat import Drawing
+
+    model = OVInternVLChatModel(folder)
+    lines = iter(["Where?", "/reset", f"/image {wide}", "Where?", "And now?"])
+
+    def read(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    drawing = Drawing(tmp_path / "out.png", config=model.config)
+    asked = {"images": [str(wide)], "video": None, "answer_prefix": CAR, "max_new_tokens": 2}
+    talk(model.start_conversation(), asked, read, drawing)
+    assert capsys.readouterr().err.count("boxes of picture 1:") == 3
+    assert len(drawing.questions) == 2
+
+
+def test_an_answer_without_boxes_is_told(folder, wide, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", str(folder), "Hello", "--image", str(wide), "--max-new-tokens", "2", "--boxes", "out.png"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "the answer has no boxes: out.png is not written"
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--boxes", "gone/out.png"], "--boxes gone/out.png: the folder gone is not there: make it first"),
+        (["--boxes", "out"], "--boxes out: a name without an ending is no picture: name one, like boxes.png"),
+        (["--boxes", "out.txt"], "--boxes out.txt: .txt is no picture: name one, like boxes.png"),
+        (["--boxes", "taken.png"], "--boxes taken.png cannot be written: name another file"),
+        (["--locate", " "], "a label to locate is empty: give words, like 'the red car'"),
+        (["--locate", "<box>"], "the label '<box>' has the mark <box>: give the words alone"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_with_boxes_are_one_line(boxed, capsys, options, message, tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    assert main([*boxed, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {message}\n"
+    assert not captured.out, "before a model answers"
+
+
+def test_boxes_and_locate_need_a_picture(folder, capsys):
+    assert main(["chat", str(folder), "Where?", "--boxes", "out.png"]) == 2
+    assert capsys.readouterr().err == "error: --boxes draws into a picture: give one with --image or --video\n"
+    assert main(["chat", str(folder), "--locate", "a car"]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no picture to locate anything in: give one")
+
+
+def test_a_file_that_turns_out_not_to_be_writable_is_one_line(boxed, capsys, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert main([*boxed, "--boxes", "out.png"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --boxes out.png cannot be written (No space left on device)"
+
+
+def test_locate_asks_the_published_question(folder, wide, capsys):
+    ask, about = ["chat", str(folder)], ["--image", str(wide), "--max-new-tokens", "3"]
+    assert main([*ask, *about, "--locate", "the car"]) == 0
+    located = capsys.readouterr().out
+    question = "Please provide the bounding box coordinate of the region this sentence describes: <ref>the car</ref>"
+    assert main([*ask, question, *about]) == 0
+    assert capsys.readouterr().out == located

@@ -98,6 +98,7 @@ VALUES = {
     "repetition_penalty": 1.1,
     "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["circle"]}}},
     "seed": 1,
+    "skip_special_tokens": False,
     "stop": ["never"],
     "stream_options": None,
     "temperature": 0.5,

@@ -19,7 +19,6 @@ from runtime.__main__ import main
 from runtime.answer.decode import Token
 from runtime.answer.prompt import THINKING_MESSAGE
 from runtime.answer.reading import AnswerReader
-from runtime.answer.stream import TextStream
 from runtime.serve.engine import Engine, GenaiEngine, NativeEngine, Piece
 from tests.runtime.serve.test_serve import KEY, SHAPES, model, question, serving  # noqa: F401  model is a fixture
 
@@ -38,7 +37,7 @@ class ScriptEngine(Engine):
 
     def start(self, prompt, decoding, tell):
         self.asked = prompt, decoding
-        stream = TextStream(self.model.tokenizer, self.model.conv_template, decoding.stop_strings)
+        stream = self.text_of(decoding)
         ids = self.model.tokenizer.encode(self.text, add_special_tokens=False)
         for token in ids[: decoding.max_new_tokens]:
             tell(Piece(stream.add(token), (Token(token),)))
@@ -402,3 +401,25 @@ def test_the_routes_answer_as_json(script):
     message = answer.json()["choices"][0]["message"]
     assert message["content"] is None
     assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome"}'
+
+
+# ---- places
+
+
+PLACES = "It is <ref>a car</ref><box>[[1, 2, 30, 40]]</box>."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("skips", "said"), [(False, PLACES), (True, "It is a car[[1, 2, 30, 40]]."), (None, "It is a car[[1, 2, 30, 40]].")]
+)
+def test_tokens_of_places_are_text_where_a_client_wants_them(script, stream, skips, said):
+    """As LMDeploy and vLLM have it; null is the default."""
+    engine, client = script
+    engine.text = PLACES
+    found = ask(client, stream=stream, extra_body={"skip_special_tokens": skips})
+    assert (joined(found)[1] if stream else found.choices[0].message.content) == said
+    found = client.completions.create(
+        model="shapes", prompt="Where?", stream=stream, extra_body={"skip_special_tokens": skips}, max_tokens=99
+    )
+    assert ("".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text) == said
