@@ -1,10 +1,10 @@
 """InternVL-C and -G: InternViT with attention pooling, and QLLaMA, whose queries and texts are pooled to embeddings.
 
-Module names are the published tensor names. Each class that ends in Part is traced as one part of the model folder. Knows nothing of
-tokens or files.
-Ported rules: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/modeling_internvl.py (pooling, heads)
-and modeling_qllama.py (decoder). Differences: queries may look at a picture wherever they stand, the key/value cache is handed in and
-out, and a text's embedding is that of the last column, so that shorter texts of a batch are padded on the left.
+Module names are the published tensor names. Each class that ends in Part is traced as one part of the model folder. Knows nothing
+of tokens or files.
+Ported rules: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/modeling_internvl.py (pooling,
+heads) and modeling_qllama.py (decoder). Differences: queries may look at a picture wherever they stand, the key/value cache is
+handed in and out, and a text's embedding is that of the last column, so that shorter texts of a batch are padded on the left.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class SelfAttention(nn.Module):
     def __init__(self, q: QLlamaConfig):
         super().__init__()
         self.heads = q.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(q.hidden_size, q.hidden_size, bias=False) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(q.hidden_size, q.hidden_size, bias=False) for _ in range(4))
 
     def forward(
         self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor]
@@ -126,7 +124,7 @@ class DecoderLayer(nn.Module):
         mixed, present = self.self_attn(self.input_layernorm(x), turn, mask, past)
         x = x + mixed
         if self.cross_attn is not None and image is not None:
-            x = x.index_add(1, looking, self.cross_attn(x.index_select(1, looking), image))  # type: ignore[arg-type]
+            x = x.index_add(1, looking, self.cross_attn(x.index_select(1, looking), image).to(x.dtype))  # type: ignore[arg-type]
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
@@ -216,7 +214,7 @@ class QueryPoolPart(nn.Module):
 
 
 class FeaturesPart(nn.Module):
-    """InternViT alone: pictures (B, 3, S, S), normalised -> L + 1 hidden states (B, N, C), the embeddings' first, the last one last."""
+    """InternViT alone: pictures (B, 3, S, S), normalised -> L + 1 hidden states (B, N, C), the embeddings first."""
 
     def __init__(self, config: FeaturesConfig):
         super().__init__()

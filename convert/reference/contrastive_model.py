@@ -13,8 +13,7 @@ from convert.checkpoint import ContrastiveCheckpoint, Shapes
 from convert.reference.contrastive import FeaturesPart, QLlamaPart, QueryPoolPart, VisionEmbeddingPart
 from convert.reference.language import Empty
 from convert.reference.model import cast
-from runtime.folder.contrastive import MODES, ContrastiveConfig
-from runtime.errors import OptionError
+from runtime.folder.contrastive import MODES, ContrastiveConfig, check_mode
 
 TABLE, QUERIES, SCALE = "qllama.model.embed_tokens.weight", "query_tokens", "logit_scale"
 Part = TypeVar("Part", bound=nn.Module)
@@ -37,9 +36,13 @@ PARTS = (VisionEmbeddingPart, QLlamaPart, QueryPoolPart)
 
 
 def load_part(
-    kind: Callable[..., Part], checkpoint: ContrastiveCheckpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty
+    kind: Callable[..., Part],
+    checkpoint: ContrastiveCheckpoint,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    empty: Empty = torch.empty,
 ) -> Part:
-    """Load one part. `dtype` None keeps matrices as they are stored, mapped from the file; copies go to tensors that `empty` gives."""
+    """Load one part. `dtype` None keeps matrices as they are stored, mapped from the file; copies go to what `empty` gives."""
     with torch.device("meta"):
         part = kind(checkpoint.config)
     part.load_state_dict(cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
@@ -49,7 +52,9 @@ def load_part(
     return part.requires_grad_(False).eval()
 
 
-def load_table(checkpoint: ContrastiveCheckpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty) -> Tensor:
+def load_table(
+    checkpoint: ContrastiveCheckpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty
+) -> Tensor:
     """The embedding table with the queries as its last rows, (V + Q, D)."""
     found = checkpoint.tensors([TABLE, QUERIES])
     table, queries = found[TABLE], found[QUERIES][0]
@@ -65,7 +70,7 @@ class InternVLModel(nn.Module):
     def __init__(self, config: ContrastiveConfig):
         super().__init__()
         self.config = config
-        self.vision, self.qllama, self.pool = (kind(config) for kind in PARTS)
+        self.vision, self.qllama, self.pool = VisionEmbeddingPart(config), QLlamaPart(config), QueryPoolPart(config)
         self.table = nn.Embedding(config.qllama.vocab_size + config.queries, config.qllama.hidden_size)
         self.logit_scale = nn.Parameter(torch.tensor(2.6593))
 
@@ -77,7 +82,9 @@ class InternVLModel(nn.Module):
         assert isinstance(checkpoint.config, ContrastiveConfig)
         with torch.device("meta"):
             model = cls(checkpoint.config)
-        model.vision, model.qllama, model.pool = (load_part(kind, checkpoint, dtype) for kind in PARTS)
+        model.vision = load_part(VisionEmbeddingPart, checkpoint, dtype)
+        model.qllama = load_part(QLlamaPart, checkpoint, dtype)
+        model.pool = load_part(QueryPoolPart, checkpoint, dtype)
         model.table = nn.Embedding.from_pretrained(load_table(checkpoint, dtype))
         model.logit_scale = nn.Parameter(checkpoint.tensors([SCALE])[SCALE].float())
         return model.requires_grad_(False).eval().to(device)
@@ -121,7 +128,7 @@ class InternVLModel(nn.Module):
         return logits, logits.t()
 
     def caption_steps(self, tokens: Tensor, prompt: Tensor) -> Iterator[Tensor]:
-        """Logits (1, 1, V) after queries and prompt (1, T) of one picture, then after each token (1, 1) that is sent; greedy search."""
+        """Logits (1, 1, V) after the queries and prompt (1, T) of one picture, then after each token (1, 1) that is sent."""
         count, length = self.config.queries, self.config.queries + prompt.shape[1]
         embeds = torch.cat([self.table(self._query_ids)[None], self.table(prompt)], dim=1)
         bias = causal_bias(torch.ones(1, length, dtype=torch.bool, device=prompt.device), embeds.dtype)
@@ -133,12 +140,6 @@ class InternVLModel(nn.Module):
             length += 1
             position = torch.full((1, 1), length - 1, device=prompt.device)
             logits, _, _, past = self.qllama(self.table(token), embeds.new_zeros(1, 1, 1, length), position, past=past)
-
-
-def check_mode(mode: str) -> None:
-    """Raise OptionError for a mode that is not one of the two."""
-    if mode not in MODES:
-        raise OptionError(f"mode {mode!r} is not known; known are {' and '.join(MODES)}")
 
 
 def left_padded(ids: Tensor, lengths: Tensor, count: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What config.json says of InternVL-C and -G (model_type `internvl` with a `qllama_config`) and of InternViT alone.
 
 Dataclasses with the published defaults; knows nothing of weights, tokens or devices, nor of chat models, which config.py reads.
-Defaults of missing keys: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/configuration_internvl.py,
-and transformers' LlamaConfig for `qllama_config`, as there.
+Defaults of missing keys: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/
+configuration_internvl.py, and transformers' LlamaConfig for `qllama_config`, as there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.errors import CheckpointError, UnsupportedModelError
+from runtime.errors import CheckpointError, OptionError, UnsupportedModelError
 from runtime.folder.config import VisionConfig
 
 CHAT, CONTRASTIVE, FEATURES = "chat", "contrastive", "features"  # kinds of checkpoints and of model folders
@@ -31,6 +31,12 @@ def kind_of(raw: dict[str, Any]) -> str:
     if "qllama_config" in raw:
         return CONTRASTIVE
     return FEATURES if raw.get("model_type") in VISION_TYPES else CHAT
+
+
+def check_mode(mode: str) -> None:
+    """Raise OptionError for a mode that is not one of the two."""
+    if mode not in MODES:
+        raise OptionError(f"mode {mode!r} is not known; known are {' and '.join(MODES)}")
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,6 @@ class FeaturesConfig:
     def grid_side(self) -> int:
         """Patches along one side of a picture."""
         return self.image_size // self.vision.patch_size
-
-    @property
-    def tile_size(self) -> int:
-        """S, as chat models call it."""
-        return self.image_size
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> FeaturesConfig:

@@ -23,6 +23,7 @@ from convert.calibration import TILES, calibration_tiles
 from convert.checkpoint import Checkpoint
 from runtime.errors import DriftError
 from runtime.folder.files import PART_FILES
+from runtime.media.tiles import Tiling
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +132,7 @@ def test_w8a8_computes_the_vision_part_in_8_bits(capsys, tiny, tmp_path):
     kinds = [node.get_type_name() for node in model.get_ops()]
     assert 0 < kinds.count("FakeQuantize") <= 3 * 4 + 2  # of random weights, some may be too noisy
     pictures = sorted(pictures.iterdir())
-    tiles = calibration_tiles(pictures, Checkpoint(tiny("tiny-qwen2")).config)
+    tiles = calibration_tiles(pictures, Tiling.of(Checkpoint(tiny("tiny-qwen2")).config))
     assert len(tiles) == TILES < 4 * 7
     assert tiles[0].shape == (1, 3, 56, 56)
 
