@@ -295,7 +295,7 @@ def train(folder: Path, output: Path, options: TrainOptions) -> Run:
             bar.set_postfix(measured, refresh=False)
             if run.step % 10 == 0:
                 print(json.dumps({"step": run.step, "seconds": round(run.seconds), **measured}), file=log, flush=True)
-            if run.step % 100 == 0 or run.step == options.steps:
+            if run.step % 20 == 0 or run.step == options.steps:
                 run.save()
                 run.export(output)
     return run

@@ -7,10 +7,11 @@ Rules: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import openvino as ov
@@ -27,7 +28,7 @@ from runtime.folder.contrastive import (
     ContrastiveConfig,
     check_mode,
 )
-from runtime.folder.files import CONFIG_FILE, check_folder
+from runtime.folder.files import CONFIG_FILE, PARTS_OF, check_folder
 from runtime.folder.sentences import Sentences
 from runtime.media.fit import middle, squeezed
 from runtime.media.picture import Source, open_picture
@@ -41,12 +42,27 @@ TEXTS_AT_ONCE = 32
 TEMPLATES = ("a photo of a {c}.",)
 CAPTION_BEAMS, CAPTION_LEAST, CAPTION_MOST = 5, 8, 30  # beams and new tokens, as upstream's evaluation has them
 Pictures = Source | Sequence[Source]
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
+class _Later(Generic[T]):
+    """A part that is opened when it is first asked for: who embeds pictures in mode C needs no QLLaMA, half of a 14B."""
+
+    def __init__(self, open_it: Callable[[], T]):
+        self._open, self._lock = open_it, threading.Lock()
+        self._opened: list[T] = []
+
+    def __call__(self) -> T:
+        with self._lock:
+            if not self._opened:
+                self._opened.append(self._open())
+            return self._opened[0]
+
+
 class OpenedInternVL:
-    """The parts of a model folder of InternVL-C and -G, compiled for a device.
+    """The parts of a model folder of InternVL-C and -G, each compiled for a device when it is first needed.
 
     `precision` accuracy trades speed for the digits of the PyTorch path; `cache_dir` keeps compiled parts (on a GPU by default in
     the folder; False keeps none); `ov_config` holds OpenVINO properties of all parts. Several threads may use it. Raises
@@ -69,20 +85,24 @@ class OpenedInternVL:
         if not isinstance(raw.get("logit_scale"), float):
             raise ModelFolderError(f"{folder / CONFIG_FILE} has no logit_scale: convert the checkpoint again")
         self.logit_scale = float(np.exp(np.float32(raw["logit_scale"])))  # cosines are multiplied by it
-        core, width = ov.Core(), config.qllama.hidden_size
-        placed: dict[str, Any] = {"precision": precision, "cache_dir": cache_dir, "ov_config": ov_config}
-        self.ov_device, self.ov_devices = device, [*core.available_devices]
-
-        def stateless(part: str, width: int, *, on: str = device, wide: bool = False) -> StatelessPart:
-            return StatelessPart(folder, core, place_part(core, folder, part, on, wide=wide, **placed), width)
-
-        self._table = stateless("text_embeddings", width, on="CPU")
-        is_6b = config.vision.norm_type == "rms_norm"
-        self._vision = stateless("vision", config.vision.hidden_size, wide=is_6b)
-        self._pool = stateless("query_pool", config.embed_dim)
-        self.decoder = QueryDecoder(
-            folder, core, place_part(core, folder, "qllama", device, **placed), width, config.vision.hidden_size
-        )
+        core, width, seen = ov.Core(), config.qllama.hidden_size, config.vision.hidden_size
+        placed = {
+            part: place_part(
+                core,
+                folder,
+                part,
+                "CPU" if part == "text_embeddings" else device,
+                wide=part == "vision" and config.vision.norm_type == "rms_norm",
+                precision=precision,
+                cache_dir=cache_dir,
+                ov_config=ov_config,
+            )
+            for part in PARTS_OF[CONTRASTIVE]
+        }
+        self._table = _Later(lambda: StatelessPart(folder, core, placed["text_embeddings"], width))
+        self._vision = _Later(lambda: StatelessPart(folder, core, placed["vision"], seen))
+        self._pool = _Later(lambda: StatelessPart(folder, core, placed["query_pool"], config.embed_dim))
+        self._decoder = _Later(lambda: QueryDecoder(folder, core, placed["qllama"], width, seen))
         self.pictures_at_once = max(1, PATCHES_AT_ONCE // config.grid_side**2)
         self._cut_told = False
 
@@ -111,19 +131,19 @@ class OpenedInternVL:
         """Pictures (N, 3, S, S) -> (N, E): of mode C as pooled, of mode G the sum of two unit vectors. Raises OptionError."""
         check_mode(mode)
         if mode == MODES[0]:
-            return self._vision.run(pixels, [1])[0]
-        tokens, embeds = self._vision.run(pixels, [0, 1])
-        return unit(embeds) + unit(self._pool(self.run_queries(tokens)))
+            return self._vision().run(pixels, [1])[0]
+        tokens, embeds = self._vision().run(pixels, [0, 1])
+        return unit(embeds) + unit(self._pool()(self.run_queries(tokens)))
 
     def run_queries(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens of pictures (N, T, C) -> what the queries found in each, (N, Q, D)."""
-        return self.decoder.encode_queries(np.repeat(self._queries, len(tokens), 0), tokens)
+        return self._decoder().encode_queries(np.repeat(self._queries, len(tokens), 0), tokens)
 
     @cached_property
     def _queries(self) -> np.ndarray:
         """The queries (1, Q, D): the last rows of the embedding table."""
         first = self.config.qllama.vocab_size
-        return self._table(np.arange(first, first + self.config.queries)[None])
+        return self._table()(np.arange(first, first + self.config.queries)[None])
 
     # texts
 
@@ -156,7 +176,7 @@ class OpenedInternVL:
             for row, number in enumerate(batch):
                 ids[row, length - len(texts[number]) :] = texts[number]
                 mask[row, length - len(texts[number]) :] = 1
-            made[batch] = self.decoder.encode_texts(self._table(ids), mask)
+            made[batch] = self._decoder().encode_texts(self._table()(ids), mask)
         return made
 
     # compared
@@ -215,17 +235,15 @@ class OpenedInternVL:
         defaults = {"eos_token_id": self.config.qllama.eos_token_id, "max_new_tokens": CAPTION_MOST}
         own = options or {"num_beams": CAPTION_BEAMS, "min_new_tokens": CAPTION_LEAST}
         decoding = Decoding.of(defaults, own)
-        tokens = self._vision.run(pixels, [0])[0]
-        prompt = self._table(np.array([[*ids]], np.int64))
+        tokens = self._vision().run(pixels, [0])[0]
+        prompt = self._table()(np.array([[*ids]], np.int64))
         start = np.concatenate([self._queries, prompt], axis=1)
-        cache = self.decoder.new_caption()
+        cache, embed = self._decoder().new_caption(), self._table()
         if decoding.num_beams > 1:
-            answers = [
-                write_beams(cache, cache.begin(start, self.config.queries, one[None]), self._table, decoding)[0] for one in tokens
-            ]
+            answers = [write_beams(cache, cache.begin(start, self.config.queries, one[None]), embed, decoding)[0] for one in tokens]
         else:
             logits = cache.begin(np.repeat(start, len(tokens), 0), self.config.queries, tokens)
-            answers = write_rows(cache, logits, self._table, decoding)
+            answers = write_rows(cache, logits, embed, decoding)
         return [[token.id for token in answer] for answer in answers]
 
 

@@ -22,7 +22,7 @@ from convert.__main__ import main
 from convert.calibration import TILES, calibration_tiles
 from convert.checkpoint import Checkpoint
 from runtime.errors import DriftError
-from runtime.folder.files import PART_FILES
+from runtime.folder.files import PART_FILES, PARTS
 from runtime.media.tiles import Tiling
 from tests.checkpoints import make_checkpoint
 
@@ -79,7 +79,7 @@ def test_fp16_and_int8_stay_within_their_bounds(tiny, tmp_path):
         assert report.greedy_agreed == report.greedy_tokens
 
 
-@pytest.mark.parametrize("part", PART_FILES)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_drifts_exits_1_and_leaves_no_folder(capsys, tiny, tmp_path, monkeypatch, part):
     """One part is converted from weights with their rows turned over; the proof loads the right ones."""
     real = getattr(pipeline, f"load_{part}")

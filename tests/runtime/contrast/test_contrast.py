@@ -45,7 +45,7 @@ def test_embeddings_are_the_originals(golden, model):
     close(model.encode_image(golden["pixel_values"], "InternVL-C"), golden["image_embeds_C"])
     close(model.encode_image(golden["pixel_values"], "InternVL-G"), golden["image_embeds_G"])
     close(model.encode_text(golden["text_ids"]), golden["text_embeds"])
-    tokens = model._vision.run(golden["pixel_values"].numpy(), [0])[0]
+    tokens = model._vision().run(golden["pixel_values"].numpy(), [0])[0]
     close(tokens, golden["vision_last_hidden_state"])
     close(model.run_queries(tokens), golden["query_last_hidden_state"])
 
