@@ -38,7 +38,7 @@ def run(index: Path, text: str | None, image: str | None, top: int, html: Path |
     query = query_of(open_for(found, model, **placed), found, text, image)
     best = found.nearest(query, top)
     for score, path in best:
-        print(f"{score:.4f}  {path}")
+        print(f"{score:.4f}  {_from_here(path)}")
     if html is not None:
         write_page(html, " + ".join(filter(None, [text, image])), best)
 
@@ -60,6 +60,12 @@ figure {{ margin: 0; width: {THUMBNAIL}px; overflow-wrap: anywhere }}</style>
         file.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise OptionError(f"--html {file} cannot be written ({error.strerror})") from None
+
+
+def _from_here(path: str) -> str:
+    """A path as it reads from the current folder, if it lies below it."""
+    below = Path(path).is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd())) if below else path
 
 
 def _thumbnail(path: str) -> str:

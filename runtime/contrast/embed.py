@@ -47,7 +47,7 @@ def embed(model: OpenedInternVL, given: Sequence[Path], out: Path, mode: str = M
     """
     if out.suffix != ".npz":
         raise OptionError(f"--out {out} does not end in .npz: name the index so")
-    wanted = [*dict.fromkeys(str(path) for path in find_pictures(given, picture_kinds()))]
+    wanted = [*dict.fromkeys(os.path.abspath(path) for path in find_pictures(given, picture_kinds()))]
     if not wanted:
         raise OptionError(f"there are no pictures in {', '.join(map(str, given))}: give files, or folders with pictures")
     about = About(str(model.folder.resolve()), fingerprint_of(model.folder), mode)

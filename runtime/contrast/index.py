@@ -1,6 +1,6 @@
 """The index of a picture collection: unit vectors and paths in one .npz file, and the journal from which it comes to be.
 
-The file, readable with numpy.load alone: `vectors` (N, E) float32 of length 1, `paths` (N) text, and `about`, JSON text with
+The file, readable with numpy.load alone: `vectors` (N, E) float32 of length 1, `paths` (N) absolute, and `about`, JSON text with
 `format` (1), `model` (the model folder), `fingerprint` (of its weights), `mode`, and `skipped` (paths, and why they were not read).
 While pictures are read the vectors stand in a journal beside it, NAME.npz.journal/: a process that is ended, with kill -9 too,
 loses no more than its last batch, and the next one goes on behind it. Knows vectors; nothing of how they are made.
