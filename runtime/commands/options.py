@@ -47,7 +47,7 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default=MODES[0],
-        help="InternVL-G asks the pictures by queries too: better, and slower (default: %(default)s)",
+        help="InternVL-G lets queries look at pictures too, and takes longer (default: %(default)s)",
     )
 
 
