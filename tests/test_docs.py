@@ -17,6 +17,7 @@ from PIL import Image
 
 import convert.__main__
 import demo.__main__
+import demo.contrast.__main__
 import runtime.__main__
 from tests import family
 from tests.checkpoints import CONFIGS
@@ -41,7 +42,12 @@ def commands(starting: str) -> list[str]:
     return sorted({line for line in lines if line.startswith(starting)})
 
 
-COMMANDS = {"convert": convert.__main__.parser, "runtime": runtime.__main__.parser, "demo": demo.__main__.parser}
+COMMANDS = {
+    "convert": convert.__main__.parser,
+    "runtime": runtime.__main__.parser,
+    "demo": demo.__main__.parser,
+    "demo.contrast": demo.contrast.__main__.parser,
+}
 
 
 @pytest.mark.parametrize("command", [command for name in COMMANDS for command in commands(f"python -m {name} ")])
@@ -70,10 +76,12 @@ def without_times(line: str) -> str:
 def test_python_of_the_readme_runs(converted, video, tmp_path):
     """From the first to the last line, with the built-in model in the place of the real one."""
     shutil.copytree(converted(BUILT_IN, weight_format="int4"), tmp_path / "InternVL2-1B-int4")
+    contrast = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
+    shutil.copytree(contrast, tmp_path / "InternVL-14B-224px-int4")
     Image.open(ROOT / "demo" / "examples" / "shapes.png").save(tmp_path / "photo.jpg")
     shutil.copy(video, tmp_path / "clip.mp4")
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         code = block.replace("OpenGVLab/InternVL2-1B", str(BUILT_IN))
         code = code.replace("max_num=12", "input_size=112")  # its tiles are smaller
@@ -87,7 +95,10 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [["convert"], ["runtime", "chat"]], ids=lambda arguments: arguments[0])
+HELPS = [["convert"], *(["runtime", command] for command in ("chat", "embed", "search", "classify", "caption"))]
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=lambda arguments: arguments[-1])
 def test_help_in_the_readme_is_the_real_help(arguments):
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
     command = [sys.executable, "-m", *arguments, "--help"]

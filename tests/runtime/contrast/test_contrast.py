@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision import transforms
 
 from convert import ConvertOptions, convert
@@ -136,9 +136,36 @@ def test_internvit_gives_upstreams_outputs(golden, internvit):
     assert not np.allclose(states[1], states[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_layers_keep_their_names_when_weights_are_compressed(golden, internvit, tmp_path, weight_format):
+    """int4 asks for w8a8 where pictures prove it; this one is an InternViT-6B by its norms, and so int8."""
+    options = ConvertOptions(weight_format=weight_format, group_size=16, verify=False)
+    made = convert(str(flat_internvit(tmp_path)), tmp_path / "made", options).folder
+    exact = OVInternViT(internvit)(golden["pixel_values"], output_hidden_states=True).hidden_states
+    found = OVInternViT(made)(golden["pixel_values"], output_hidden_states=True).hidden_states
+    for ours, other in zip(found, exact, strict=True):
+        assert torch.nn.functional.cosine_similarity(ours.flatten(), other.flatten(), dim=0) > 0.999
+
+
+def test_internvit_300m_is_w8a8_beside_int4_where_pictures_prove_it(tmp_path):
+    """The trained vision transformer of demo/shapes, as a repository of its own."""
+    folder = tmp_path / "InternViT"
+    folder.mkdir()
+    trained = DATA.parents[1] / "demo" / "shapes" / "checkpoint"
+    (folder / "config.json").write_text(json.dumps(json.loads((trained / "config.json").read_text())["vision_config"]))
+    tensors = {n: t for n, t in load_file(trained / "model.safetensors").items() if n.startswith("vision_model.")}
+    save_file({name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    made = {name: tmp_path / name for name in ("int4", "fp32")}
+    proofs = {name: convert(str(folder), output, ConvertOptions(weight_format=name)).proof for name, output in made.items()}
+    assert proofs["int4"].startswith("w8a8: cosine")
+    picture = [DATA.parents[1] / "demo" / "examples" / "shapes.png"]
+    states = [OVInternViT(output)(picture, output_hidden_states=True).hidden_states for output in made.values()]
+    for ours, exact in zip(*states, strict=True):
+        assert (ours * exact).sum() / np.sqrt((ours**2).sum() * (exact**2).sum()) > 0.99
+
+
 def test_internvit_agrees_with_transformers_own(tmp_path):
     """transformers' InternVL vision tower, with layer norms and biased projections, as the 300M has them: an oracle of its own."""
-    from safetensors.torch import save_file
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
