@@ -222,6 +222,8 @@ class OpenedInternVL:
 
         Without options upstream's: 5 beams, 8 to 30 new tokens. Raises PictureError, OptionError.
         """
+        if options.get("num_return_sequences", 1) != 1:
+            raise OptionError("caption writes one caption a picture: leave num_return_sequences out")
         ids = self.sentences.encode(prompt, end=False)
         written = [self.sentences.decode(found) for found in self._captions(self.pixels_of(picture), ids, options)]
         return written if isinstance(picture, list | tuple) else written[0]
@@ -231,7 +233,10 @@ class OpenedInternVL:
             yield from self.write_captions(pixels[batch.start : batch.stop], ids, options)
 
     def write_captions(self, pixels: np.ndarray, ids: Sequence[int], options: Mapping[str, Any]) -> list[list[int]]:
-        """Pictures (N, 3, S, S) and the ids of one prompt -> new token ids of each, its end included. Raises OptionError."""
+        """Pictures (N, 3, S, S) and the ids of one prompt -> new token ids of each, its end included. Raises OptionError.
+
+        With `num_return_sequences` R there are R for each picture, one after the other, the best first.
+        """
         defaults = {"eos_token_id": self.config.qllama.eos_token_id, "max_new_tokens": CAPTION_MOST}
         own = options or {"num_beams": CAPTION_BEAMS, "min_new_tokens": CAPTION_LEAST}
         decoding = Decoding.of(defaults, own)
@@ -240,8 +245,11 @@ class OpenedInternVL:
         start = np.concatenate([self._queries, prompt], axis=1)
         cache, embed = self._decoder().new_caption(), self._table()
         if decoding.num_beams > 1:
-            answers = [write_beams(cache, cache.begin(start, self.config.queries, one[None]), embed, decoding)[0] for one in tokens]
+            answers = []
+            for one in tokens:
+                answers += write_beams(cache, cache.begin(start, self.config.queries, one[None]), embed, decoding)
         else:
+            tokens = np.repeat(tokens, decoding.num_return_sequences, 0)
             logits = cache.begin(np.repeat(start, len(tokens), 0), self.config.queries, tokens)
             answers = write_rows(cache, logits, embed, decoding)
         return [[token.id for token in answer] for answer in answers]

@@ -61,22 +61,28 @@ class OVInternVL(_AsUpstream, OpenedInternVL):
     def generate(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **generation_options: Any
     ) -> Tensor:
-        """Captions: pictures (N, 3, S, S) and the prompt's ids (N, T) -> new token ids (N, T'), padded behind their ends.
+        """Captions: pictures (N, 3, S, S) and a prompt's ids each (N, T) -> new token ids (N R, T'), padded behind their ends.
 
-        Options are those of decoding, by transformers' names. Raises PromptError where the prompts differ, OptionError.
+        `attention_mask` (N, T) is 0 on padding; R is `num_return_sequences`. Options are those of decoding, by transformers' names.
+        Raises PromptError where there is not one prompt a picture, OptionError.
         """
         torch = import_torch("generate")
-        if len(input_ids) != len(pixel_values) or not bool((input_ids == input_ids[:1]).all()):
-            raise PromptError(
-                f"{len(pixel_values)} pictures and {len(input_ids)} prompts: give the same prompt once for each picture"
-            )
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise PromptError("the prompt of a caption is padded: give it as it is")
-        options = {"num_beams": 1} | generation_options  # transformers' default, where the caller names no other
-        found = self.write_captions(self._array(pixel_values), input_ids[0].tolist(), options)
+        if len(input_ids) != len(pixel_values):
+            raise PromptError(f"{len(pixel_values)} pictures and {len(input_ids)} prompts: give one for each picture")
+        pixels, options = self._array(pixel_values), {"num_beams": 1} | generation_options  # transformers' default
+        read = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        groups: dict[tuple[int, ...], list[int]] = {}  # pictures with the same prompt are written side by side
+        for number, (row, mask) in enumerate(zip(input_ids, read, strict=True)):
+            groups.setdefault(tuple(row[mask.bool()].tolist()), []).append(number)
+        count = options.get("num_return_sequences", 1)
+        found: list[list[int]] = [[] for _ in range(count * len(pixels))]
+        for ids, numbers in groups.items():
+            written = self.write_captions(pixels[numbers], ids, options)
+            for place, number in enumerate(numbers):
+                found[count * number : count * (number + 1)] = written[count * place : count * (place + 1)]
         made = torch.full((len(found), max(map(len, found))), self.config.qllama.pad_token_id)
-        for row, ids in zip(made, found, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
+        for row, tokens in zip(made, found, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
         return made
 
     def _pixels(self, image: Tensor, mode: str) -> np.ndarray:

@@ -59,15 +59,22 @@ def test_logits_of_both_modes_are_the_originals(golden, model, mode):
 
 @pytest.mark.parametrize(("beams", "name"), [(1, "greedy_ids"), (3, "beam3_ids")])
 def test_captions_are_the_originals(golden, model, beams, name):
-    prompt = golden["prompt_ids"]
     options = {"num_beams": beams} | EXACTLY
-    found = model.generate(
-        pixel_values=golden["pixel_values"], input_ids=prompt[:1].expand(3, -1), attention_mask=torch.ones(3, 3), **options
-    )
-    alone = [model.generate(golden["pixel_values"][n : n + 1], prompt[n : n + 1], **options)[0] for n in range(3)]
-    assert [row.tolist() for row in alone] == golden[name].tolist()
-    same = [n for n in range(3) if torch.equal(prompt[n], prompt[0])]
-    assert [found[n].tolist() for n in same] == [golden[name][n].tolist() for n in same]
+    mask = torch.ones_like(golden["prompt_ids"])
+    found = model.generate(pixel_values=golden["pixel_values"], input_ids=golden["prompt_ids"], attention_mask=mask, **options)
+    assert found.tolist() == golden[name].tolist()
+
+
+def test_all_beams_are_the_originals(golden, model):
+    found = model.generate(golden["pixel_values"], golden["prompt_ids"], num_beams=3, num_return_sequences=3, **EXACTLY)
+    assert found.reshape(3, 3, -1).tolist() == golden["beam3_all_ids"].tolist()
+
+
+def test_padding_of_a_prompt_is_not_read(golden, model):
+    prompt = golden["prompt_ids"]
+    padded = torch.cat([torch.zeros_like(prompt[:, :2]), prompt], dim=1)
+    found = model.generate(golden["pixel_values"], padded, (padded != 0).long(), **EXACTLY)
+    assert found.tolist() == golden["greedy_ids"].tolist()
 
 
 def test_greedy_captions_side_by_side_are_those_of_each_alone(golden, model):
@@ -85,7 +92,7 @@ def test_texts_of_other_lengths_beside_one_do_not_change_it(golden, model):
 def test_unknown_modes_and_prompts_that_differ_are_told(golden, model):
     with pytest.raises(OptionError, match="known are InternVL-C and InternVL-G"):
         model(golden["pixel_values"], golden["text_ids"], "InternVL-X")
-    with pytest.raises(PromptError, match="the same prompt once for each picture"):
+    with pytest.raises(PromptError, match="3 pictures and 2 prompts: give one for each picture"):
         model.generate(golden["pixel_values"], golden["prompt_ids"][:2])
     with pytest.raises(PromptError, match="no tokens"):
         model.encode_ids([[]])
