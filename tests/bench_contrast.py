@@ -128,7 +128,7 @@ def ask_folder(folder: Path) -> dict[str, Any]:
     return found | {"anonymous_bytes": peak.bytes}
 
 
-def throughput(work: Path, pictures: int = 192) -> dict[str, Any]:
+def throughput(work: Path, pictures: int = 48) -> dict[str, Any]:
     """Pictures a second from files to vectors: our embed on each weight format, and the PyTorch path in both types, by turns."""
     import torch
     from PIL import Image

@@ -43,7 +43,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 class TrainOptions:
     """How to train."""
 
-    steps: int = 1000
+    steps: int = 260
     batch: int = 160
     rate: float = 3e-3
     vision_rate: float = 0.3  # of the rate, for what was trained before

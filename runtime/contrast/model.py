@@ -106,6 +106,11 @@ class OpenedInternVL:
         self.pictures_at_once = max(1, PATCHES_AT_ONCE // config.grid_side**2)
         self._cut_told = False
 
+    def open_parts(self) -> None:
+        """Open now what would be opened when it is first needed. Raises ModelFolderError, DeviceError."""
+        for part in (self._table, self._vision, self._pool, self._decoder):
+            part()
+
     @cached_property
     def sentences(self) -> Sentences:
         """The tokenizer. Raises TokenizerError for a folder without one."""

@@ -63,7 +63,9 @@ def run(
         from runtime.contrast.model import OpenedInternVL
         from runtime.serve.embeddings import build_app as build_embedding_app
 
-        app = build_embedding_app(OpenedInternVL(folder, **placed), rules)
+        comparing = OpenedInternVL(folder, **placed)
+        comparing.open_parts()
+        app = build_embedding_app(comparing, rules)
     else:
         from runtime.answer.model import OpenedModel
         from runtime.serve.app import build_app
