@@ -69,6 +69,20 @@ def test_the_answer_on_the_first_screen_is_the_real_one(converted, capsys):
     assert [*map(without_times, said)] == [*map(without_times, shown)]
 
 
+def test_what_search_prints_is_the_real_thing(converted, capsys, tmp_path, monkeypatch):
+    """The example of the README; scores are those of a processor, up to two digits."""
+    shown = next(block.splitlines() for block in code_blocks(README) if re.match(r"0\.\d{4}  demo/examples", block))
+    folder = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
+    words, count = re.search(r'python -m runtime search build/examples.npz "(.*)" --top (\d)', README).groups()
+    monkeypatch.chdir(ROOT)
+    assert runtime.__main__.main(["embed", str(folder), "demo/examples", "--out", str(tmp_path / "examples.npz")]) == 0
+    capsys.readouterr()
+    assert runtime.__main__.main(["search", str(tmp_path / "examples.npz"), words, "--top", count]) == 0
+    for said, wanted in zip(capsys.readouterr().out.splitlines(), shown, strict=True):
+        assert said.split()[1] == wanted.split()[1]
+        assert float(said.split()[0]) == pytest.approx(float(wanted.split()[0]), abs=0.02)
+
+
 def without_times(line: str) -> str:
     return re.sub(r"\d+\.\d+", "0.0", line)
 
