@@ -128,7 +128,7 @@ def ask_folder(folder: Path) -> dict[str, Any]:
     return found | {"anonymous_bytes": peak.bytes}
 
 
-def throughput(work: Path, pictures: int = 48) -> dict[str, Any]:
+def throughput(work: Path, pictures: int = 32) -> dict[str, Any]:
     """Pictures a second from files to vectors: our embed on each weight format, and the PyTorch path in both types, by turns."""
     import torch
     from PIL import Image
@@ -177,7 +177,7 @@ def throughput(work: Path, pictures: int = 48) -> dict[str, Any]:
         reference = InternVLModel.from_checkpoint(checkpoint, dtype=dtype)
         runs[f"pytorch {dtype}".replace("torch.", "")] = lambda model=reference, dtype=dtype: theirs(model, dtype)
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(4):  # the first one warms up
+    for turn in range(3):  # the first one warms up
         for name, work_once in runs.items():
             started = time.perf_counter()
             work_once()
