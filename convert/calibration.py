@@ -40,15 +40,14 @@ def find_pictures(dataset: str, count: int) -> list[Path]:
     return found[:count]
 
 
-def calibration_tiles(pictures: list[Path], config: InternVLConfig) -> list[np.ndarray]:
+def calibration_tiles(pictures: list[Path], tiling: Tiling) -> list[np.ndarray]:
     """Tiles (1, 3, S, S) of the pictures, the same number of each as far as there are: TILES in all at most."""
-    tiling = Tiling.of(config)
     cut = [cut_pixels(open_picture(path), tiling)[::-1] for path in pictures[:TILES]]  # bytes, the thumbnail first
     turns = [tile for turn in zip_longest(*cut) for tile in turn if tile is not None]
     return [normalise(tile[None]) for tile in turns[:TILES]]
 
 
-def tiles_at_hand(config: InternVLConfig) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def tiles_at_hand(side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tiles (1, 3, S, S) of photographs, pages, charts and screenshots to find ranges on, and others to prove them on."""
     photographs = scenes.photographs()
     seen, apart = photographs[:2], photographs[2:]
@@ -57,7 +56,7 @@ def tiles_at_hand(config: InternVLConfig) -> tuple[list[np.ndarray], list[np.nda
     pictures = [crop for photograph in seen for crop in _crops(photograph)]
     pictures += [draw(seed) for draw in scenes.DRAWN for seed in ((0,) if seen else (0, 1, 2))]
     unseen = apart + [draw(UNSEEN) for draw in (scenes.page, scenes.chart)]
-    found = [[_tile(picture, config.tile_size) for picture in group] for group in (pictures, unseen)]
+    found = [[_tile(picture, side) for picture in group] for group in (pictures, unseen)]
     return found[0], found[1]
 
 

@@ -26,6 +26,7 @@ from convert.weight_files import Shapes, WeightFiles, some
 from runtime.answer.prompt import old_system_message
 from runtime.errors import CheckpointError
 from runtime.folder.config import InternVLConfig, read_config
+from runtime.folder.contrastive import CONTRASTIVE, FEATURES, ContrastiveConfig, FeaturesConfig, kind_of
 from runtime.folder.files import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
 
 FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py
@@ -34,6 +35,8 @@ BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # that older ve
 TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "lm_head.weight", "output.weight")  # a row a token
 MOST_PADDING = 128  # rows that round a table up
 LORA_KEYS = {"language": "use_llm_lora", "vision": "use_backbone_lora"}  # of config.json: ranks
+
+VISION_PREFIX = "vision_model."
 
 Empty = Callable[..., torch.Tensor]
 
@@ -81,35 +84,15 @@ def _fetch(repo: str, revision: str | None, token: str | None, cache_dir: str | 
         raise CheckpointError(f"fetching {repo} broke off ({reason}): run the same command again, it resumes") from None
 
 
-class Checkpoint:
-    """A checkpoint folder: its configuration and the tensors of its weight files.
+class StoredTensors:
+    """The tensors of a checkpoint folder, by their published names.
 
     Opening reads headers only. `tensors()` maps a group of tensors into memory; pages are read when they are used and can be
-    dropped by the system again. `name` is what the checkpoint is called, if its folder does not tell; `template` and
-    `system_message` take the place of its own; `adapter` is merged into the tensors it is for, and so is LoRA that training left
-    unmerged. `notes` are lines about what was found and passed over.
+    dropped by the system again. `notes` are lines about what was found and passed over.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        name: str | None = None,
-        template: str | None = None,
-        system_message: str | None = None,
-        adapter: Path | None = None,
-    ):
-        self.folder = folder
-        self.raw_config: dict[str, Any] = read_config(folder / CONFIG_FILE)
-        native = is_native(self.raw_config)
-        if native:
-            self.raw_config = published_config(self.raw_config, self._processor())
-        if template is not None:
-            self.raw_config = self.raw_config | {"template": template}
-        if system_message is None:  # what the file says of it is ignored, as upstream does
-            system_message = old_system_message(name or folder.name, str(self.raw_config.get("template")))
-        self.raw_config = self.raw_config | {"system_message": system_message}
-        self.config = InternVLConfig.from_dict(self.raw_config)
+    def __init__(self, folder: Path, raw_config: dict[str, Any]):
+        self.folder, self.raw_config = folder, raw_config
         self._files = WeightFiles(folder)
         self.notes = self._files.notes
         self.shapes: Shapes = {}
@@ -117,30 +100,17 @@ class Checkpoint:
         self._stored: dict[str, list[str]] = {}  # published name -> tensors of the files that it is made of, row by row
         self._updates: dict[str, Update] = {}  # by stored name
         self._cut: set[str] = set()  # tables of which only the first rows are taken
-        self.recipe = read_recipe(self.raw_config)
-        self._name_tensors(native)
-        self.adapter = Adapter(adapter) if adapter is not None else None
-        if self.adapter is not None:
-            stored = {part: self._files.shapes[part] for parts in self._stored.values() for part in parts}
-            stored |= {name: packed.shape for name, packed in self._packed.items()}
-            self.adapter.fit(stored, renamed if native else lambda one: next(iter(unwrap([one])[0]), one))
-        self._cut_tables()
+        self.recipe = read_recipe(raw_config)
+        self.adapter: Adapter | None = None
 
-    def _processor(self) -> dict[str, Any]:
-        """The picture settings of a transformers-native checkpoint, where there are any."""
-        old, new = self.folder / PREPROCESSOR_CONFIG_FILE, self.folder / "processor_config.json"  # new: transformers 5
-        if old.exists():
-            return read_config(old)
-        return read_config(new).get("image_processor", {}) if new.exists() else {}
-
-    def _name_tensors(self, native: bool) -> None:
+    def _name_tensors(self, native: bool, passed_over: re.Pattern[str] | None = None) -> None:
         """Give the tensors of the files their published names, and find the LoRA beside them."""
         shapes, dtypes = self._files.shapes, self._files.dtypes
         names = [name for name in shapes if not BUFFERS.search(name)]
         if len(names) < len(shapes):
             self.notes.append(f"passed over: {len(shapes) - len(names)} buffers that are computed, not trained")
-        read = [name for name in names if not (UNUSED if self.config.flash else ROUTER).search(name)]
-        if len(read) < len(names) and self.config.flash is None:
+        read = [name for name in names if passed_over is None or not passed_over.search(name)]
+        if len(read) < len(names) and passed_over is ROUTER:
             self.notes.append(
                 f"passed over: {len(names) - len(read)} tensors of the router, which flash_mode in config.json turns off"
             )
@@ -172,7 +142,7 @@ class Checkpoint:
 
     def _forget_recipe(self) -> None:
         """A model folder has weights of its own kind: other readers would unpack them."""
-        for raw in (self.raw_config, self.raw_config["llm_config"]):
+        for raw in (self.raw_config, self.raw_config.get("llm_config") or {}):
             raw.pop("quantization_config", None)
 
     def _find_lora(self, pairs: dict[str, tuple[str, str]]) -> None:
@@ -201,24 +171,6 @@ class Checkpoint:
             told = [f"{part} rank {', '.join(map(str, found[part]))}" for part in LORA_KEYS if found[part]]
             self.notes.append(f"merged LoRA: {', '.join(told) or 'rank ' + str(shapes[next(iter(pairs.values()))[0]][0])}")
             self.raw_config = self.raw_config | {key: 0 for key in LORA_KEYS.values() if key in self.raw_config}
-
-    def _cut_tables(self) -> None:
-        """Leave out the rows with which a vocabulary was rounded up, so that no token without a meaning can win."""
-        said = self.config.language.get("vocab_size")
-        tables = [name for name in self.shapes if name.startswith("language_model.") and name.endswith(TABLES)]
-        rows = {self.shapes[name][0] for name in tables}
-        if not isinstance(said, int) or len(rows) != 1 or (count := rows.pop()) <= said:
-            return
-        wanted = min(count, max(said, _highest_token(self.folder) + 1))
-        if count - wanted >= MOST_PADDING:
-            return
-        self._cut = {*tables}
-        for name in tables:
-            self.shapes[name] = (wanted, *self.shapes[name][1:])
-        if count > wanted:
-            self.notes.append(f"cut off: rows {wanted} to {count - 1} of the vocabulary, which no token has")
-        self.raw_config = self.raw_config | {"llm_config": self.raw_config["llm_config"] | {"vocab_size": wanted}}
-        self.config = InternVLConfig.from_dict(self.raw_config)
 
     def check(self, expected: Shapes) -> None:
         """Require exactly the tensors `expected`, each with its shape; raises CheckpointError with counts and first names."""
@@ -325,6 +277,84 @@ class Checkpoint:
 
     def _open(self, name: str) -> torch.Tensor:
         return self._files.open([name])[name]
+
+
+class Checkpoint(StoredTensors):
+    """A chat checkpoint: its configuration and its tensors.
+
+    `name` is what the checkpoint is called, if its folder does not tell; `template` and `system_message` take the place of its own;
+    `adapter` is merged into the tensors it is for, and so is LoRA that training left unmerged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        template: str | None = None,
+        system_message: str | None = None,
+        adapter: Path | None = None,
+    ):
+        raw = read_config(folder / CONFIG_FILE)
+        native = is_native(raw)
+        if native:
+            raw = published_config(raw, _processor(folder))
+        if template is not None:
+            raw = raw | {"template": template}
+        if system_message is None:  # what the file says of it is ignored, as upstream does
+            system_message = old_system_message(name or folder.name, str(raw.get("template")))
+        raw = raw | {"system_message": system_message}
+        self.config = InternVLConfig.from_dict(raw)
+        super().__init__(folder, raw)
+        self._name_tensors(native, UNUSED if self.config.flash else ROUTER)
+        if adapter is not None:
+            self.adapter = Adapter(adapter)
+            stored = {part: self._files.shapes[part] for parts in self._stored.values() for part in parts}
+            stored |= {name: packed.shape for name, packed in self._packed.items()}
+            self.adapter.fit(stored, renamed if native else lambda one: next(iter(unwrap([one])[0]), one))
+        self._cut_tables()
+
+    def _cut_tables(self) -> None:
+        """Leave out the rows with which a vocabulary was rounded up, so that no token without a meaning can win."""
+        said = self.config.language.get("vocab_size")
+        tables = [name for name in self.shapes if name.startswith("language_model.") and name.endswith(TABLES)]
+        rows = {self.shapes[name][0] for name in tables}
+        if not isinstance(said, int) or len(rows) != 1 or (count := rows.pop()) <= said:
+            return
+        wanted = min(count, max(said, _highest_token(self.folder) + 1))
+        if count - wanted >= MOST_PADDING:
+            return
+        self._cut = {*tables}
+        for name in tables:
+            self.shapes[name] = (wanted, *self.shapes[name][1:])
+        if count > wanted:
+            self.notes.append(f"cut off: rows {wanted} to {count - 1} of the vocabulary, which no token has")
+        self.raw_config = self.raw_config | {"llm_config": self.raw_config["llm_config"] | {"vocab_size": wanted}}
+        self.config = InternVLConfig.from_dict(self.raw_config)
+
+
+class ContrastiveCheckpoint(StoredTensors):
+    """A checkpoint of InternVL-C and -G, or of InternViT alone, whose names get the prefix that chat models give them."""
+
+    def __init__(self, folder: Path):
+        raw = read_config(folder / CONFIG_FILE)
+        self.kind = kind_of(raw)
+        self.config: ContrastiveConfig | FeaturesConfig
+        self.config = ContrastiveConfig.from_dict(raw) if self.kind == CONTRASTIVE else FeaturesConfig.from_dict(raw)
+        super().__init__(folder, raw)
+        self._name_tensors(native=False)
+        if self.kind == FEATURES:
+            self._stored = {VISION_PREFIX + name: parts for name, parts in self._stored.items()}
+            self.shapes = {VISION_PREFIX + name: shape for name, shape in self.shapes.items()}
+            self.dtypes = {VISION_PREFIX + name: dtype for name, dtype in self.dtypes.items()}
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """The picture settings of a transformers-native checkpoint, where there are any."""
+    old, new = folder / PREPROCESSOR_CONFIG_FILE, folder / "processor_config.json"  # new: transformers 5
+    if old.exists():
+        return read_config(old)
+    return read_config(new).get("image_processor", {}) if new.exists() else {}
 
 
 def _highest_token(folder: Path) -> int:

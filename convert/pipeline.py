@@ -5,13 +5,10 @@ Says what it does, one line a step; the work is in the files it names.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from convert import contrast
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import bit_widths, check_group_size, compress, four_bits
@@ -35,11 +33,13 @@ from convert.reference.router import KEPT_EXACT
 from convert.reference.router import TENSORS as ROUTER
 from convert.scratch import Scratch
 from convert.serving import add_to_repository, check_repository, write_graph
+from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, preprocessor_config, step, write_json
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_router, trace_text_embeddings, trace_vision
-from convert.verify import Report, verify
+from convert.verify import verify
 from runtime import __version__
 from runtime.errors import OptionError
+from runtime.folder.contrastive import CHAT
 from runtime.folder.files import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -48,43 +48,17 @@ from runtime.folder.files import (
     bytes_of,
     check_space,
     check_target,
+    kind_of_folder,
     new_folder,
     parts_of,
     save_model,
 )
-from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
+from runtime.media.tiles import Tiling
 from runtime.parts import memory
 
-LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the others start from the stored type, mapped
-BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, AUTO: 1.02, "int8": 1.02, "int4": 0.70}  # with an int8 head and scales
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
 DEFAULT_REPOSITORY = "models"
-
-
-@dataclass
-class Summary:
-    """What a conversion wrote, and what it took."""
-
-    folder: Path
-    seconds: float = 0.0
-    verify_seconds: float = 0.0
-    peak_bytes: int = 0
-    part_bytes: dict[str, int] = field(default_factory=dict)
-    widths: dict[str, dict[str, float]] = field(default_factory=dict)
-    proof: str = ""  # of a vision part in w8a8
-    report: Report | None = None
-
-    def lines(self) -> list[str]:
-        """The final table: files, sizes, bit widths."""
-        rows = [f"{'file':<44}{'size':>10}   weights"]
-        for part in self.part_bytes:
-            widths = ", ".join(f"{share:.0%} {kind}" for kind, share in self.widths[part].items() if share >= 0.005)
-            told = f" ({self.proof})" if part == "vision" and self.proof else ""
-            rows.append(f"{PART_FILES[part]:<44}{self.part_bytes[part] / 1e6:>7.1f} MB   {widths}{told}")
-        took = f"{self.seconds:.0f} s" + (f" + {self.verify_seconds:.0f} s to verify" if self.report else ", not verified")
-        total = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-        return [*rows, f"{str(self.folder) + '/':<44}{total / 1e6:>7.1f} MB   in {took}, peak {self.peak_bytes / 1e9:.2f} GB"]
 
 
 def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summary:
@@ -97,8 +71,11 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     check_target(final, force=options.force)
     if options.serving is not None:
         check_repository(final.parent)
+    there = resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir)
+    if kind_of_folder(there) != CHAT:
+        return contrast.run(there, Path(source).name, final, options)
     checkpoint = Checkpoint(
-        resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir),
+        there,
         name=Path(source).absolute().name,
         template=options.template,
         system_message=options.system_message,
@@ -127,17 +104,17 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             saved_tokenizer = pool.submit(save_tokenizer, tokenizer, work)
             # 3) one part in memory at a time
             for part in parts_of(checkpoint.config):
-                with _step(f"{part} ({W8A8 if formats[part] == AUTO else formats[part]})", partial(bytes_of, work, part)):
+                with step(f"{part} ({W8A8 if formats[part] == AUTO else formats[part]})", partial(bytes_of, work, part)):
                     samples: Iterable[Any] = ()
                     # the language part comes last: what it is calibrated on goes through the others
                     if part == "language" and options.calibrates_language:
                         saved_tokenizer.result()
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
                     if formats[part] in (AUTO, W8A8):
-                        samples = calibration_tiles(pictures, checkpoint.config)
+                        samples = calibration_tiles(pictures, Tiling.of(checkpoint.config))
                     formats[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples, summary)
                 summary.part_bytes[part] = bytes_of(work, part)
-            with _step("tokenizer"):
+            with step("tokenizer"):
                 saved_tokenizer.result()
                 _write_configuration(checkpoint, tokenizer, work)
                 if options.serving is not None:
@@ -145,7 +122,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
         summary.seconds = time.monotonic() - started
         # 4) the proof
         if options.verify:
-            with _step("verify"):
+            with step("verify"):
                 summary.report = verify(checkpoint, work, tokenizer, formats)
             print(*summary.report.lines(), sep="\n", flush=True)
             summary.report.raise_if_drifted()
@@ -200,7 +177,7 @@ def _convert_part(
 
 def _in_8_bits(model: ov.Model, weight_format: str, samples: list[np.ndarray], checkpoint: Checkpoint) -> tuple[ov.Model, str, str]:
     """The vision part in w8a8, or, if it was not asked for and is not proven, as it is for int8; and a line of what was found."""
-    tiles, unseen = tiles_at_hand(checkpoint.config)
+    tiles, unseen = tiles_at_hand(checkpoint.config.tile_size)
     made, proof = quantise(model, tiles + samples, unseen)
     if proof.holds or weight_format == W8A8:
         return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
@@ -262,35 +239,9 @@ def _write_configuration(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerB
         "transformers_version": transformers.__version__,
     }
     shutil.copy(Path(__file__).with_name(CONFIGURATION_CODE), work)
-    side = checkpoint.config.tile_size
-    # openvino_genai reads the tile side from size.shortest_edge only and falls back to 336 without it
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
-    }
     for name, content in (
         (CONFIG_FILE, config),
         (GENERATION_CONFIG_FILE, generation),
-        (PREPROCESSOR_CONFIG_FILE, preprocessor),
+        (PREPROCESSOR_CONFIG_FILE, preprocessor_config(checkpoint.config.tile_size)),
     ):
-        _write_json(work / name, content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
-    """Say what is being done, then its time, the bytes it wrote and the peak memory so far."""
-    started = time.monotonic()
-    print(f"{name} ...", flush=True)
-    yield
-    took = f"{time.monotonic() - started:.1f} s" + (f", {size() / 1e6:.1f} MB" if size else "")
-    print(f"{name}: {took}, peak memory {memory.peak_bytes() / 1e9:.2f} GB", flush=True)
+        write_json(work / name, content)

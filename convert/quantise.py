@@ -112,7 +112,7 @@ def _observed(
     bar: tqdm,
 ) -> tuple[list[list[np.ndarray]], np.ndarray]:
     """What the reductions give of every product's inputs, (tiles, K) each, and the features (N, D) of the unseen tiles."""
-    watched = model.clone()
+    watched, own = model.clone(), len(model.outputs)
     ends = []
     for product in _products(watched):
         given = product.input_value(0)
@@ -130,7 +130,7 @@ def _observed(
     for tile in tiles:
         with nullcontext() if found else leaving(let_go):  # weights are packed by the first run
             given = run([tile])
-        found.append([np.array(given[place]) for place in range(1, 1 + len(ends))])
+        found.append([np.array(given[place]) for place in range(own, own + len(ends))])
         bar.update()
     each = [np.stack(ends) for ends in zip(*found, strict=True)]
     features = [_rows(run([tile])[0], bar) for tile in unseen]

@@ -1,4 +1,4 @@
-"""The three parts as OpenVINO models: names, dynamic axes, KV cache as state.
+"""The parts as OpenVINO models: names, dynamic axes, KV cache as state.
 
 Takes modules of convert/reference, gives ov.Model whose weights still are the module's own memory (mapped from the checkpoint).
 The signatures are the contract with openvino_genai and optimum-intel: names by which they feed and read, float32 in and out,
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convert.four_bits import Ready
+from convert.reference.contrastive import FeaturesPart, QLlamaPart, QueryPoolPart, VisionEmbeddingPart
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.router import RouterPart
 from convert.reference.vision import VisionPart
@@ -125,7 +126,90 @@ def trace_language(model: PreTrainedModel, *, quantised: bool, ready: Ready | No
     return traced
 
 
-def _to_openvino(module: nn.Module, example: dict[str, Any], shapes: list[ov.PartialShape], ready: Ready | None = None) -> ov.Model:
+def trace_vision_embedding(part: VisionEmbeddingPart) -> ov.Model:
+    """InternVL-C's vision part -> model `pixel_values` (N, 3, S, S) -> `last_hidden_state` (N, T, C), `image_embeds` (N, E)."""
+    return _trace_pictures(part, part.config.image_size, ["last_hidden_state", "image_embeds"])
+
+
+def trace_features(part: FeaturesPart) -> ov.Model:
+    """InternViT -> model `pixel_values` (N, 3, S, S) -> `last_hidden_state` (N, T, C).
+
+    The tensors of the other layers are called hidden_states.0 (the embeddings) and so on; who wants one makes it an output.
+    """
+    names = [f"hidden_states.{number}" for number in range(part.config.vision.num_hidden_layers + 1)]
+    model = _trace_pictures(part, part.config.image_size, names)
+    for result, name in zip(model.get_results()[:-1], names, strict=False):
+        result.input_value(0).get_tensor().set_names({name})  # a name of its result would go with it
+        model.remove_result(result)
+    model.output().get_tensor().set_names({"last_hidden_state"})
+    return model
+
+
+def _trace_pictures(part: nn.Module, side: int, outputs: list[str]) -> ov.Model:
+    example = {"pixel_values": torch.zeros(EXAMPLE_TILES, 3, side, side)}
+    with _quiet():
+        model = _to_openvino(part, example, [ov.PartialShape([-1, 3, side, side])])
+    return _name(model, ["pixel_values"], outputs)
+
+
+def trace_query_pool(part: QueryPoolPart) -> ov.Model:
+    """The second pool -> model `hidden_states` (N, Q, D) -> `image_embeds` (N, E)."""
+    width = part.config.qllama.hidden_size
+    example = {"hidden_states": torch.zeros(1, EXAMPLE_TOKENS, width)}
+    with _quiet():
+        model = _to_openvino(part, example, [ov.PartialShape([-1, -1, width])])
+    return _name(model, ["hidden_states"], ["image_embeds"])
+
+
+class _FlatCache(nn.Module):
+    """QLLaMA with its cache as single tensors, keys and values by turns, as a traced module has to have it."""
+
+    def __init__(self, part: QLlamaPart):
+        super().__init__()
+        self.part = part
+
+    def forward(self, inputs_embeds, attention_bias, position_ids, vision_hidden_states, looking, *past):
+        known = list(zip(past[::2], past[1::2], strict=True))
+        *found, presents = self.part(inputs_embeds, attention_bias, position_ids, vision_hidden_states, looking, known)
+        return (*found, *(tensor for pair in presents for tensor in pair))
+
+
+def trace_qllama(part: QLlamaPart) -> ov.Model:
+    """QLLaMA -> stateful model `inputs_embeds` (B, T, D), `attention_bias` (B, 1, T, past + T), `position_ids` (B, T),
+    `vision_hidden_states` (B, N, C), `looking` (K) int64, `beam_idx` (B).
+
+    The bias is added to scores; `looking` are the columns that look at the picture, none with N 0. Outputs: `logits` (B, 1, V)
+    after the last column, `text_embeds` (B, E) of the last column, `last_hidden_state` (B, T, D).
+    """
+    from optimum.exporters.openvino.stateful import fuse_cache_reorder, make_stateful
+
+    q, width = part.config.qllama, part.config.vision.hidden_size
+    past = [torch.zeros(1, q.num_attention_heads, 1, q.head_size) for _ in range(2 * q.num_hidden_layers)]
+    inputs = {  # an example, and the axes that are fixed
+        "inputs_embeds": (torch.zeros(1, EXAMPLE_TOKENS, q.hidden_size), [-1, -1, q.hidden_size]),
+        "attention_bias": (torch.zeros(1, 1, EXAMPLE_TOKENS, EXAMPLE_TOKENS + 1), [-1, 1, -1, -1]),
+        "position_ids": (torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64), [-1, -1]),
+        "vision_hidden_states": (torch.zeros(1, 3, width), [-1, -1, width]),
+        "looking": (torch.zeros(1, dtype=torch.int64), [-1]),
+    }
+    kept = [f"{kind}.{number}" for number in range(q.num_hidden_layers) for kind in ("key", "value")]
+    shapes = [ov.PartialShape(shape) for _, shape in inputs.values()]
+    shapes += [ov.PartialShape([-1, q.num_attention_heads, -1, q.head_size]) for _ in kept]
+    with _quiet():
+        traced = _to_openvino(_FlatCache(part), (*(example for example, _ in inputs.values()), *past), shapes)
+    pasts, presents = [f"past.{name}" for name in kept], [f"present.{name}" for name in kept]
+    _name(traced, [*inputs, *pasts], ["logits", "text_embeds", "last_hidden_state", *presents])
+    fuse_cache_reorder(traced, [traced.input(name) for name in inputs], pasts, gather_dim=0)
+    make_stateful(traced, [], pasts, presents, batch_dim=0)
+    return traced
+
+
+def _to_openvino(
+    module: nn.Module,
+    example: dict[str, Any] | tuple[Tensor, ...],
+    shapes: list[ov.PartialShape],
+    ready: Ready | None = None,
+) -> ov.Model:
     """Trace on an example, then open the axes; ov.convert_model's steps without its second validation and its telemetry."""
     keep_16bit_weights(module)
     try:

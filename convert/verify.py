@@ -117,7 +117,8 @@ class Report:
             f"cosine >= {LEAST_COSINE[row.weight_format]}"
             for row in self.rows
         ]
-        return [head, *body, f"greedy tokens: {self.greedy_agreed} of {self.greedy_tokens} as the reference"]
+        greedy = [f"greedy tokens: {self.greedy_agreed} of {self.greedy_tokens} as the reference"] if self.greedy_tokens else []
+        return [head, *body, *greedy]
 
     def raise_if_drifted(self) -> None:
         """Raise DriftError naming the parts that are past the bound of their weight format."""
@@ -150,7 +151,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     ids = torch.tensor([tokenizer.encode(probe_prompt(tokenizer))])  # (1, T)
 
     text = F.embedding(ids, load_text_embeddings(checkpoint, None)).float()  # (1, T, D)
-    rows = [_compare("text_embeddings", formats, text, Part(folder, "text_embeddings")(ids.numpy()))]
+    rows = [compare("text_embeddings", formats, text, Part(folder, "text_embeddings")(ids.numpy()))]
 
     scratch = Scratch(folder)
     vision = load_vision(checkpoint, None, empty=scratch.empty)
@@ -159,7 +160,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     features = vision.context(patches)  # (1, P, D)
     del vision
     scratch.clear()
-    rows.append(_compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
+    rows.append(compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
     if checkpoint.config.flash is not None:
         rows += _compare_router(checkpoint, folder, formats, patches, scratch)
     bar.update()
@@ -182,9 +183,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizer
     scratch.clear()
     language = LanguagePart(folder)
     rows.append(
-        _compare(
-            "language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64), visual=visual.numpy())
-        )
+        compare("language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64), visual=visual.numpy()))
     )
     return Report(rows, _agreement(language, embeds, visual, steps, greedy), greedy.shape[1])
 
@@ -198,7 +197,7 @@ def _compare_router(checkpoint: Checkpoint, folder: Path, formats: dict[str, str
     scratch.clear()
     found = ov.Core().compile_model(folder / PART_FILES["router"], "CPU", EXACT)(patches.numpy())
     exact = formats | {"router": "fp16" if formats["router"] == "fp16" else "fp32"}
-    return [_compare("router", formats, few, found[0]), _compare("router", exact, probabilities, found[1])]
+    return [compare("router", formats, few, found[0]), compare("router", exact, probabilities, found[1])]
 
 
 class _Ticks(BaseStreamer):
@@ -225,7 +224,7 @@ def _agreement(language: LanguagePart, embeds: Tensor, visual: Tensor, steps: Te
     return agreed
 
 
-def _compare(part: str, formats: dict[str, str], expected: Tensor, found: np.ndarray) -> Row:
+def compare(part: str, formats: dict[str, str], expected: Tensor, found: np.ndarray) -> Row:
     a, b = expected.flatten(), torch.from_numpy(found).flatten()
     difference = (a - b).abs_()
     dot, aa, bb = (float(torch.sum(x * y, dtype=torch.float64)) for x, y in ((a, b), (a, a), (b, b)))

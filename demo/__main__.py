@@ -9,13 +9,16 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import InternVLError, OptionError, not_installed
-from runtime.folder.files import user_cache
+from runtime.folder.contrastive import CONTRASTIVE
+from runtime.folder.files import kind_of_folder, user_cache
 from runtime.terminal import ending_quietly
 
 BUILT_IN = Path(__file__).parent / "shapes" / "checkpoint"
 WEIGHT_FORMAT = "int4"
+MAX_FILE_SIZE = "50mb"
 PORT, PORTS = 7860, 100  # the first port, and how many are tried
 
 
@@ -26,6 +29,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="model folder, as python -m convert writes it")
     p.add_argument(
         "--checkpoint", metavar="SOURCE", help="convert this first: a hub id, like OpenGVLab/InternVL2-1B, or a folder (to FOLDER)"
+    )
+    p.add_argument(
+        "--index",
+        metavar="INDEX",
+        type=Path,
+        help="of a folder of InternVL-C and -G: the pictures to search (python -m runtime embed)",
     )
     p.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -68,6 +77,26 @@ def free_port(host: str, wanted: int | None) -> int:
     raise OptionError(f"cannot listen on {host} {asked} ({reason}): give another --port, or leave it out for the next that is free")
 
 
+def chat_page(folder: Path, device: str) -> Any:
+    """The page of a chat model."""
+    from demo.chatbot import make_demo
+    from runtime.answer.model import OpenedModel
+
+    return make_demo(OpenedModel(folder, device))
+
+
+def search_page(folder: Path, index: Path | None, device: str) -> Any:
+    """The page of InternVL-C and -G over an index. Raises OptionError without one, or for another model's."""
+    if index is None:
+        raise OptionError(f"{folder} searches pictures: write an index with python -m runtime embed, and give it with --index")
+    from demo.search import make_search
+    from runtime.contrast.index import Index
+    from runtime.contrast.search import open_for
+
+    found = Index.read(index)
+    return make_search(open_for(found, folder, device=device), found)
+
+
 @ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
@@ -75,17 +104,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         port = free_port(options.host, options.port)
         folder = folder_of(options.folder, options.checkpoint)
-        from demo.chatbot import MAX_FILE_SIZE, make_demo
-        from runtime.answer.model import OpenedModel
-
-        model = OpenedModel(folder, options.device)
+        if kind_of_folder(folder) == CONTRASTIVE:
+            page = search_page(folder, options.index, options.device)
+        elif options.index is not None:
+            raise OptionError(f"--index is for a folder of InternVL-C and -G, and {folder} is none: leave it out")
+        else:
+            page = chat_page(folder, options.device)
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error, 'demo')}", file=sys.stderr)
         return 2
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    make_demo(model).launch(server_name=options.host, server_port=port, share=options.share, max_file_size=MAX_FILE_SIZE)
+    page.launch(server_name=options.host, server_port=port, share=options.share, max_file_size=MAX_FILE_SIZE)
     return 0
 
 

@@ -31,7 +31,6 @@ TITLE = "InternVL on OpenVINO"
 DEFAULT_NEW_TOKENS = 512
 MOST_TILES = 12
 MOST_FILES = 16  # a question
-MAX_FILE_SIZE = "50mb"
 EXAMPLES = Path(__file__).parent / "examples"
 QUESTIONS = [  # with their pictures; the built-in model answers them right
     ("Which shape is purple?", "shapes.png"),

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from runtime.errors import InternVLError as InternVLError
     from runtime.serve.offline import GenerationConfig as GenerationConfig
     from runtime.serve.offline import pipeline as pipeline
+    from runtime.upstream.contrastive import OVInternViT as OVInternViT
+    from runtime.upstream.contrastive import OVInternVL as OVInternVL
     from runtime.upstream.load import load_image as load_image
     from runtime.upstream.load import load_video as load_video
     from runtime.upstream.model import OVInternVLChatModel as OVInternVLChatModel
 
 _HOME = {
     "OVInternVLChatModel": "upstream.model",
+    "OVInternVL": "upstream.contrastive",
+    "OVInternViT": "upstream.contrastive",
     "load_image": "upstream.load",
     "load_video": "upstream.load",
     "Question": "answer.turn",

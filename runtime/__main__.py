@@ -1,4 +1,5 @@
 """python -m runtime {chat,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, or see what it holds;
+python -m runtime {embed,classify,caption} FOLDER PICTURES, search INDEX: compare pictures and texts (InternVL-C and -G);
 python -m runtime doctor: which devices there are.
 
 Chooses the command; what each does is in runtime/commands.
@@ -11,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from runtime.commands import benchmark, chat, doctor, info, serve, tune
+from runtime.commands import benchmark, caption, chat, classify, doctor, embed, info, search, serve, tune
 from runtime.errors import InternVLError
 from runtime.terminal import ending_quietly
 
@@ -21,6 +22,10 @@ COMMANDS = {
     "serve": (serve, "an OpenAI-compatible server over the folder"),
     "tune": (tune, "find the fastest settings of this machine and keep them in the folder"),
     "info": (info, "what a model folder holds"),
+    "embed": (embed, "pictures to an index of vectors (InternVL-C and -G)"),
+    "search": (search, "the pictures of an index that are nearest to words or to a picture"),
+    "classify": (classify, "what a picture shows, without training, or how often that is right"),
+    "caption": (caption, "a line under a picture"),
     "doctor": (doctor, "which devices there are, and what keeps a GPU from being used"),
 }
 

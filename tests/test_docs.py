@@ -17,6 +17,7 @@ from PIL import Image
 
 import convert.__main__
 import demo.__main__
+import demo.contrast.__main__
 import runtime.__main__
 from tests import family
 from tests.checkpoints import CONFIGS
@@ -41,7 +42,12 @@ def commands(starting: str) -> list[str]:
     return sorted({line for line in lines if line.startswith(starting)})
 
 
-COMMANDS = {"convert": convert.__main__.parser, "runtime": runtime.__main__.parser, "demo": demo.__main__.parser}
+COMMANDS = {
+    "convert": convert.__main__.parser,
+    "runtime": runtime.__main__.parser,
+    "demo": demo.__main__.parser,
+    "demo.contrast": demo.contrast.__main__.parser,
+}
 
 
 @pytest.mark.parametrize("command", [command for name in COMMANDS for command in commands(f"python -m {name} ")])
@@ -63,6 +69,20 @@ def test_the_answer_on_the_first_screen_is_the_real_one(converted, capsys):
     assert [*map(without_times, said)] == [*map(without_times, shown)]
 
 
+def test_what_search_prints_is_the_real_thing(converted, capsys, tmp_path, monkeypatch):
+    """The example of the README; scores are those of a processor, up to two digits."""
+    shown = next(block.splitlines() for block in code_blocks(README) if re.match(r"0\.\d{4}  demo/examples", block))
+    folder = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
+    words, count = re.search(r'python -m runtime search build/examples.npz "(.*)" --top (\d)', README).groups()
+    monkeypatch.chdir(ROOT)
+    assert runtime.__main__.main(["embed", str(folder), "demo/examples", "--out", str(tmp_path / "examples.npz")]) == 0
+    capsys.readouterr()
+    assert runtime.__main__.main(["search", str(tmp_path / "examples.npz"), words, "--top", count]) == 0
+    for said, wanted in zip(capsys.readouterr().out.splitlines(), shown, strict=True):
+        assert said.split()[1] == wanted.split()[1]
+        assert float(said.split()[0]) == pytest.approx(float(wanted.split()[0]), abs=0.02)
+
+
 def without_times(line: str) -> str:
     return re.sub(r"\d+\.\d+", "0.0", line)
 
@@ -70,6 +90,8 @@ def without_times(line: str) -> str:
 def test_python_of_the_readme_runs(converted, video, tmp_path):
     """From the first to the last line, with the built-in model in the place of the real one."""
     shutil.copytree(converted(BUILT_IN, weight_format="int4"), tmp_path / "InternVL2-1B-int4")
+    contrast = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
+    shutil.copytree(contrast, tmp_path / "InternVL-14B-224px-int4")
     Image.open(ROOT / "demo" / "examples" / "shapes.png").save(tmp_path / "photo.jpg")
     shutil.copy(video, tmp_path / "clip.mp4")
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -87,7 +109,10 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [["convert"], ["runtime", "chat"]], ids=lambda arguments: arguments[0])
+HELPS = [["convert"], *(["runtime", command] for command in ("chat", "embed", "search", "classify", "caption"))]
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=lambda arguments: arguments[-1])
 def test_help_in_the_readme_is_the_real_help(arguments):
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
     command = [sys.executable, "-m", *arguments, "--help"]

@@ -140,3 +140,15 @@ except runtime.InternVLError as error:
     said = run(bare, "-c", code, cwd=tmp_path)
     assert f"is not installed: pip install 'internvl-openvino[{extra}]'" in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an environment looks otherwise there")
+def test_pictures_are_embedded_without_any_extra_and_words_name_theirs(bare, converted, tmp_path):
+    folder = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
+    pictures = ROOT / "demo" / "examples"
+    said = run(bare, "-m", "runtime", "embed", folder, pictures, "--out", tmp_path / "index.npz", cwd=tmp_path)
+    assert "6 pictures, 128 numbers each" in said
+    assert "shapes.png" in run(bare, "-m", "runtime", "search", "index.npz", "--image", pictures / "shapes.png", cwd=tmp_path)
+    said = run(bare, "-m", "runtime", "search", "index.npz", "a red star", cwd=tmp_path, code=2)
+    assert "sentencepiece is not installed: pip install 'internvl-openvino[search]'" in said
+    assert "Traceback" not in said

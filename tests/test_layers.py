@@ -18,6 +18,7 @@ FLOORS = [  # of runtime, bottom up; rooms of one floor do not know each other
     {"runtime.folder"},
     {"runtime.media", "runtime.parts"},
     {"runtime.answer"},
+    {"runtime.contrast"},
     {"runtime.upstream", "runtime.serve", "runtime.measure"},
     {"runtime.commands"},
     {"runtime.__main__"},

@@ -65,7 +65,7 @@ def load_vision(
     """
     with torch.device("meta"):
         part = VisionPart(checkpoint.config)
-    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty, later=later), dtype, part, empty), assign=True)
+    part.load_state_dict(cast(checkpoint.tensors(part.state_dict(), empty=empty, later=later), dtype, part, empty), assign=True)
     part.vision_model.embeddings.fit_position_table()
     return part.requires_grad_(False).eval()
 
@@ -74,7 +74,7 @@ def load_router(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float3
     """Load the router part of a checkpoint that has one. `dtype` and `empty` as in `load_vision`."""
     with torch.device("meta"):
         part = RouterPart(checkpoint.config)
-    part.load_state_dict(_cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
+    part.load_state_dict(cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
     return part.requires_grad_(False).eval()
 
 
@@ -107,7 +107,7 @@ def load_language(
         for name, matrices in kinds.items():
             place, _, matrix = name.removeprefix(PREFIX).rpartition(".")
             model.get_submodule(place).leave(matrix, matrices)  # type: ignore[operator]
-    state = _cast(to_transformers(checkpoint.config, mapped, dtype, empty, later, ready), dtype, model, empty)
+    state = cast(to_transformers(checkpoint.config, mapped, dtype, empty, later, ready), dtype, model, empty)
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     elif head_only:
@@ -142,16 +142,16 @@ def text_table_name(checkpoint: Checkpoint) -> str:
     return PREFIX + next((theirs for theirs, ours in kind.names if "embed_tokens" in ours), "model.embed_tokens.") + "weight"
 
 
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, part: nn.Module, empty: Empty) -> dict[str, Tensor]:
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, part: nn.Module, empty: Empty) -> dict[str, Tensor]:
     """Cast to `dtype`. None leaves matrices of linear layers and tables as they are stored, and casts the rest to float32: a 16-bit
     norm would lose digits, and joined experts cannot be traced in 16 bits."""
     kept = {f"{name}.weight" for name, module in part.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
 
-    def cast(name: str, tensor: Tensor) -> Tensor:
+    def one(name: str, tensor: Tensor) -> Tensor:
         wanted = dtype or (tensor.dtype if name in kept else torch.float32)
         return tensor if tensor.dtype == wanted else empty(tensor.shape, dtype=wanted).copy_(tensor)
 
-    return {name: cast(name, tensor) for name, tensor in tensors.items()}
+    return {name: one(name, tensor) for name, tensor in tensors.items()}
 
 
 class _CastAtUse(nn.Linear):

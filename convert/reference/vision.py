@@ -115,6 +115,13 @@ class VisionTransformer(nn.Module):
             hidden = layer(hidden)
         return hidden
 
+    def hidden_states(self, tiles: Tensor) -> tuple[Tensor, ...]:
+        """What each layer gives, (N, 1 + side * side, C), the embeddings first."""
+        states = [self.embeddings(tiles)]
+        for layer in self.encoder.layers:  # type: ignore[union-attr]
+            states.append(layer(states[-1]))
+        return tuple(states)
+
 
 def pixel_shuffle(x: Tensor, side: int, factor: int, version: str) -> Tensor:
     """Join each factor x factor square of patches to one vector: (N, side * side, C) -> (N, P, factor * factor * C).

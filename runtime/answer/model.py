@@ -104,7 +104,7 @@ class OpenedModel(ChatModel):
         width = self.config.language["hidden_size"]
         self.language_placement = placed["language"]
         # Compiling lets other threads run.
-        patches = PATCHES if self.flash is not None else None
+        patches = [] if self.flash is None else [PATCHES]
         vision = beside(lambda: StatelessPart(folder, core, placed["vision"], width, patches))
         text = beside(lambda: StatelessPart(folder, core, placed["text_embeddings"], width))
         opening: list[Future[Any]] = [vision, text]
@@ -145,8 +145,8 @@ class OpenedModel(ChatModel):
         return self._vision(pixel_values)
 
     def route_tiles(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows, patches = self._vision.outputs(pixel_values)
-        few, probabilities = self._router.outputs(patches)
+        rows, patches = self._vision.run(pixel_values, [0, 1])
+        few, probabilities = self._router.run(patches, [0, 1])
         return rows, few, probabilities[:, 0]
 
     def settle(self) -> None:

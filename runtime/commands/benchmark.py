@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.commands.options import add_placement
+from runtime.commands.options import add_flash, add_placement
 from runtime.errors import OptionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
+    add_flash(parser)
     parser.add_argument("--image", metavar="FILE", type=Path, help="picture to ask about (default: a random one of 1000 x 750)")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="tiles at most (default: the model's, often 12)")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of each answer (default: %(default)s)")

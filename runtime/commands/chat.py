@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.answer.prompt import THINKING_TOKENS, check_question, thinking_system
-from runtime.commands.options import add_placement, check_thinking, open_model, show_line
+from runtime.commands.options import add_flash, add_placement, check_thinking, open_model, show_line
 from runtime.errors import InternVLError, OptionError
 from runtime.folder.files import CONFIG_FILE, check_folder
 from runtime.media.document import file_of
@@ -36,6 +36,7 @@ COMMANDS = """/image FILE    a picture or PDF for the next question; may be said
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
+    add_flash(parser)
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask; <image> marks where a picture stands")
     parser.add_argument(
         "--image",

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from runtime.folder.contrastive import MODES
 from runtime.parts.device import PRECISIONS
+
+BAR = 24  # characters
 
 if TYPE_CHECKING:
     from runtime.answer.model import OpenedModel
@@ -27,12 +31,53 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         "--device", default="CPU", help="OpenVINO device, like CPU or GPU; auto: the best for each part (default: %(default)s)"
     )
     where.add_argument("--vision-device", metavar="DEVICE", help="another device for the vision part (default: --device)")
+    _add_precision(where)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """On which device all parts run."""
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
+    _add_precision(where)
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """Which embedding of pictures."""
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="InternVL-G lets queries look at pictures too, and takes longer (default: %(default)s)",
+    )
+
+
+def progress_of(what: str, things: str) -> Callable[[int, int], None]:
+    """Who hears how many of all are done, and shows it as a line: a bar, a rate, the time that is left."""
+    begun: list[tuple[float, int]] = []
+
+    def show(done: int, total: int) -> None:
+        now = time.perf_counter()
+        if not begun:
+            begun.append((now, done))
+        (started, first), filled = begun[0], BAR * done // max(1, total)
+        rate = (done - first) / max(1e-9, now - started)
+        left = f", {rate:.1f} {things}/s, {(total - done) / rate:.0f} s left" if done > first else ""
+        show_line("" if done == total else f"{what} [{'#' * filled}{'.' * (BAR - filled)}] {done} of {total} {things}{left} ")
+
+    return show
+
+
+def _add_precision(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--precision", choices=PRECISIONS, default="default", help="accuracy: slower, closest to PyTorch (default: %(default)s)"
     )
     where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled parts there (default: on a GPU, in FOLDER)")
     where.add_argument("--no-cache", dest="cache_dir", action="store_const", const=False, help="keep no compiled parts")
-    where.add_argument(
+
+
+def add_flash(parser: argparse.ArgumentParser) -> None:
+    """Whether a router is asked, where there is one."""
+    parser.add_argument(
         "--no-flash", dest="flash", action="store_false", help="InternVL3.5-Flash: let all tiles have all of their context tokens"
     )
 

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from runtime.commands.options import add_placement, check_thinking
+from runtime.commands.options import add_flash, add_placement, check_thinking
 from runtime.errors import not_installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
+    add_flash(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=23333, help="(default: %(default)s)")
     parser.add_argument(

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import ModelFolderError
+from runtime.errors import CheckpointError, ModelFolderError
+from runtime.folder.config import read_config
+from runtime.folder.contrastive import ANSWERS, CHAT, CONTRASTIVE, FEATURES, kind_of
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -28,9 +30,13 @@ PART_FILES = {
     "vision": "openvino_vision_embeddings_model.xml",
     "language": "openvino_language_model.xml",
     "router": "openvino_router_model.xml",  # of InternVL3.5-Flash
+    "qllama": "openvino_qllama_model.xml",
+    "query_pool": "openvino_query_pool_model.xml",
 }
-PARTS = ("text_embeddings", "vision", "language")  # of every folder
+PARTS = ("text_embeddings", "vision", "language")  # of a chat model
+PARTS_OF = {CHAT: PARTS, CONTRASTIVE: ("text_embeddings", "vision", "qllama", "query_pool"), FEATURES: ("vision",)}
 TOKENIZER_FILE = "openvino_tokenizer.xml"
+SENTENCEPIECE_FILE = "tokenizer.model"  # of InternVL-C and -G
 DETOKENIZER_FILE = "openvino_detokenizer.xml"
 CONFIG_FILE = "config.json"
 TOKENIZER_JSON_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -62,18 +68,29 @@ def bytes_of(folder: Path, part: str) -> int:
     return xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelFolderError unless `folder` holds all parts; for a checkpoint, it says how to convert it."""
-    missing = [name for name in [*(PART_FILES[part] for part in PARTS), CONFIG_FILE] if not (folder / name).exists()]
+def kind_of_folder(folder: Path) -> str:
+    """Which kind of model a folder's config.json describes; chat where there is none that can be read."""
+    try:
+        return kind_of(read_config(folder / CONFIG_FILE))
+    except CheckpointError:
+        return CHAT
+
+
+def check_folder(folder: Path, kind: str = CHAT) -> None:
+    """Raise ModelFolderError unless `folder` holds all parts of its kind; for a checkpoint, it says how to convert it."""
+    found = kind_of_folder(folder)
+    missing = [name for name in [*(PART_FILES[part] for part in PARTS_OF[found]), CONFIG_FILE] if not (folder / name).exists()]
+    if not missing and found != kind:
+        raise ModelFolderError(
+            f"{folder} holds {ANSWERS[found]}; what is asked here is of {ANSWERS[kind]}: give a folder of that kind"
+        )
     if not missing:
         return
     hub_id = not folder.exists() and not folder.parent.exists() and HUB_ID.fullmatch(folder.as_posix())
     if hub_id or any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern)):
         where = " on the hub" if hub_id else ""
-        raise ModelFolderError(
-            f"{folder} is a PyTorch checkpoint{where}: convert it first with  python -m convert {folder}  "
-            f"and ask what that writes:  python -m runtime chat {folder.resolve().name}-int4"
-        )
+        ask = "" if kind != CHAT else f"  and ask what that writes:  python -m runtime chat {folder.resolve().name}-int4"
+        raise ModelFolderError(f"{folder} is a PyTorch checkpoint{where}: convert it first with  python -m convert {folder}{ask}")
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not there: give a model folder, as python -m convert writes it")
     raise ModelFolderError(f"{folder} is not a whole model folder, it lacks {', '.join(missing)}: convert the checkpoint again")
@@ -87,7 +104,7 @@ def check_target(folder: Path, *, force: bool) -> None:
         raise ModelFolderError(f"{folder} exists already: choose another output folder, or replace it with --force")
     if not folder.is_dir() or folder.is_symlink():
         raise ModelFolderError(f"{folder} is not a folder: --force replaces model folders only")
-    if any(folder.iterdir()) and not (folder / PART_FILES["language"]).exists():
+    if any(folder.iterdir()) and not any((folder / PART_FILES[part]).exists() for part in ("language", "vision")):
         raise ModelFolderError(
             f"{folder} holds no {PART_FILES['language']}, so it is not a model folder: --force will not delete it; "
             "choose another output folder"

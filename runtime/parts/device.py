@@ -215,6 +215,28 @@ def place_parts(
     return placed
 
 
+def place_part(
+    core: Core,
+    folder: Path,
+    part: str,
+    device: str,
+    *,
+    wide: bool = False,
+    precision: str = "default",
+    cache_dir: str | Path | Literal[False] | None = None,
+    ov_config: Mapping[str, Any] | None = None,
+) -> Placement:
+    """The device and properties of one part of a folder that is no chat model; arguments are those of `place_parts`.
+
+    `wide` says that its activations do not fit float16. Raises DeviceError, OptionError.
+    """
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision {precision!r} is not known; known are {', '.join(PRECISIONS)}")
+    check_device(core, device)
+    properties = _chosen(core, folder, part, device, precision, cache_dir, wide=wide)
+    return Placement(part, device, properties | dict(ov_config or {}))
+
+
 def _single_tokens(core: Core, language: Placement) -> Placement | None:
     """The second compilation that the processor's class wants, unless somebody says how exact the first one is to be."""
     known = processor_class(core) if language.device == "CPU" else None
@@ -236,7 +258,7 @@ def _chosen(
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if precision == "accuracy":
         properties["EXECUTION_MODE_HINT"] = "ACCURACY"
-        if part == "language":
+        if part in ("language", "qllama"):
             properties["KV_CACHE_PRECISION"] = "f16" if gpu else "f32"
     elif gpu and wide:
         properties |= FLOAT32

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> ov.Model:
     """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read.
 
-    Also when its embeddings do not have the `width` D of the language model: then its file is another model's.
+    Also when its embeddings are not `width` wide, as config.json says: then its file is another model's.
     """
     file = folder / placement.file
     try:
@@ -42,7 +42,7 @@ def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> 
         raise ModelFolderError(
             f"{file} cannot be read ({last_line(error)}): it is broken or of another OpenVINO version; convert the checkpoint again"
         ) from error
-    port = model.input("inputs_embeds") if placement.part == "language" else model.output(0)
+    port = model.input("inputs_embeds") if placement.part in ("language", "qllama") else model.outputs[0]
     found = port.partial_shape[-1]
     if found.is_static and found.get_length() != width:
         raise ModelFolderError(

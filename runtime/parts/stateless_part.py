@@ -1,12 +1,12 @@
 """A part without memory of its own: the text embeddings, the vision part, a router.
 
-One input, called with NumPy arrays; knows nothing of what they mean.
+One input, one or more outputs, called with NumPy arrays; knows nothing of what they mean.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,16 @@ from runtime.parts.part import compile_part, compile_wider, infer, leaving_file,
 
 
 class StatelessPart:
-    """One part without memory of its own and with one input, that several threads may call.
+    """One part without memory of its own, with one input, that several threads may call.
 
-    `also` names a tensor inside that is an output too.
+    `more` are names of tensors inside that become outputs behind its own.
     """
 
-    def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int, also: str | None = None):
+    def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int, more: Sequence[str] = ()):
         def read() -> ov.Model:
             model = read_part(core, folder, placement, width)
-            if also is not None:
-                model.add_outputs(also)
+            if more:
+                model.add_outputs([*more])
             return model
 
         self._read = read
@@ -41,25 +41,24 @@ class StatelessPart:
         self._packing: Callable[[], AbstractContextManager[None]] = partial(leaving_file, folder, placement)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Its first output."""
-        return self.outputs(values)[0]
+        return self.run(values, [0])[0]
 
-    def outputs(self, values: np.ndarray) -> list[np.ndarray]:
-        """All of its outputs."""
+    def run(self, values: np.ndarray, outputs: Sequence[int]) -> list[np.ndarray]:
+        """Those of its outputs, by their numbers."""
         with self._lock:
             with self._packing():
                 infer(self._request, {self._input: values})
             self._packing = nullcontext
-            found = self._found()
+            found = self._outputs(outputs)
             if self._wider is not None and not all(np.isfinite(each).all() for each in found):
                 self._use(self._wider())
                 self._wider = None
                 infer(self._request, {self._input: values})
-                found = self._found()
+                found = self._outputs(outputs)
             return found
 
-    def _found(self) -> list[np.ndarray]:
-        return [tensor.data.copy() for tensor in self._request.output_tensors]
+    def _outputs(self, numbers: Sequence[int]) -> list[np.ndarray]:
+        return [self._request.get_output_tensor(number).data.copy() for number in numbers]
 
     def _use(self, compiled: ov.CompiledModel) -> None:
         self._compiled, self._request = compiled, compiled.create_infer_request()

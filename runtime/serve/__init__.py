@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import OptionError
+from runtime.folder.contrastive import CONTRASTIVE
+from runtime.folder.files import kind_of_folder
 
 if TYPE_CHECKING:
     import uvicorn
@@ -41,16 +43,15 @@ def run(
             raise OptionError(f"{name} {value:g} is not positive")
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise OptionError(f"--allowed-local-media-path {allowed_local_media_path} is not a folder")
-    from runtime.answer.model import OpenedModel
+    compares = kind_of_folder(folder) == CONTRASTIVE
+    if compares and placed.pop("vision_device", None) is not None:
+        raise OptionError("--vision-device is for chat models: --device places all parts of this one")
     from runtime.parts.memory import return_freed_memory
-    from runtime.serve.app import Limits, Rules, build_app
-    from runtime.serve.engine import GenaiEngine, NativeEngine
+    from runtime.serve.app import Limits, Rules
     from runtime.serve.protocol import MediaRules
 
     return_freed_memory()
     listening = _listen(host, port)
-    model = OpenedModel(folder, language=engine == "native", **placed)
-    running = NativeEngine(model) if engine == "native" else GenaiEngine(model, cache_size)
     rules = Rules(
         (model_name or folder.resolve().name).encode(errors="replace").decode(),  # a folder's name may be no text
         api_key or os.environ.get("INTERNVL_API_KEY"),
@@ -58,9 +59,23 @@ def run(
         Limits(max_requests, timeout, max_body << 20),
         thinking,
     )
+    if compares:
+        from runtime.contrast.model import OpenedInternVL
+        from runtime.serve.embeddings import build_app as build_embedding_app
+
+        comparing = OpenedInternVL(folder, **placed)
+        comparing.open_parts()
+        app = build_embedding_app(comparing, rules)
+    else:
+        from runtime.answer.model import OpenedModel
+        from runtime.serve.app import build_app
+        from runtime.serve.engine import GenaiEngine, NativeEngine
+
+        model = OpenedModel(folder, language=engine == "native", **placed)
+        app = build_app(NativeEngine(model) if engine == "native" else GenaiEngine(model, cache_size), rules)
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"serving {rules.model_name} at {where}/v1, documented at {where}/docs; Ctrl-C stops", flush=True)
-    make_server(build_app(running, rules)).run([listening])
+    make_server(app).run([listening])
 
 
 def make_server(app: FastAPI, stop_seconds: float = STOP_SECONDS) -> uvicorn.Server:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -46,6 +46,7 @@ ROUTES = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
+    "/v1/embeddings",
     "/v1/models",
     "/health",
     "/metrics",
@@ -103,9 +104,10 @@ class Caches(Collector):
 class Metrics:
     """What Prometheus is told."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(Caches(engine))
+        if engine is not None:
+            self.registry.register(Caches(engine))
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("internvl_requests", "Requests by route and status", ["route", "status"], **own)
         self.active = Gauge("internvl_active_requests", "Requests that are answered or wait", **own)
@@ -154,12 +156,38 @@ class Choice:
         return told
 
 
-class Server:
-    """The routes' common work."""
+class Reception:
+    """What every server of a folder has: rules, metrics, places."""
+
+    def __init__(self, rules: Rules, metrics: Metrics):
+        self.rules, self.metrics = rules, metrics
+        self.created, self.active = int(time.time()), 0
+
+    def check_model(self, name: str) -> None:
+        """Raise Refused for a model of another name; none is this one."""
+        if name and name != self.rules.model_name:
+            raise Refused(404, f"the model {name!r} is not here: {self.rules.model_name!r} is", "model_not_found")
+
+    @asynccontextmanager
+    async def place(self, *, sure: bool = False) -> AsyncIterator[None]:
+        """A place among the requests. Raises Refused when there is none, unless one was `sure` to be had a moment ago."""
+        if not sure and self.active >= self.rules.limits.requests:
+            raise Refused(429, f"{self.active} requests are being answered: try again", "queue_full", {"Retry-After": "1"})
+        self.active += 1
+        self.metrics.active.set(self.active)
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self.metrics.active.set(self.active)
+
+
+class Server(Reception):
+    """The common work of the routes that write answers."""
 
     def __init__(self, engine: Engine, rules: Rules):
-        self.engine, self.rules, self.metrics = engine, rules, Metrics(engine)
-        self.created, self.active = int(time.time()), 0
+        super().__init__(rules, Metrics(engine))
+        self.engine = engine
         self._slow = ThreadPoolExecutor(SLOW_AT_ONCE, "media")
         self._told: set[asyncio.Queue[tuple[int, Piece]]] = set()  # of the answers that are being written
 
@@ -228,19 +256,6 @@ class Server:
         )
 
     # what is answered
-
-    @asynccontextmanager
-    async def place(self, *, sure: bool = False) -> AsyncIterator[None]:
-        """A place among the requests. Raises Refused when there is none, unless one was `sure` to be had a moment ago."""
-        if not sure and self.active >= self.rules.limits.requests:
-            raise Refused(429, f"{self.active} requests are being answered: try again", "queue_full", {"Retry-After": "1"})
-        self.active += 1
-        self.metrics.active.set(self.active)
-        try:
-            yield
-        finally:
-            self.active -= 1
-            self.metrics.active.set(self.active)
 
     async def pieces(self, prompts: list[Prompt], decoding: Decoding, count: int) -> AsyncIterator[tuple[int, Piece]]:
         """`count` answers to each prompt, piece by piece with their number; all are cancelled when nobody reads on."""
@@ -362,19 +377,12 @@ def problem(status: int, message: str, code: str, headers: dict[str, str] | None
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
 
 
-def build_app(engine: Engine, rules: Rules) -> FastAPI:
-    """The application over an engine, which it closes at its end. `app.state.stop()` ends all answers."""
-    server = Server(engine, rules)
-
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        server.close()
-        await asyncio.to_thread(engine.close)
-
+def base_app(
+    reception: Reception, life: Callable[[FastAPI], AbstractAsyncContextManager[None]], alive: Callable[[], bool]
+) -> FastAPI:
+    """An application with what all have: the door, errors in OpenAI's form, the model's name, health, metrics."""
     app = FastAPI(title="InternVL on OpenVINO", version=__version__, lifespan=life)
-    app.state.stop = server.stop
-    app.add_middleware(Door, server=server)
+    app.add_middleware(Door, server=reception)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
@@ -397,11 +405,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
     async def unknown(_: Request, error: HTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), "http_error", error.headers)  # type: ignore[arg-type]
 
-    def check_model(name: str) -> None:
-        if name and name != rules.model_name:
-            raise Refused(404, f"the model {name!r} is not here: {rules.model_name!r} is", "model_not_found")
-
-    own = {"id": rules.model_name, "object": "model", "created": server.created, "owned_by": "internvl-openvino"}
+    own = {"id": reception.rules.model_name, "object": "model", "created": reception.created, "owned_by": "internvl-openvino"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -409,16 +413,33 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        check_model(name)
+        reception.check_model(name)
         return own
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if engine.alive else 503)
+        return Response(status_code=200 if alive() else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(server.metrics.registry), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(reception.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def build_app(engine: Engine, rules: Rules) -> FastAPI:
+    """The application over an engine, which it closes at its end. `app.state.stop()` ends all answers."""
+    server = Server(engine, rules)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.close()
+        await asyncio.to_thread(engine.close)
+
+    app = base_app(server, life, lambda: engine.alive)
+    app.state.stop = server.stop
+    check_model = server.check_model
 
     @app.post("/v1/chat/completions")
     async def chat(ask: ChatRequest, request: Request) -> Any:
@@ -510,7 +531,7 @@ class Door:
     Plain ASGI: a middleware of Starlette's kind would keep the routes from noticing that a client is gone.
     """
 
-    def __init__(self, app: ASGIApp, server: Server):
+    def __init__(self, app: ASGIApp, server: Reception):
         self._app, self._server = app, server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

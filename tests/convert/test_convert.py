@@ -22,7 +22,8 @@ from convert.__main__ import main
 from convert.calibration import TILES, calibration_tiles
 from convert.checkpoint import Checkpoint
 from runtime.errors import DriftError
-from runtime.folder.files import PART_FILES
+from runtime.folder.files import PART_FILES, PARTS
+from runtime.media.tiles import Tiling
 from tests.checkpoints import make_checkpoint
 from tests.conftest import DATA
 
@@ -79,7 +80,7 @@ def test_fp16_and_int8_stay_within_their_bounds(tiny, tmp_path):
         assert report.greedy_agreed == report.greedy_tokens
 
 
-@pytest.mark.parametrize("part", PART_FILES)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_drifts_exits_1_and_leaves_no_folder(capsys, tiny, tmp_path, monkeypatch, part):
     """One part is converted from weights with their rows turned over; the proof loads the right ones."""
     real = getattr(pipeline, f"load_{part}")
@@ -133,7 +134,7 @@ def test_w8a8_computes_the_vision_part_in_8_bits(capsys, tiny, tmp_path):
     kinds = [node.get_type_name() for node in model.get_ops()]
     assert 0 < kinds.count("FakeQuantize") <= 3 * 4 + 2  # of random weights, some may be too noisy
     pictures = sorted(pictures.iterdir())
-    tiles = calibration_tiles(pictures, Checkpoint(tiny("tiny-qwen2")).config)
+    tiles = calibration_tiles(pictures, Tiling.of(Checkpoint(tiny("tiny-qwen2")).config))
     assert len(tiles) == TILES < 4 * 7
     assert tiles[0].shape == (1, 3, 56, 56)
 

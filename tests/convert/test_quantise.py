@@ -148,11 +148,7 @@ def test_a_trained_vision_transformer_holds_the_bounds():
     model.reshape([1, 3, 224, 224])
     (tokens,) = [node for node in model.get_ops() if node.get_friendly_name() == "/backbone/layernorm/Add_1"]
     model = ov.Model([tokens.output(0)], model.get_parameters())
-
-    class Config:
-        tile_size = 224
-
-    made, proof = quantise.quantise(model, *calibration.tiles_at_hand(Config))
+    made, proof = quantise.quantise(model, *calibration.tiles_at_hand(224))
     assert proof.holds
     exact, rounded = (ov.Core().compile_model(each, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for each in (model, made))
     tiles = tiles_of(others(), 224)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from runtime import OVInternVLChatModel
 from runtime.__main__ import main
-from runtime.folder.files import CONFIG_FILE, PART_FILES
+from runtime.folder.files import CONFIG_FILE, PART_FILES, PARTS
 from tests.conftest import DATA
 
 AUTO_MAP = {
@@ -41,7 +41,7 @@ def foreign(source, ours, tmp_path_factory):
     config = json.loads((source / CONFIG_FILE).read_text())  # the checkpoint's own, as optimum-cli keeps it
     assert "img_context_token_id" not in config
     (folder / CONFIG_FILE).write_text(json.dumps(config | {"auto_map": AUTO_MAP, "transformers_version": "4.57.6"}))
-    for file in PART_FILES.values():
+    for file in (PART_FILES[part] for part in PARTS):
         xml = (folder / file).read_text()
         left = re.sub(r"<rt_info>(?:(?!<rt_info>).)*</rt_info>\s*</net>", "</net>", xml, flags=re.DOTALL)
         assert "internvl_openvino" in xml

@@ -1,0 +1,78 @@
+"""What every recipe needs: the summary of a conversion, a step that tells its time and memory, JSON as it is written here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.options import AUTO, W8A8
+from convert.verify import Report
+from runtime.folder.files import PART_FILES
+from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
+from runtime.parts import memory
+
+LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the others start from the stored type, mapped
+BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, AUTO: 1.02, "int8": 1.02, "int4": 0.70}  # with an int8 head and scales
+
+
+@dataclass
+class Summary:
+    """What a conversion wrote, and what it took."""
+
+    folder: Path
+    seconds: float = 0.0
+    verify_seconds: float = 0.0
+    peak_bytes: int = 0
+    part_bytes: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, dict[str, float]] = field(default_factory=dict)
+    proof: str = ""  # of a vision part in w8a8
+    report: Report | None = None
+
+    def lines(self) -> list[str]:
+        """The final table: files, sizes, bit widths."""
+        rows = [f"{'file':<44}{'size':>10}   weights"]
+        for part in self.part_bytes:
+            widths = ", ".join(f"{share:.0%} {kind}" for kind, share in self.widths[part].items() if share >= 0.005)
+            told = f" ({self.proof})" if part == "vision" and self.proof else ""
+            rows.append(f"{PART_FILES[part]:<44}{self.part_bytes[part] / 1e6:>7.1f} MB   {widths}{told}")
+        took = f"{self.seconds:.0f} s" + (f" + {self.verify_seconds:.0f} s to verify" if self.report else ", not verified")
+        total = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        return [*rows, f"{str(self.folder) + '/':<44}{total / 1e6:>7.1f} MB   in {took}, peak {self.peak_bytes / 1e9:.2f} GB"]
+
+
+def preprocessor_config(side: int) -> dict[str, Any]:
+    """preprocessor_config.json for pictures of `side` pixels.
+
+    openvino_genai reads the side from size.shortest_edge only and falls back to 336 without it.
+    """
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
+    """Say what is being done, then its time, the bytes it wrote and the peak memory so far."""
+    started = time.monotonic()
+    print(f"{name} ...", flush=True)
+    yield
+    took = f"{time.monotonic() - started:.1f} s" + (f", {size() / 1e6:.1f} MB" if size else "")
+    print(f"{name}: {took}, peak memory {memory.peak_bytes() / 1e9:.2f} GB", flush=True)

@@ -1,0 +1,1 @@
+"""Vectors instead of answers: InternVL-C and -G compare pictures and texts, InternViT gives features. On NumPy."""
