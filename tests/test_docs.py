@@ -95,7 +95,7 @@ def test_python_of_the_readme_runs(converted, video, tmp_path):
     Image.open(ROOT / "demo" / "examples" / "shapes.png").save(tmp_path / "photo.jpg")
     shutil.copy(video, tmp_path / "clip.mp4")
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         code = block.replace("OpenGVLab/InternVL2-1B", str(BUILT_IN))
         code = code.replace("max_num=12", "input_size=112")  # its tiles are smaller
