@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from convert.adapter import Adapter
-from convert.four_bits import Ready
+from convert.four_bits import Matrices, Ready
 from convert.lora import UNCOPIED, UPSTREAM_SCALE, Later, Update, check_fit, ranks, unwrap
 from convert.native import is_native, published_config, published_names, renamed
-from convert.packed import Matrices, find_mxfp4, find_packed, read_recipe
+from convert.packed import find_mxfp4, find_packed, read_recipe
 from convert.reference.router import TENSORS as ROUTER
 from convert.reference.router import UNUSED
 from convert.weight_files import Shapes, WeightFiles, some
@@ -258,8 +258,10 @@ class StoredTensors:
             if self.adapter is not None:
                 self.adapter.merge(name, made[name])
         for name in [name for name in self._mxfp4 if name in wanted]:
-            unpack = partial(self._mxfp4[name].load, self._open)
-            made[name] = unpack() if ready is None else ready.read_later(self.shapes[name], unpack)
+            if ready is None:
+                made[name] = self._mxfp4[name].load(self._open)
+            else:
+                made[name] = ready.read_later(self.shapes[name], partial(self.experts, name))
         for name, parts in stored.items():
             update = None if later is None else self._waits(name)
             if later is not None and update is not None:

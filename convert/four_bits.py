@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import openvino as ov
@@ -21,6 +22,13 @@ PLACE = 64
 
 Empty = Callable[..., torch.Tensor]
 Quantise = Callable[[torch.Tensor], "FourBits"]
+
+
+class Matrices(Protocol):
+    """The matrices of experts, one by one."""
+
+    def __getitem__(self, number: int, /) -> torch.Tensor:
+        """That of one expert, (rows, columns)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Ready:
     def __init__(self, empty: Empty, quantise: Quantise) -> None:
         self._empty, self._quantise = empty, quantise
         self._waiting: dict[int, Callable[[], FourBits]] = {}
-        self._unread: dict[int, Callable[[], torch.Tensor]] = {}
+        self._unread: dict[int, Callable[[], Matrices]] = {}
         self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not keep
         self._zeros = np.zeros(0, np.uint8)
         self._place = 0
@@ -130,19 +138,22 @@ class Ready:
         shape = (len(matrices), *matrices[0].shape)
         return self.placeholder(shape, torch.float32, lambda: FourBits.stack([load() for load in loads]))
 
-    def read_later(self, shape: Iterable[int], load: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A placeholder for joined experts (E, columns, rows) that `load` reads, and that `turn` takes."""
+    def read_later(self, shape: Iterable[int], load: Callable[[], Matrices]) -> torch.Tensor:
+        """A placeholder for joined experts (E, columns, rows) that `load` reads one by one, and that `turn` takes."""
         made = self._nothing(shape, torch.bfloat16)
         self._unread[made.data_ptr()] = load
         return made
 
     def turn(self, joined: torch.Tensor) -> torch.Tensor:
         """A placeholder (E, rows, columns) for joined experts (E, columns, rows), which are rounded one by one."""
-        read = self._unread.pop(joined.data_ptr(), lambda: joined)
+        read = self._unread.pop(joined.data_ptr(), lambda: [one.t() for one in joined])
         experts, columns, rows = joined.shape
-        return self.placeholder(
-            (experts, rows, columns), torch.float32, lambda: FourBits.stack([self._quantise(one.t()) for one in read()])
-        )
+
+        def load() -> FourBits:
+            matrices = read()
+            return FourBits.stack([self._quantise(matrices[number]) for number in range(experts)])
+
+        return self.placeholder((experts, rows, columns), torch.float32, load)
 
     def _room(self, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
         self._kept.append(self._empty(shape, dtype=dtype))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from convert.four_bits import BITS, FourBits
+from convert.four_bits import BITS, FourBits, Matrices
 from convert.weight_files import Shapes, some
 from runtime.errors import CheckpointError
 
@@ -178,13 +178,6 @@ def _shape(module: str, own: Mapping[str, str], shapes: Shapes, dtypes: Mapping[
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # the sign is the highest of four bits
 BIAS = 127  # of e8m0
 BLOCKS, BLOCK_SCALES = "_blocks", "_scales"
-
-
-class Matrices(Protocol):
-    """The matrices of experts, one by one."""
-
-    def __getitem__(self, number: int, /) -> torch.Tensor:
-        """That of one expert, (rows, columns)."""
 
 
 @dataclass(frozen=True)

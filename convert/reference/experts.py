@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from convert.packed import Matrices
+from convert.four_bits import Matrices
 
 ALPHA, LIMIT = 1.702, 7.0  # of GPT-OSS
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from convert.checkpoint import Checkpoint, Shapes
-from convert.four_bits import Ready
+from convert.four_bits import Matrices, Ready
 from convert.lora import Later
-from convert.packed import Matrices
 from convert.reference.language import (
     EXPERTS,
     PREFIX,
