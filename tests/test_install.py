@@ -147,7 +147,7 @@ def test_pictures_are_embedded_without_any_extra_and_words_name_theirs(bare, con
     folder = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
     pictures = ROOT / "demo" / "examples"
     said = run(bare, "-m", "runtime", "embed", folder, pictures, "--out", tmp_path / "index.npz", cwd=tmp_path)
-    assert "6 pictures, 128 numbers each" in said
+    assert f"{len([*pictures.glob('*.png')])} pictures, 128 numbers each" in said
     assert "shapes.png" in run(bare, "-m", "runtime", "search", "index.npz", "--image", pictures / "shapes.png", cwd=tmp_path)
     said = run(bare, "-m", "runtime", "search", "index.npz", "a red star", cwd=tmp_path, code=2)
     assert "sentencepiece is not installed: pip install 'internvl-openvino[search]'" in said
