@@ -88,11 +88,11 @@ class AnonymousPeak:
         self._thread.join()
 
 
-def convert_folder(source: Path, output: Path, weight_format: str) -> dict[str, Any]:
+def convert_folder(source: Path, output: Path, weight_format: str, vision: str = "auto") -> dict[str, Any]:
     from convert import ConvertOptions, convert
 
     with AnonymousPeak() as peak:
-        made = convert(str(source), output, ConvertOptions(weight_format=weight_format, force=True))
+        made = convert(str(source), output, ConvertOptions(weight_format=weight_format, vision_weight_format=vision, force=True))
     return {
         "seconds": made.seconds,
         "verify_seconds": made.verify_seconds,
@@ -152,10 +152,10 @@ def throughput(work: Path, pictures: int = 32) -> dict[str, Any]:
         pixels.save(data, "JPEG")
         (files / f"{number:04}.jpg").write_bytes(data.getvalue())
     models = {}
-    for weight_format in ("fp32", "int8"):
+    for weight_format, vision in (("fp32", "auto"), ("int8", "auto"), ("w8a8", "w8a8")):
         folder = work / f"300M-{weight_format}"
         if not folder.exists():
-            convert_folder(source, folder, weight_format)
+            convert_folder(source, folder, "int8" if weight_format == "w8a8" else weight_format, vision)
         models[weight_format] = OVInternVL(folder)
     checkpoint = ContrastiveCheckpoint(source)
     paths = sorted(files.iterdir())
