@@ -20,7 +20,7 @@ import openvino as ov
 import torch
 from openvino import opset13 as opset
 
-from convert.four_bits import FourBits
+from convert.four_bits import FourBits, pairs
 from convert.lora import Later
 from convert.options import W8A8, ConvertOptions
 from runtime.errors import OptionError
@@ -231,9 +231,10 @@ def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
 
     config = WeightCompressionConfig(CompressWeightsMode.INT4_ASYM, group_size)
     found = do_integer_quantization(Tensor(matrix.float().numpy()), config, reduction_axes=1)
-    codes, zeros, scales = (torch.from_numpy(np.array(t.data)) for t in (found.tensor, found.zero_point, found.scale))
-    rows = len(matrix)
-    return FourBits(codes.to(torch.uint8).reshape(rows, -1), zeros.to(torch.uint8).reshape(rows, -1), scales.reshape(rows, -1))
+    codes, zeros, scales = (
+        torch.from_numpy(np.array(part.data)).reshape(len(matrix), -1) for part in (found.tensor, found.zero_point, found.scale)
+    )
+    return FourBits(pairs(codes.to(torch.uint8)), zeros.to(torch.uint8), scales)
 
 
 def check_group_size(widths: Iterable[int], group_size: int) -> None:

@@ -33,7 +33,10 @@ class Matrices(Protocol):
 
 @dataclass(frozen=True)
 class FourBits:
-    """A matrix (..., rows, columns): codes uint8 of its shape, zeros uint8 and scales float16 (..., rows, groups)."""
+    """A matrix (..., rows, columns): its codes, zeros uint8 and scales float16 (..., rows, groups).
+
+    Codes are uint8 (..., rows, columns / 2), two columns a byte, the first in its lower half, as OpenVINO has them.
+    """
 
     codes: torch.Tensor
     zeros: torch.Tensor
@@ -41,7 +44,8 @@ class FourBits:
 
     def unpack(self, out: torch.Tensor) -> torch.Tensor:
         """Write the numbers they stand for to `out`; each is computed in float32."""
-        grouped = self.codes.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
+        single = torch.stack([self.codes & 15, self.codes >> BITS], dim=-1).flatten(-2)
+        grouped = single.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
         grouped -= self.zeros[..., None]
         grouped *= self.scales[..., None]
         return out.copy_(grouped.flatten(-2))
@@ -57,10 +61,10 @@ class FourBits:
 
     def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
         """The matrix as a graph gives it, the way NNCF writes it, in the type `kind`; codes lie in memory that `empty` gives."""
-        *rows, columns = self.codes.shape
-        groups = self.scales.shape[-1]
-        codes = _u4(self.codes, [*rows, groups, columns // groups], name, empty)
-        zeros = _u4(self.zeros, [*rows, groups, 1], f"{name}/zero_point", empty)
+        *rows, half = self.codes.shape
+        groups, columns = self.scales.shape[-1], 2 * half
+        codes = _u4(self.codes.reshape(-1), [*rows, groups, columns // groups], name, empty)
+        zeros = _u4(pairs(self.zeros.reshape(-1)), [*rows, groups, 1], f"{name}/zero_point", empty)
         scale = opset.constant(self.scales.to(torch.float16).unsqueeze(-1).numpy(), name=f"{name}/scale", shared_memory=False)
         moved = opset.subtract(
             opset.convert(codes, ov.Type.f16), opset.convert(zeros, ov.Type.f16), name=f"{name}/zero_point/subtract"
@@ -70,14 +74,17 @@ class FourBits:
         return opset.convert(whole, kind).output(0)
 
 
-def _u4(numbers: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.Node:
-    """A constant of 4-bit numbers, two a byte, the first in its lower half."""
-    flat = numbers.reshape(-1)
-    if len(flat) % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    pairs = empty((len(flat) // 2,), dtype=torch.uint8)
-    torch.bitwise_or(flat[0::2], flat[1::2] << BITS, out=pairs)
-    made = ov.op.Constant(ov.Tensor(pairs.numpy(), ov.Shape(shape), ov.Type.u4), shared_memory=True)
+def pairs(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers below 16 (..., columns) uint8 -> two a byte (..., columns / 2), the first in its lower half; 0 beside an odd one."""
+    if numbers.shape[-1] % 2:
+        numbers = torch.cat([numbers, numbers.new_zeros(*numbers.shape[:-1], 1)], dim=-1)
+    return numbers[..., 0::2] | (numbers[..., 1::2] << BITS)
+
+
+def _u4(pairs: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.Node:
+    """A constant of 4-bit numbers, which are given two a byte."""
+    kept = empty(pairs.shape, dtype=torch.uint8).copy_(pairs)
+    made = ov.op.Constant(ov.Tensor(kept.numpy(), ov.Shape(shape), ov.Type.u4), shared_memory=True)
     made.set_friendly_name(name)
     return made
 

@@ -77,9 +77,9 @@ class Packed:
         packed = open_(self.stored[".qweight"])
         scales = open_(self.stored[".scales"]).t().to(torch.float16).contiguous()
         if self.recipe.method == "awq":
-            codes = _nibbles(packed, AWQ_ORDER).t().contiguous()
-        else:
-            codes = _nibbles(packed.t().contiguous(), range(EACH))
+            codes = _pairs_of_rows(packed, AWQ_ORDER).t().contiguous()
+        else:  # eight inputs in an int32, in order: four bytes of two
+            codes = packed.t().contiguous().view(torch.uint8)
         return FourBits(codes, self._zeros(open_, scales), scales)
 
     def check(self, open_: Open) -> None:
@@ -102,6 +102,17 @@ class Packed:
             return torch.full_like(scales, MIDDLE, dtype=torch.uint8)
         order = AWQ_ORDER if self.recipe.method == "awq" else range(EACH)
         return (_nibbles(open_(self.stored[".qzeros"]), order).t() + self.recipe.stored_less).contiguous()
+
+
+def _pairs_of_rows(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
+    """int32 (rows, columns / 8) -> uint8 (rows / 2, columns): of two rows, the first in the lower half of a byte."""
+    upper, lower = packed[1::2].contiguous().view(torch.uint8), packed[0::2].contiguous().view(torch.uint8)
+    upper, lower = (each.unflatten(-1, (-1, EACH // 2)) for each in (upper, lower))  # (rows / 2, columns / 8, 4)
+    out = lower.new_empty((*lower.shape[:2], EACH))
+    for place, column in enumerate(order):
+        first, second = lower[..., place // 2], upper[..., place // 2]
+        out[..., column] = (first >> BITS) | (second & 240) if place % 2 else (first & 15) | (second << BITS)
+    return out.flatten(-2)
 
 
 def _nibbles(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
