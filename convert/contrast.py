@@ -16,13 +16,12 @@ import torch
 
 from convert.calibration import calibration_tiles, find_pictures, tiles_at_hand
 from convert.checkpoint import ContrastiveCheckpoint, Empty
-from convert.compress import bit_widths, check_group_size, compress
+from convert.compress import check_group_size, compress
 from convert.options import AUTO, W8A8, ConvertOptions
-from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.reference.contrastive import FeaturesPart, QLlamaPart, QueryPoolPart, VisionEmbeddingPart
 from convert.reference.contrastive_model import SCALE, expected_shapes, load_part, load_table
 from convert.scratch import Scratch
-from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, preprocessor_config, step, write_json
+from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, in_8_bits, preprocessor_config, save_part, step, write_json
 from convert.trace import (
     forget_traces,
     trace_features,
@@ -32,19 +31,16 @@ from convert.trace import (
     trace_vision_embedding,
 )
 from convert.verify_contrast import verify
-from runtime import __version__
 from runtime.errors import OptionError, TokenizerError
 from runtime.folder.contrastive import CONTRASTIVE, ContrastiveConfig
 from runtime.folder.files import (
     CONFIG_FILE,
-    PART_FILES,
     PARTS_OF,
     PREPROCESSOR_CONFIG_FILE,
     SENTENCEPIECE_FILE,
     bytes_of,
     check_space,
     new_folder,
-    save_model,
 )
 from runtime.folder.sentences import Sentences
 from runtime.media.tiles import Tiling
@@ -168,16 +164,10 @@ def _convert_part(
     if weight_format in (AUTO, W8A8):
         side = checkpoint.config.image_size
         tiles, unseen = tiles_at_hand(side)
-        made, proof = quantise(model, tiles + calibration_tiles(pictures, Tiling(side, max_tiles=1)), unseen)
-        kept = proof.holds or weight_format == W8A8
-        below = "" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}"
-        summary.proof = f"w8a8: {proof}{below}" if kept else f"int8, since w8a8 gives {proof}"
-        model, weight_format = (made, W8A8) if kept else (model, "int8")
+        tiles += calibration_tiles(pictures, Tiling(side, max_tiles=1))
+        model, weight_format, summary.proof = in_8_bits(model, weight_format, tiles, unseen)
     model = compress(model, weight_format, options)
-    for key, value in {"version": __version__, "source": source, "weight_format": weight_format}.items():
-        model.set_rt_info(value, ["internvl_openvino", key])
-    save_model(model, work / PART_FILES[part])
-    summary.widths[part] = bit_widths(model)
+    save_part(model, part, work, source, weight_format, summary)
     del model
     forget_traces()
     scratch.clear()

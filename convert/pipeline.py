@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import openvino as ov
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -22,28 +20,25 @@ from transformers import PreTrainedTokenizerBase
 from convert import contrast
 from convert.calibration import calibration_samples, calibration_tiles, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
-from convert.compress import bit_widths, check_group_size, compress, four_bits
+from convert.compress import check_group_size, compress, four_bits
 from convert.four_bits import Ready
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, check_packed
-from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
 from convert.reference.router import KEPT_EXACT
 from convert.reference.router import TENSORS as ROUTER
 from convert.scratch import Scratch
 from convert.serving import add_to_repository, check_repository, write_graph
-from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, preprocessor_config, step, write_json
+from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, in_8_bits, preprocessor_config, save_part, step, write_json
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_router, trace_text_embeddings, trace_vision
 from convert.verify import verify
-from runtime import __version__
 from runtime.errors import OptionError
 from runtime.folder.contrastive import CHAT
 from runtime.folder.files import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
-    PART_FILES,
     PREPROCESSOR_CONFIG_FILE,
     bytes_of,
     check_space,
@@ -51,7 +46,6 @@ from runtime.folder.files import (
     kind_of_folder,
     new_folder,
     parts_of,
-    save_model,
 )
 from runtime.media.tiles import Tiling
 from runtime.parts import memory
@@ -160,28 +154,17 @@ def _convert_part(
         ),
     }[part]()
     if weight_format in (AUTO, W8A8):
-        model, weight_format, summary.proof = _in_8_bits(model, weight_format, [*samples], checkpoint)
+        tiles, unseen = tiles_at_hand(checkpoint.config.tile_size)
+        model, weight_format, summary.proof = in_8_bits(model, weight_format, [*tiles, *samples], unseen)
         samples = ()
     # of a packed checkpoint, what was left as it was
     rest = "int8" if weight_format == "int4" and part == "language" and checkpoint.recipe is not None else weight_format
     model = compress(model, rest, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
-    for key, value in {"version": __version__, "source": Path(source).name, "weight_format": weight_format}.items():
-        model.set_rt_info(value, ["internvl_openvino", key])
-    save_model(model, work / PART_FILES[part])
-    summary.widths[part] = bit_widths(model)
+    save_part(model, part, work, Path(source).name, weight_format, summary)
     del model
     forget_traces()
     scratch.clear()
     return weight_format
-
-
-def _in_8_bits(model: ov.Model, weight_format: str, samples: list[np.ndarray], checkpoint: Checkpoint) -> tuple[ov.Model, str, str]:
-    """The vision part in w8a8, or, if it was not asked for and is not proven, as it is for int8; and a line of what was found."""
-    tiles, unseen = tiles_at_hand(checkpoint.config.tile_size)
-    made, proof = quantise(model, tiles + samples, unseen)
-    if proof.holds or weight_format == W8A8:
-        return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
-    return model, "int8", f"int8, since w8a8 gives {proof}"
 
 
 def _rounds_experts(checkpoint: Checkpoint, options: ConvertOptions) -> bool:

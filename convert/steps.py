@@ -1,20 +1,25 @@
-"""What every recipe needs: the summary of a conversion, a step that tells its time and memory, JSON as it is written here."""
+"""What every recipe needs: the summary, a step that tells its time and memory, a part in 8 bits, a part that is saved, JSON."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import openvino as ov
 import torch
 
+from convert.compress import bit_widths
 from convert.options import AUTO, W8A8
+from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
 from convert.verify import Report
-from runtime.folder.files import PART_FILES
+from runtime import __version__
+from runtime.folder.files import PART_FILES, save_model
 from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
 from runtime.parts import memory
 
@@ -76,3 +81,21 @@ def step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
     yield
     took = f"{time.monotonic() - started:.1f} s" + (f", {size() / 1e6:.1f} MB" if size else "")
     print(f"{name}: {took}, peak memory {memory.peak_bytes() / 1e9:.2f} GB", flush=True)
+
+
+def in_8_bits(
+    model: ov.Model, weight_format: str, tiles: Sequence[np.ndarray], unseen: Sequence[np.ndarray]
+) -> tuple[ov.Model, str, str]:
+    """The vision part in w8a8, or, if it was not asked for and is not proven, as it is for int8; and a line of what was found."""
+    made, proof = quantise(model, tiles, unseen)
+    if proof.holds or weight_format == W8A8:
+        return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
+    return model, "int8", f"int8, since w8a8 gives {proof}"
+
+
+def save_part(model: ov.Model, part: str, work: Path, source: str, weight_format: str, summary: Summary) -> None:
+    """Write a part with where it comes from, and note the widths of its weights. Raises OSError."""
+    for key, value in {"version": __version__, "source": source, "weight_format": weight_format}.items():
+        model.set_rt_info(value, ["internvl_openvino", key])
+    save_model(model, work / PART_FILES[part])
+    summary.widths[part] = bit_widths(model)

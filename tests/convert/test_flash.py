@@ -17,7 +17,7 @@ from convert import ConvertOptions, convert
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel, expected_shapes, is_tied
 from convert.verify import EXACT
-from runtime import OVInternVLChatModel
+from runtime import GenerationConfig, OVInternVLChatModel, pipeline
 from runtime.answer.chat_core import Prompt
 from runtime.answer.flash import choose_few, quantile
 from runtime.errors import CheckpointError, ModelFolderError
@@ -185,6 +185,18 @@ def test_the_router_is_asked_once_about_a_tile_and_counts_are_those_of_the_model
     plain.ask("What?", images=pictures[:1], max_new_tokens=2)
     cut = plain.statistics.prompt_tokens - first.prompt_tokens
     assert cut in (192, 384), "one or two of three tiles are left with 64 tokens"
+
+
+@pytest.mark.parametrize("engine", ["native", "genai"])
+def test_many_prompts_at_once_count_the_tokens_that_are_left(folder, engine):
+    if engine == "genai":
+        pytest.importorskip("openvino_genai")
+    picture = np.random.default_rng(0).integers(0, 256, (448, 900, 3), np.uint8)
+    conversation = OVInternVLChatModel(folder).start_conversation()
+    conversation.ask("What?", images=[picture], max_new_tokens=2)
+    with pipeline(folder, engine=engine, cache_size=1) as pipe:
+        found = pipe(("What?", picture), GenerationConfig(max_new_tokens=2))
+    assert found.input_token_len == conversation.statistics.prompt_tokens < 3 * 256
 
 
 def test_the_quantile_is_torchs():

@@ -14,7 +14,7 @@ import torch
 from openvino import opset13 as opset
 from PIL import Image
 
-from convert import ConvertOptions, calibration, convert, pipeline, quantise, scenes
+from convert import ConvertOptions, calibration, convert, quantise, scenes, steps
 from convert.checkpoint import Checkpoint
 from convert.reference.model import load_vision
 from runtime.folder.files import PART_FILES
@@ -118,7 +118,7 @@ def test_a_dataset_adds_its_tiles(tmp_path, monkeypatch):
     scenes.page(50).resize((300, 200)).save(tmp_path / "page.png")
     seen = []
     monkeypatch.setattr(
-        pipeline, "quantise", lambda model, tiles, unseen: seen.append(len(tiles)) or quantise.quantise(model, tiles, unseen)
+        steps, "quantise", lambda model, tiles, unseen: seen.append(len(tiles)) or quantise.quantise(model, tiles, unseen)
     )
     for name, dataset in (("without", None), ("with", str(tmp_path))):
         convert(str(CHECKPOINT), tmp_path / name, ConvertOptions(dataset=dataset, verify=False))
