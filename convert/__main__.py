@@ -12,14 +12,14 @@ from convert import convert
 from convert.options import BACKUP_PRECISIONS, FORMATS, VISION_FORMATS, ConvertOptions
 from convert.serving import OVMS
 from runtime.errors import InternVLError, not_installed
-from runtime.terminal import ending_quietly
+from runtime.terminal import CommandParser, ending_quietly
 
 EXIT_INTERRUPTED = 2
 
 
 def parser() -> argparse.ArgumentParser:
     default = ConvertOptions()
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m convert",
         description="Convert an InternVL checkpoint to an OpenVINO model folder and verify it against the PyTorch path.",
     )

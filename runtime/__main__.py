@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from runtime.commands import benchmark, caption, chat, classify, doctor, embed, info, search, serve, tune
 from runtime.errors import InternVLError
-from runtime.terminal import ending_quietly
+from runtime.terminal import CommandParser, ending_quietly
 
 COMMANDS = {
     "chat": (chat, "answer one question, or chat when there is none"),
@@ -32,7 +32,7 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m runtime", description="Ask a model folder that python -m convert wrote.")
-    commands = p.add_subparsers(dest="command", required=True)
+    commands = p.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     for name, (command, described) in COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=described))
     return p

@@ -1,12 +1,30 @@
-"""How a command ends: quietly when its reader goes away, as shell tools do."""
+"""How a command reads its line, and how it ends: quietly when its reader goes away, as shell tools do."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 READER_GONE = 141  # what a shell says of a program that was ended by SIGPIPE
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Takes options between words that stand alone too: `chat FOLDER --image X QUESTION`. argparse, left to itself, has
+    decided that there is no QUESTION once it meets --image."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:  # parse_known_intermixed_args comes back here, once for options and once for the rest
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
 
 
 def ending_quietly(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

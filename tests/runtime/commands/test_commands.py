@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convert.__main__ import parser as convert_parser
 from runtime import OVInternVLChatModel
 from runtime.__main__ import main
 from runtime.commands.chat import talk
@@ -45,6 +46,18 @@ def test_json_is_one_object_with_the_answer_and_what_it_took(folder, wide, capsy
     assert said["finish_reason"] == "length"
     assert said["reused_tokens"] == 0
     assert said["first_token_seconds"] > 0
+
+
+def test_options_may_stand_before_the_question(folder, wide, capsys):
+    said = []
+    for order in (["What is it?", "--image", str(wide)], ["--image", str(wide), "What is it?"]):
+        assert main(["chat", str(folder), *order, "--max-new-tokens", "5"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    assert vars(convert_parser().parse_args(["a", "--weight-format", "int8", "b"]))["output"] == "b"
+    with pytest.raises(SystemExit):
+        main(["chat", str(folder), "What", "is", "it?"])
+    assert "unrecognized arguments: is it?" in capsys.readouterr().err
 
 
 def test_draws_are_repeatable(folder, capsys):
@@ -177,6 +190,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder):
     code = """
 import sys
 from runtime.commands.chat import talk
+from convert.__main__ import parser as convert_parser
 from runtime import OVInternVLChatModel
 asked = {"images": [], "video": None, "max_tiles": None, "min_new_tokens": 30000, "max_new_tokens": 30000}
 talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
