@@ -20,6 +20,9 @@ from runtime.media.picture import open_picture
 TITLE = "InternVL on OpenVINO: search"
 SHOWN, MOST_SHOWN = 12, 60
 THUMBNAIL = 384  # pixels; small copies are shown, so that the page needs no way to the files
+STYLE = (
+    "<style>.grid-container { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important; }</style>"  # as many as fit
+)
 
 
 class Search:
@@ -29,7 +32,7 @@ class Search:
         self.model, self.index = model, index
 
     def find(self, text: str, picture: str | None, count: float) -> list[tuple[Image.Image, str]]:
-        """The nearest pictures with score and path; files that are gone are left out. Nothing where nothing is asked."""
+        """The nearest pictures with name and score; files that are gone are left out. Nothing where nothing is asked."""
         if not text.strip() and picture is None:
             return []
         try:
@@ -43,7 +46,7 @@ class Search:
             except PictureError:
                 continue
             found.thumbnail((THUMBNAIL, THUMBNAIL))
-            shown.append((found, f"{score:.4f} {path}"))
+            shown.append((found, f"{Path(path).name} {score:.2f}"))
         return shown
 
 
@@ -56,7 +59,8 @@ def make_search(model: OpenedInternVL, index: Index) -> gr.Blocks:
             count = gr.Slider(1, MOST_SHOWN, value=SHOWN, step=1, label="Pictures", scale=1)
         with gr.Accordion("Pictures like this one", open=False):
             like = gr.Image(type="filepath", show_label=False)
-        found = gr.Gallery(show_label=False, columns=4, object_fit="contain", interactive=False)
+        gr.HTML(STYLE, padding=False)
+        found = gr.Gallery(show_label=False, object_fit="contain", height="auto", interactive=False)
         asked: dict[str, Any] = {"fn": search.find, "inputs": [text, like, count], "outputs": found}
         text.submit(**asked, api_name="search")
         like.change(**asked, api_name=False)

@@ -1,10 +1,9 @@
 """python -m pytest tests/demo/test_page.py
 
-The chatbot as people meet it: the built-in model in a real browser, Chromium driven by Playwright. Skipped where either is absent.
+The chatbot as people meet it: the built-in model in a real browser, Chromium driven by Playwright (conftest.py).
 Screenshots go to build/page, to be looked at.
 """
 
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +14,6 @@ from PIL import Image
 from runtime import Box
 from runtime.answer.conversation import Conversation
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page is looked at in it")
-
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / "build" / "page"
 EXAMPLE = "Which shape is purple?"
@@ -26,7 +21,7 @@ DONE = "first token after"
 
 
 @pytest.fixture(scope="module")
-def bot(converted):
+def bot(converted, browser):  # without a browser nothing is converted
     from demo.chatbot import make_demo
     from runtime import OVInternVLChatModel
 
@@ -37,34 +32,16 @@ def bot(converted):
     page.close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    arguments += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a drawn webcam
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield started
-        started.close()
-
-
 @pytest.fixture
-def window(browser, bot):
-    """Opens the page in windows of their own, and sees that none of them asks the web for anything."""
-    opened, outside = [], []
+def window(windows, bot):
+    with windows(bot.address) as open_window:
 
-    def open_page(width: int = 1280, height: int = 860):
-        page = browser.new_context(viewport={"width": width, "height": height}).new_page()
-        page.set_default_timeout(60_000)
-        page.on("request", lambda request: outside.append(request.url) if request.url.startswith("http") else None)
-        page.goto(bot.address)
-        page.get_by_placeholder("Ask;").wait_for()
-        opened.append(page)
-        return page
+        def open_page(*size: int):
+            page = open_window(*size)
+            page.get_by_placeholder("Ask;").wait_for()
+            return page
 
-    yield open_page
-    for page in opened:
-        page.context.close()
-    assert [url for url in outside if not url.startswith(bot.address)] == []
+        yield open_page
 
 
 def ask(page, question: str, *files: Path) -> None:
@@ -269,6 +246,8 @@ def test_two_windows_have_two_conversations(window, tmp_path):
 
 
 def test_another_device_goes_on_with_the_conversation(window, bot):
+    from playwright.sync_api import TimeoutError as TooLate
+
     page = window()
     page.get_by_text(EXAMPLE).first.click()
     answers(page, 1)
@@ -288,7 +267,7 @@ def test_another_device_goes_on_with_the_conversation(window, bot):
         try:
             page.get_by_text("there is no device NPX here").first.wait_for(timeout=5_000)
             break
-        except playwright.TimeoutError:
+        except TooLate:
             assert attempt < 4
     page.screenshot(path=SHOTS / "device.png")
     page.wait_for_function("document.querySelector('[aria-label=Device]').value === 'AUTO'")
