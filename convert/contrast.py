@@ -53,7 +53,7 @@ OF_CHAT = {  # options that have no meaning here
     "serving": "--serving",
     "scale_estimation": "--scale-estimation",
 }
-INTERNVIT_6B_FORMATS = ("fp32", "fp16", "int8")
+INTERNVIT_6B_FORMATS = ("fp32", "fp16", "int8", W8A8)
 
 
 def run(folder: Path, source: str, final: Path, options: ConvertOptions) -> Summary:

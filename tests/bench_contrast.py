@@ -1,7 +1,7 @@
 """What InternVL-C and -G cost: conversion and answers in the 14B's shape with few layers, and pictures a second beside PyTorch.
 
     python -m tests.bench_contrast shape --work FOLDER [--vision-layers N] [--decoder-layers N] [--weight-format int4]
-    python -m tests.bench_contrast throughput --work FOLDER
+    python -m tests.bench_contrast throughput --work FOLDER [--wide [--vision-layers N]]
 
 Random weights; nothing here depends on their values. Each part of the work is a process of its own, so that its memory is. The last
 line is JSON.
@@ -128,8 +128,11 @@ def ask_folder(folder: Path) -> dict[str, Any]:
     return found | {"anonymous_bytes": peak.bytes}
 
 
-def throughput(work: Path, pictures: int = 32) -> dict[str, Any]:
-    """Pictures a second from files to vectors: our embed on each weight format, and the PyTorch path in both types, by turns."""
+def throughput(work: Path, wide_layers: int = 0, pictures: int = 32) -> dict[str, Any]:
+    """Pictures a second from files to vectors: our embed on each weight format, and the PyTorch path in both types, by turns.
+
+    InternViT-300M's shape, or some layers of InternViT-6B's and no float32.
+    """
     import torch
     from PIL import Image
 
@@ -141,9 +144,10 @@ def throughput(work: Path, pictures: int = 32) -> dict[str, Any]:
     from runtime.media.picture import open_picture
     from runtime.media.tiles import normalise
 
-    source, files = work / "300M", work / "photographs"
+    source, files = work / (f"6B-{wide_layers}" if wide_layers else "300M"), work / "photographs"
     if not source.exists():
-        make_checkpoint(source, VISION_300M | {"num_hidden_layers": 24}, QLLAMA_SMALL)
+        vision = VISION_14B | {"num_hidden_layers": wide_layers} if wide_layers else VISION_300M | {"num_hidden_layers": 24}
+        make_checkpoint(source, vision, QLLAMA_SMALL)
     files.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     for number in range(pictures):
@@ -152,8 +156,8 @@ def throughput(work: Path, pictures: int = 32) -> dict[str, Any]:
         pixels.save(data, "JPEG")
         (files / f"{number:04}.jpg").write_bytes(data.getvalue())
     models = {}
-    for weight_format, vision in (("fp32", "auto"), ("int8", "auto"), ("w8a8", "w8a8")):
-        folder = work / f"300M-{weight_format}"
+    for weight_format, vision in (("fp16" if wide_layers else "fp32", "auto"), ("int8", "auto"), ("w8a8", "w8a8")):
+        folder = Path(f"{source}-{weight_format}")
         if not folder.exists():
             convert_folder(source, folder, "int8" if weight_format == "w8a8" else weight_format, vision)
         models[weight_format] = OVInternVL(folder)
@@ -173,7 +177,7 @@ def throughput(work: Path, pictures: int = 32) -> dict[str, Any]:
                 model.encode_image(torch.from_numpy(pixels).to(dtype), "InternVL-C")
 
     runs = {f"openvino {name}": lambda model=model: ours(model) for name, model in models.items()}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16,) if wide_layers else (torch.float32, torch.bfloat16):
         reference = InternVLModel.from_checkpoint(checkpoint, dtype=dtype)
         runs[f"pytorch {dtype}".replace("torch.", "")] = lambda model=reference, dtype=dtype: theirs(model, dtype)
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -200,6 +204,7 @@ def main() -> None:
     p.add_argument("--vision-layers", type=int, default=2)
     p.add_argument("--decoder-layers", type=int, default=2)
     p.add_argument("--weight-format", default="int4")
+    p.add_argument("--wide", action="store_true", help="throughput in InternViT-6B's shape")
     options = p.parse_args()
     source = options.work / f"14B-{options.vision_layers}-{options.decoder_layers}"
     output = Path(f"{source}-{options.weight_format}")
@@ -214,7 +219,7 @@ def main() -> None:
     elif options.what == "ask":
         result = ask_folder(output)
     elif options.what == "throughput":
-        result = throughput(options.work)
+        result = throughput(options.work, options.vision_layers if options.wide else 0)
     else:
         if not source.exists():
             child("make", *common)

@@ -6,6 +6,7 @@ InternVL-C and -G: the PyTorch path and its conversion against the original's nu
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -128,6 +129,13 @@ def test_options_of_chat_models_are_refused(tmp_path):
 def test_internvit_6b_stays_above_int4(tmp_path):
     with pytest.raises(OptionError, match="InternViT-6B loses too much in int4: use fp32, fp16, int8"):
         convert(str(GOLDEN), tmp_path / "made", ConvertOptions(vision_weight_format="int4", group_size=16))
+
+
+def test_internvit_6b_in_w8a8_is_proven(tmp_path):
+    options = ConvertOptions(weight_format="int8", vision_weight_format="w8a8")
+    summary = convert(str(GOLDEN), tmp_path / "made", options)
+    assert re.fullmatch(r"w8a8: cosine [\d.]+, worst hundredth [\d.]+", summary.proof)  # and not below a bound
+    assert next(row for row in summary.report.rows if row.part == "vision").cosine > 0.99
 
 
 def test_a_group_size_that_fits_no_row_is_told_first(tmp_path):
