@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from convert import convert
 from convert.options import BACKUP_PRECISIONS, FORMATS, VISION_FORMATS, ConvertOptions
 from convert.serving import OVMS
+from runtime import __version__
 from runtime.errors import InternVLError, not_installed
 from runtime.terminal import CommandParser, ending_quietly
 
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m convert",
         description="Convert an InternVL checkpoint to an OpenVINO model folder and verify it against the PyTorch path.",
     )
+    p.add_argument("--version", action="version", version=__version__)
     p.add_argument("source", metavar="SOURCE", help="checkpoint: a hub id like OpenGVLab/InternVL2-1B, or a local folder")
     p.add_argument(
         "output", metavar="OUTPUT", nargs="?", help="model folder to write (default: the source's name and weight format)"

@@ -14,7 +14,7 @@ from typing import Any
 from runtime.errors import InternVLError, OptionError, not_installed
 from runtime.folder.contrastive import CONTRASTIVE
 from runtime.folder.files import kind_of_folder, user_cache
-from runtime.terminal import ending_quietly
+from runtime.terminal import CommandParser, ending_quietly
 
 BUILT_IN = Path(__file__).parent / "shapes" / "checkpoint"
 WEIGHT_FORMAT = "int4"
@@ -23,7 +23,7 @@ PORT, PORTS = 7860, 100  # the first port, and how many are tried
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         prog="python -m demo", description="Chat with a model in a browser: without FOLDER, with the small one that comes along."
     )
     p.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="model folder, as python -m convert writes it")

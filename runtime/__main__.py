@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from runtime import __version__
 from runtime.commands import benchmark, caption, chat, classify, doctor, embed, info, search, serve, tune
 from runtime.errors import InternVLError
 from runtime.terminal import CommandParser, ending_quietly
@@ -31,8 +32,9 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime", description="Ask a model folder that python -m convert wrote.")
-    commands = p.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    p = CommandParser(prog="python -m runtime", description="Ask a model folder that python -m convert wrote.")
+    p.add_argument("--version", action="version", version=__version__)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (command, described) in COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=described))
     return p
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def chat_main() -> int:
     """`internvl-chat ...` is `python -m runtime chat ...`."""
-    return main(["chat", *sys.argv[1:]])
+    return main(sys.argv[1:] if sys.argv[1:] == ["--version"] else ["chat", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

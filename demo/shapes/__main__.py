@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import InternVLError, not_installed
-from runtime.terminal import ending_quietly
+from runtime.terminal import CommandParser, ending_quietly
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m demo.shapes", description="A small InternVL that sees drawn scenes.")
+    p = CommandParser(prog="python -m demo.shapes", description="A small InternVL that sees drawn scenes.")
     verbs = p.add_subparsers(dest="verb", required=True)
 
     v = verbs.add_parser("evaluate", help="accuracy a task on unseen scenes; the last line is JSON")

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import runtime
+from convert.__main__ import main as convert_main
 from convert.__main__ import parser as convert_parser
 from runtime import OVInternVLChatModel
 from runtime.__main__ import main
@@ -55,9 +57,38 @@ def test_options_may_stand_before_the_question(folder, wide, capsys):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
     assert vars(convert_parser().parse_args(["a", "--weight-format", "int8", "b"]))["output"] == "b"
-    with pytest.raises(SystemExit):
-        main(["chat", str(folder), "What", "is", "it?"])
-    assert "unrecognized arguments: is it?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["chat", "F", "What", "is", "it?"],
+            "'is' is one too many: a text of several words stands in quotes (python -m runtime chat",
+        ),
+        (["chat", "F", "--imgae=x"], "there is no option --imgae: --image is meant? (python -m runtime chat --help lists"),
+        (["serve", "F", "-q"], "there is no option -q (python -m runtime serve"),
+        (["chat"], "the following arguments are required: FOLDER (python -m runtime chat"),
+        ([], "the following arguments are required: COMMAND (python -m runtime --help"),
+        (["chta"], "argument COMMAND: invalid choice: 'chta' (choose from "),
+    ],
+)
+def test_a_command_that_is_wrongly_typed_is_one_line(capsys, command, message):
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {message}")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_the_version_is_told(capsys):
+    for command in (main, convert_main):
+        with pytest.raises(SystemExit) as end:
+            command(["--version"])
+        assert end.value.code == 0
+        assert capsys.readouterr().out == f"{runtime.__version__}\n"
 
 
 def test_draws_are_repeatable(folder, capsys):
@@ -190,6 +221,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder):
     code = """
 import sys
 from runtime.commands.chat import talk
+import runtime
+from convert.__main__ import main as convert_main
 from convert.__main__ import parser as convert_parser
 from runtime import OVInternVLChatModel
 asked = {"images": [], "video": None, "max_tiles": None, "min_new_tokens": 30000, "max_new_tokens": 30000}
