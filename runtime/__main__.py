@@ -1,6 +1,6 @@
 """python -m runtime {chat,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, or see what it holds;
 python -m runtime {embed,classify,caption} FOLDER PICTURES, search INDEX: compare pictures and texts (InternVL-C and -G);
-python -m runtime doctor: which devices there are.
+python -m runtime doctor: what this machine has, and what is missing.
 
 Chooses the command; what each does is in runtime/commands.
 """
@@ -27,7 +27,7 @@ COMMANDS = {
     "search": (search, "the pictures of an index that are nearest to words or to a picture"),
     "classify": (classify, "what a picture shows, without training, or how often that is right"),
     "caption": (caption, "a line under a picture"),
-    "doctor": (doctor, "which devices there are, and what keeps a GPU from being used"),
+    "doctor": (doctor, "what this machine has, what is missing, and what helps"),
 }
 
 

@@ -95,3 +95,11 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+def of_machine() -> tuple[int, int]:
+    """Bytes of memory that this machine has, and those that a process can still get."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available

@@ -3,7 +3,9 @@
 Why a GPU that is in the machine is not seen, on folders that imitate such machines; and what --device auto takes.
 """
 
+import json
 import os
+import re
 import sys
 
 import pytest
@@ -127,3 +129,20 @@ def test_doctor_prints_the_devices_and_what_is_missing(capsys, monkeypatch):
         monkeypatch.setattr("runtime.commands.doctor.why_no_gpu", lambda: ["one", "two"])
         assert main(["doctor"]) == 2
         assert capsys.readouterr().err == "error: one\n       two\n"
+        assert main(["doctor", "--json"]) == 2
+        assert json.loads(capsys.readouterr().out)["gpu"] == ["one", "two"]
+
+
+def test_doctor_tells_of_memory_disk_and_packages(capsys, monkeypatch):
+    monkeypatch.setattr("runtime.commands.doctor.why_no_gpu", lambda: [])
+    monkeypatch.setattr("runtime.commands.doctor._is_here", lambda name: name not in ("nncf", "gradio"))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "convert   lacks nncf: pip install 'internvl-openvino[convert]'" in out
+    assert "demo      lacks gradio: " in out
+    assert "serve     installed" in out
+    assert re.search(r"^memory    [\d.]+ GB, [\d.]+ GB available$", out, re.M)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"] >= found["available_memory"] > 0
+    assert found["missing"]["convert"] == ["nncf"]
