@@ -7,7 +7,7 @@ IGPU := ../shared/igpu/setup
 # Its compiler fails on the largest registers; where it crashes all the same (128 and more), that says nothing of this project.
 STANDS_IN := CL_CONFIG_CPU_TARGET_ARCH=core-avx2 build/igpu/run
 
-.PHONY: setup check test test-igpu clients quickstart notebook bench soak clean
+.PHONY: setup check test test-fast test-igpu clients quickstart docs notebook bench soak clean
 
 setup: $(VENV)/.installed  ## make the virtual environment and install the project in it
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[convert,demo,serve,test]'
+	$(BIN)/python -m pip install --quiet -e '.[convert,demo,serve,docs,test]'
 	touch $@
 
 check: setup  ## format, lint, types
@@ -31,6 +31,9 @@ test: setup check notebook  ## everything that CI runs
 	@if test -x $(IGPU) && $(IGPU) build/igpu > /dev/null 2>&1; then $(STANDS_IN) $(BIN)/python -m pytest tests/igpu -m quick || test $$? -gt 127; \
 	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
 
+test-fast: setup check  ## answering, without the tests that convert first: for the daily loop
+	$(BIN)/python -m pytest tests/runtime tests/test_layers.py -m "not converts and not clients"
+
 test-igpu: setup  ## all tests on a GPU that OpenVINO sees; where there is none they say how to make one
 	$(BIN)/python -m pytest tests/igpu -rs
 
@@ -45,6 +48,9 @@ clients: setup  ## programs of others against the server; node's is skipped wher
 quickstart: setup  ## the main job offline: convert the built-in model to int4 and ask it about a picture
 	$(BIN)/python -m convert demo/shapes/checkpoint build/shapes-int4 --force
 	$(BIN)/python -m runtime chat build/shapes-int4 "Which shape is purple?" --image demo/examples/shapes.png
+
+docs: setup  ## the book in docs/ as a site in build/docs, offline
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 notebook: setup  ## run the tutorial from top to bottom, offline, on the built-in model
 	mkdir -p build

@@ -1,24 +1,45 @@
-"""What several test files use: the golden sets, folders converted once a session, the shared real data where it exists."""
+"""What several test files use: the golden sets, folders converted once a session, the shared real data where it exists.
+
+Imports torch and the converter only for tests that use them, so that a plain installation runs the others.
+"""
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from convert import ConvertOptions, convert
-from tests.checkpoints import make_checkpoint
+if TYPE_CHECKING:
+    import torch
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"  # real tokenizers and pictures; the project stands without it
 GOLDEN = ["qwen2", "internlm2", "phi3", "llama-6b-vision", "chat-v1-2", "qwen3", "qwen3-moe", "hf-native", "mono-internvl", "lora"]
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+NEEDS_TORCH = re.compile(
+    r"^(?:import|from) (?:torch|transformers|safetensors|convert|tests\.checkpoints|tests\.convert)\b", re.MULTILINE
+)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Without torch a file that imports it, or what needs it, is left out."""
+    if HAS_TORCH or collection_path.suffix != ".py":
+        return None
+    return NEEDS_TORCH.search(collection_path.read_text(encoding="utf-8")) is not None or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"converted", "tiny", "golden"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("converts")
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,8 @@ class Golden:
 
 @pytest.fixture(params=GOLDEN)
 def golden(request: pytest.FixtureRequest) -> Golden:
+    from safetensors.torch import load_file
+
     folder = DATA / "golden" / request.param
     return Golden(folder, load_file(folder / "golden.safetensors"), json.loads((folder / "golden.json").read_text()))
 
@@ -49,6 +72,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory):
     done: dict[Any, Path] = {}
 
     def run(source: Path, **options: Any) -> Path:
+        pytest.importorskip("torch", reason="a conversion needs the extra [convert]")
+        from convert import ConvertOptions, convert
+
         key = (source, tuple(sorted(options.items())))
         if key not in done:
             output = tmp_path_factory.mktemp("converted") / source.name
@@ -70,6 +96,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("checkpoints")
 
     def make(name: str) -> Path:
+        pytest.importorskip("torch", reason="a checkpoint is made with torch")
+        from tests.checkpoints import make_checkpoint
+
         return root / name if (root / name).exists() else make_checkpoint(root / name, name)
 
     return make
@@ -92,6 +121,8 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embeddings(reference: Any, ids: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
     """What the language part reads of a prompt (B, T) with the features of its pictures."""
+    import torch
+
     return torch.from_numpy(reference.merge(ids.numpy(), None if features is None else features.cpu().numpy()))
 
 

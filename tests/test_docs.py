@@ -1,10 +1,9 @@
 """python -m pytest tests/test_docs.py
 
-What the documents say is so: commands parse, help is the real help, files and links exist.
+What the documents say is so: commands parse, code runs, help is the real help, files and links exist, the book builds.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -19,13 +18,16 @@ import convert.__main__
 import demo.__main__
 import demo.contrast.__main__
 import runtime.__main__
-from tests import family
+from tests import family, options_page
 from tests.checkpoints import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 BUILT_IN = ROOT / "demo" / "shapes" / "checkpoint"
-DOCUMENTS = sorted(ROOT.glob("*.md"))
+DOCS = ROOT / "docs"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+WITH_PYTHON = {"README.md": 1, "docs/convert.md": 1, "docs/python.md": 4, "docs/boxes.md": 1, "docs/search.md": 1}  # blocks of each
+MOST_LINES = {"README.md": 150, "ARCHITECTURE.md": 120}
 
 
 def code_blocks(text: str) -> list[str]:
@@ -36,7 +38,7 @@ def commands(starting: str) -> list[str]:
     lines = [
         re.split(r"\s#", line)[0].strip()
         for document in DOCUMENTS
-        for block in code_blocks(document.read_text())
+        for block in code_blocks(document.read_text(encoding="utf-8"))
         for line in block.splitlines()
     ]
     return sorted({line for line in lines if line.startswith(starting)})
@@ -70,10 +72,11 @@ def test_the_answer_on_the_first_screen_is_the_real_one(converted, capsys):
 
 
 def test_what_search_prints_is_the_real_thing(converted, capsys, tmp_path, monkeypatch):
-    """The example of the README; scores are those of a processor, up to two digits."""
-    shown = next(block.splitlines() for block in code_blocks(README) if re.match(r"0\.\d{4}  demo/examples", block))
+    """The example of docs/search.md; scores are those of a processor, up to two digits."""
+    page = (DOCS / "search.md").read_text(encoding="utf-8")
+    shown = next(block.splitlines() for block in code_blocks(page) if re.match(r"0\.\d{4}  demo/examples", block))
     folder = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
-    words, count = re.search(r'python -m runtime search build/examples.npz "(.*)" --top (\d)', README).groups()
+    words, count = re.search(r'python -m runtime search build/examples.npz "(.*)" --top (\d)', page).groups()
     monkeypatch.chdir(ROOT)
     assert runtime.__main__.main(["embed", str(folder), "demo/examples", "--out", str(tmp_path / "examples.npz")]) == 0
     capsys.readouterr()
@@ -87,20 +90,24 @@ def without_times(line: str) -> str:
     return re.sub(r"\d+\.\d+", "0.0", line)
 
 
-def test_python_of_the_readme_runs(converted, video, tmp_path):
-    """From the first to the last line, with the built-in model in the place of the real one."""
+@pytest.mark.parametrize("document", WITH_PYTHON)
+def test_python_of_a_page_runs(document, converted, video, tmp_path):
+    """From its first line to its last one, with the built-in models in the place of the real ones."""
     shutil.copytree(converted(BUILT_IN, weight_format="int4"), tmp_path / "InternVL2-1B-int4")
     contrast = converted(ROOT / "demo" / "contrast" / "checkpoint", weight_format="int8", verify=False)
     shutil.copytree(contrast, tmp_path / "InternVL-14B-224px-int4")
     Image.open(ROOT / "demo" / "examples" / "shapes.png").save(tmp_path / "photo.jpg")
     shutil.copy(video, tmp_path / "clip.mp4")
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 7
-    for block in blocks:
-        code = block.replace("OpenGVLab/InternVL2-1B", str(BUILT_IN))
-        code = code.replace("max_num=12", "input_size=112")  # its tiles are smaller
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == WITH_PYTHON[document]
+    code = "\n".join(blocks).replace("OpenGVLab/InternVL2-1B", str(BUILT_IN))
+    code = code.replace("max_num=12", "input_size=112")  # its tiles are smaller
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_python_of_the_documents_is_run():
+    assert {str(path.relative_to(ROOT)) for path in DOCUMENTS if "```python" in path.read_text(encoding="utf-8")} == {*WITH_PYTHON}
 
 
 @pytest.mark.parametrize("command", commands("make "))
@@ -109,15 +116,24 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-HELPS = [["convert"], *(["runtime", command] for command in ("chat", "embed", "search", "classify", "caption"))]
+def test_options_are_the_real_help():
+    assert (DOCS / "options.md").read_text(encoding="utf-8") == options_page.page(), (
+        "python -m tests.options_page > docs/options.md"
+    )
 
 
-@pytest.mark.parametrize("arguments", HELPS, ids=lambda arguments: arguments[-1])
-def test_help_in_the_readme_is_the_real_help(arguments):
-    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", *arguments, "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    assert any(block.strip() == done.stdout.strip() for block in code_blocks(README)), done.stdout
+@pytest.mark.parametrize("document", MOST_LINES)
+def test_what_one_reads_first_is_short(document):
+    assert len((ROOT / document).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[document]
+
+
+def test_the_book_builds(tmp_path):
+    """Strictly: no page is left out, no link or anchor leads nowhere; and no page asks the web for anything."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        assert not re.findall(r'(?:src|<link[^>]* href)="(?:https?:)?//[^"]*', page.read_text(encoding="utf-8")), page
 
 
 @pytest.mark.parametrize("package", ["convert", "runtime", "demo"])
@@ -128,8 +144,8 @@ def test_help_answers_at_once(package):
     assert not re.search(r"\| +(torch|openvino|transformers)$", done.stderr, flags=re.MULTILINE)
 
 
-def test_the_family_in_the_readme_is_the_computed_one():
-    assert "\n".join(family.rows()) in README
+def test_the_family_in_the_book_is_the_computed_one():
+    assert "\n".join(family.rows()) in (DOCS / "models.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +167,7 @@ def test_computed_sizes_are_those_of_the_files(name, measured):
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (document.parent / target).exists(), target
+        assert DOCS not in document.parents or DOCS in (document.parent / target).resolve().parents, "not in the book"
 
 
 def test_notebooks_are_kept_without_outputs():
@@ -161,8 +178,8 @@ def test_notebooks_are_kept_without_outputs():
 
 
 def test_file_map_is_the_tree():
-    """Every Python file of the packages stands in the README's map, and nothing else does."""
-    block = next(block for block in code_blocks(README) if block.startswith("convert/"))
+    """Every Python file of the packages stands in docs/tree.md, and nothing else does."""
+    block = next(block for block in code_blocks((DOCS / "tree.md").read_text(encoding="utf-8")) if block.startswith("convert/"))
     listed, folders = set(), []
     for line in block.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]

@@ -12,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-import torch
 from openvino import opset13 as opset
 
-from convert.checkpoint import Checkpoint
-from convert.reference.model import InternVLChatModel
 from runtime import OVInternVLChatModel
 from runtime.errors import DeviceError, ModelFolderError, OptionError
 from runtime.folder.files import PARTS
@@ -199,6 +196,10 @@ def test_the_saved_language_part_tells_a_gpu_to_scale_down(tiny, converted):
 
 def test_accuracy_is_closer_to_the_reference_than_the_default(tiny, converted):
     """Here the default stores the KV cache in 16 bits."""
+    torch = pytest.importorskip("torch")
+    from convert.checkpoint import Checkpoint
+    from convert.reference.model import InternVLChatModel
+
     folder = converted(tiny("tiny-qwen2"), weight_format="fp32")
     reference = InternVLChatModel.from_checkpoint(Checkpoint(tiny("tiny-qwen2")))
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -1,7 +1,7 @@
 """python -m pytest tests/runtime/serve/test_fields.py
 
-Every field of OpenAI's chat completions: the README's table, the openai package and protocol.py name the same ones, and each does
-what the table says of it.
+Every field of OpenAI's chat completions: the table of docs/fields.md, the openai package and protocol.py name the same ones, and
+each does what the table says of it.
 """
 
 import re
@@ -20,8 +20,8 @@ from runtime.serve.engine import GenaiEngine, NativeEngine
 from runtime.serve.protocol import IGNORED, REFUSED, ChatRequest, CompletionRequest
 from tests.runtime.serve.test_serve import KEY, SHAPES, model, question, serving  # noqa: F401  model is a fixture
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| `([a-z_]+)` \| (done|ignored|refused|native)\b", README, flags=re.MULTILINE))
+PAGE = (Path(__file__).parents[3] / "docs" / "fields.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `([a-z_]+)` \| (done|ignored|refused|native)\b", PAGE, flags=re.MULTILINE))
 OPENAI = set(get_type_hints(CompletionCreateParamsBase)) | {"stream"}
 ASK = [question("Describe the picture.", SHAPES)]
 
@@ -56,7 +56,7 @@ def test_the_table_and_the_protocol_agree():
         == {name for kind in (ChatRequest, CompletionRequest) for name in kind.model_fields if name in REFUSED}
     )
     for name in said["refused"]:
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
         assert REFUSED[name] in row, "with its reason"
 
 
