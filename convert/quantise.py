@@ -21,7 +21,7 @@ from runtime.parts.attention import open_attention
 from runtime.parts.memory import leaving, page_out
 
 LEAST_COSINE, LEAST_WORST = 0.998, 0.99  # of all context embeddings to the model's before, and of the worst hundredth of them
-SMOOTHING = 0.3  # stronger ones fit the pictures that were seen, and clip what others bring (BENCHMARKS.md)
+SMOOTHING = 0.3  # stronger ones fit the pictures that were seen, and clip what others bring (docs/experiments.md)
 SPARED = (0.0, 0.125, 0.25)  # share of the products that keep their inputs, the noisiest: what is tried, until the proof holds
 SAMPLED = 3  # tiles that tell which products are noisy
 LEVELS, MOST = 256, 127  # of activations, and the largest weight

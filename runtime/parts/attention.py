@@ -1,7 +1,7 @@
 """Attention of the vision part as a CPU likes it: two products and a softmax in the place of one operation.
 
 OpenVINO fuses them again, with the turning of heads before and after them, which it leaves outside of its own operation. The
-numbers are the same but for rounding; a tile takes nine tenths of the time (BENCHMARKS.md). Takes and gives ov.Model.
+numbers are the same but for rounding; a tile takes nine tenths of the time (docs/experiments.md). Takes and gives ov.Model.
 """
 
 from __future__ import annotations

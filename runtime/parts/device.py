@@ -50,7 +50,7 @@ class ProcessorClass:
     guesses: int
 
 
-# The first that fits. BENCHMARKS.md has the measurements, under "What the defaults on a CPU rest on":
+# The first that fits. docs/experiments.md has the measurements, under "What the defaults on a CPU rest on":
 #   AMX: prompts in bfloat16 take two thirds of their time in float32, single tokens in float32 three quarters of theirs in bfloat16
 #   (22 and 30 ms after 300 tokens, 29 and 34 after 3,380). Both read pages of 8 bits only.
 #   Others: float32, in which a second compilation would be the same one. Groups of 128 take four fifths of the time of OpenVINO's

@@ -221,7 +221,7 @@ def prompt_spans(total: int, most: int) -> list[tuple[int, int]]:
     """Cut a prompt into spans [start, end) of `most` tokens and a rest, of which a multiple of `EVEN_WIDTH` is a span of its own.
 
     On AMX such widths take a sixth less time, elsewhere about a thirtieth; a second, short span costs more than that where the
-    rest is short (BENCHMARKS.md).
+    rest is short (docs/experiments.md).
     """
     starts = [*range(0, total, most)]
     even = total // EVEN_WIDTH * EVEN_WIDTH
