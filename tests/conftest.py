@@ -68,7 +68,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory):
-    """Convert a checkpoint folder with given options, once a session; without the proof, which tests of convert() ask for themselves."""
+    """Convert a checkpoint folder with given options, once a session, without the proof: tests of it call convert() themselves."""
     done: dict[Any, Path] = {}
 
     def run(source: Path, **options: Any) -> Path:

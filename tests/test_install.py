@@ -22,13 +22,21 @@ NAME = "internvl-openvino"
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that nothing is left beside the sources."""
+def sources(tmp_path_factory) -> Path:
+    """A copy, so that nothing is left beside the sources."""
     source = tmp_path_factory.mktemp("source")
     names = ["convert", "runtime", "demo", "pyproject.toml", "README.md", "LICENSE"]
     for name in names:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-    target = tmp_path_factory.mktemp("wheel")
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> Path:
+    return build_wheel(sources, tmp_path_factory.mktemp("wheel"))
+
+
+def build_wheel(source: Path, target: Path) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(target), str(source)], check=True, timeout=300)
     return next(target.glob("*.whl"))
@@ -81,6 +89,17 @@ def test_the_wheel_is_whole(wheel):
         pytest.skip("this is no checkout of the repository")
     with zipfile.ZipFile(wheel) as files:
         assert set(tracked.splitlines()) <= set(files.namelist())
+
+
+def test_what_would_be_published_is_sound(sources, wheel, tmp_path):
+    """The archive of the sources gives the same wheel, and both have a description that an index can show."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("internvl_openvino-*.tar.gz")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(archive), str(wheel)], check=True, timeout=120)
+    again = build_wheel(archive, tmp_path / "again")
+    with zipfile.ZipFile(wheel) as files, zipfile.ZipFile(again) as others:
+        assert {file.filename: file.CRC for file in files.filelist} == {file.filename: file.CRC for file in others.filelist}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="an environment looks otherwise there")

@@ -18,7 +18,7 @@ from runtime.parts.device import choose_devices, processor_class
 from runtime.parts.gpu_access import why_no_gpu
 
 PACKAGE = "internvl-openvino"
-OF_DEVELOPERS = ("test", "clients")  # extras that nobody else misses
+OF_DEVELOPERS = ("test", "test-plain", "docs", "clients")  # extras that nobody else misses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

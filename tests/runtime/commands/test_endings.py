@@ -135,6 +135,7 @@ def test_a_hub_id_in_the_place_of_a_folder_is_told_with_both_commands(command, c
 
 
 def test_the_page_and_python_say_the_same_of_a_hub_id(capsys):
+    pytest.importorskip("torch", reason="from_pretrained needs the extra [torch]")
     from runtime import InternVLError, OVInternVLChatModel
 
     assert demo(["OpenGVLab/InternVL2-1B"]) == 2
