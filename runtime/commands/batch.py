@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", default=1, help="processes, each on cores of its own (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", nargs="?", const="auto", help="on the nodes of a Ray cluster (default of ADDRESS: the one here)"
+    )
 
 
 def run(folder: Path, requests: Path, answers: Path, question: str, retry_failed: bool, strict: bool, **options: Any) -> None:
@@ -61,19 +64,28 @@ def run(folder: Path, requests: Path, answers: Path, question: str, retry_failed
     model, _, fingerprint = of["model"].removesuffix(")").rpartition(" (")
     with AnswerFile(answers, of, model, fingerprint, retry_failed=retry_failed) as file:
         try:
-            done = run_job(source, file, _answering(folder, asking, options), strict=strict, report=_shown())
+            done = run_job(source, file, _answering(folder, asking, source, options), strict=strict, report=_shown())
         finally:
             show_line("")
     print(json.dumps({"answers": str(answers), **done.summary()}))
 
 
-def _answering(folder: Path, asking: Any, options: dict[str, Any]) -> Any:
-    """Who answers: this process, or several."""
-    from runtime.job.ask import answers
+def _answering(folder: Path, asking: Any, source: Any, options: dict[str, Any]) -> Any:
+    """Who answers: this process, several, or a cluster."""
+    from runtime.job import ask, cluster, workers
 
     cache_bytes = int(options["cache_size"] * (1 << 30))
-    model = open_model(folder, **options)
-    return partial(answers, model, asking, cache_bytes)
+    if options["ray"] is None and options["workers"] == 1:
+        return partial(ask.answers, open_model(folder, **options), asking, cache_bytes)
+    from runtime.answer.model import OpenedModel
+
+    placed = {name: options[name] for name in ("vision_device", "precision", "cache_dir", "flash")}
+    opening = partial(OpenedModel, folder.resolve(), options["device"], **placed)
+    if options["ray"] is not None:
+        cluster.connect(options["ray"])  # before rows are read
+        return partial(cluster.answers, options["ray"], opening, asking, cache_bytes, source)
+    workers.shares_of_cores(options["workers"])  # too many are told at once
+    return partial(workers.answers, options["workers"], opening, asking, cache_bytes)
 
 
 def _shown() -> Callable[[Progress], None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -113,7 +112,7 @@ class AnswerFile:
         self.file, self.answered, self.failed = file, 0, 0
         self._model, self._fingerprint = model, fingerprint
         self._lines = file.with_name(f"{file.name}.jsonl") if file.suffix.lower() == PARQUET else file
-        self._ids, self._busy = Ids(), threading.Lock()  # rows are read in another thread
+        self._ids = Ids()
         beside = file.with_name(f"{file.name}.job")
         try:
             self._job = open(beside, "a+", encoding="utf-8")  # noqa: SIM115 - open, and locked, until close()
@@ -192,14 +191,12 @@ class AnswerFile:
 
     def meets(self, name: str) -> int:
         """The marks of an id that the requests have; SEEN is among them from the second time on."""
-        with self._busy:
-            return self._ids.mark(name, SEEN)
+        return self._ids.mark(name, SEEN)
 
     def add(self, answer: Answer) -> bool:
         """Write an answer, unless its id has one; whether it had none. Raises OptionError where the disk is full."""
-        with self._busy:
-            if self._ids.mark(answer.id, 0) & (ANSWERED | FAILED):
-                return False
+        if self._ids.mark(answer.id, 0) & (ANSWERED | FAILED):
+            return False
         data = _written(answer.line(self._model, self._fingerprint))
         try:
             written = 0
@@ -209,8 +206,7 @@ class AnswerFile:
             os.ftruncate(self._out, self._size)
             raise OptionError(f"{self._lines} cannot be written ({error.strerror}): free some space; {AGAIN}") from None
         self._size += len(data)
-        with self._busy:
-            self._note(answer.id, failed=bool(answer.error))
+        self._note(answer.id, failed=bool(answer.error))
         return True
 
     def finish(self) -> None:

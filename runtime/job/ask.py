@@ -1,4 +1,4 @@
-"""Rows -> answers: pictures opened ahead by threads, looked at ahead by another, answers of many rows written at once.
+"""Rows -> answers: pictures opened ahead by threads, looked at together, answers of many rows written at once.
 
 Rows about the same picture that stand near each other are asked together, so that it is opened, looked at and read once. Knows no
 files of requests or answers.
@@ -7,12 +7,10 @@ files of requests or answers.
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,12 +27,10 @@ from runtime.job.requests import Row
 from runtime.media.picture import is_data_url
 from runtime.media.tiles import PictureTiles
 from runtime.media.web import is_web_address
-from runtime.progress import Cancelled
 
 WINDOW = 128  # rows among which those about the same picture are put together
+OPENED_AHEAD = 64  # rows whose pictures are opened before they are needed
 LOOKED_AT_ONCE = 16  # rows whose tiles the vision part gets together
-AHEAD = 32  # rows whose features wait for the writer
-WAIT_SECONDS = 0.2
 REFUSED = {"n": (None, 1), "stream": (None, False), "logprobs": (None, False), "top_logprobs": (None, 0)}
 
 
@@ -198,28 +194,29 @@ def together(rows: Iterable[Row]) -> Iterator[list[Row]]:
         groups: dict[Hashable, list[Row]] = {}
         for row in window:
             groups.setdefault(_pictures_of(row), []).append(row)
-        yield from groups.values()
+        for group in groups.values():
+            yield from (group[at : at + LOOKED_AT_ONCE] for at in range(0, len(group), LOOKED_AT_ONCE))
 
 
 def answers(model: OpenedModel, asking: Asking, cache_bytes: int, rows: Iterable[Row]) -> Iterator[Answer]:
-    """The answers to rows, in the order in which they are over. Rows are read as a stream, from a thread.
+    """The answers to rows, in the order in which they are over. Rows are read as a stream.
+
+    The vision part works between two steps of the writer: beside it, on the same cores, both together take longer (BENCHMARKS.md).
 
     Raises OptionError for a schema that cannot be followed.
     """
     reader, writer = Reader(model, asking), Writer(model, cache_bytes)
-    with _ahead(lambda: _looked_at(model, _read(reader, rows))) as take:
+    with closing(_looked_at(model, _read(reader, rows))) as ready:
         more = True
         while more or not writer.is_idle:
             while more and writer.is_hungry:
-                ready = take(wait=writer.is_idle)
-                if ready is None:
-                    break
-                if ready is END:
+                one = next(ready, None)
+                if one is None:
                     more = False
-                elif isinstance(ready, Answer):
-                    yield ready
+                elif isinstance(one, Answer):
+                    yield one
                 else:
-                    writer.add(Writing(ready.prompt, ready.decoding, ready))
+                    writer.add(Writing(one.prompt, one.decoding, one))
             for writing in writer.step():
                 yield writing.tag.answer(writing)
 
@@ -227,16 +224,20 @@ def answers(model: OpenedModel, asking: Asking, cache_bytes: int, rows: Iterable
 def _read(reader: Reader, rows: Iterable[Row]) -> Iterator[list[Prepared | Answer]]:
     """Groups of rows -> their prompts, read by several threads and in order."""
     with ThreadPoolExecutor(os.cpu_count(), "pictures") as pool:
-        waiting: deque[Future[list[Prepared | Answer]]] = deque()
+        waiting: deque[tuple[int, Future[list[Prepared | Answer]]]] = deque()
+        count = 0
         for group in together(rows):
-            waiting.append(pool.submit(reader.read, group))
-            if len(waiting) > LOOKED_AT_ONCE:
-                yield waiting.popleft().result()
-        for future in waiting:
+            waiting.append((len(group), pool.submit(reader.read, group)))
+            count += len(group)
+            while count > OPENED_AHEAD:
+                size, future = waiting.popleft()
+                count -= size
+                yield future.result()
+        for _, future in waiting:
             yield future.result()
 
 
-def _looked_at(model: OpenedModel, groups: Iterable[list[Prepared | Answer]]) -> Iterator[Prepared | Answer]:
+def _looked_at(model: OpenedModel, groups: Iterable[list[Prepared | Answer]]) -> Generator[Prepared | Answer, None, None]:
     """Prompts with the features of their pictures, those of some rows looked at together."""
     some: list[Prepared | Answer] = []
     for group in groups:
@@ -259,54 +260,3 @@ def _with_features(model: OpenedModel, some: Sequence[Prepared | Answer]) -> Ite
         else:
             for one in prepared:
                 yield from _with_features(model, [one])
-
-
-END = object()
-
-
-@contextmanager
-def _ahead(work: Callable[[], Iterator[Any]]) -> Iterator[Callable[..., Any]]:
-    """What an iterator yields, made in a thread some steps ahead: a call gives the next one, END behind the last, or None where
-    there is none yet and nobody waits. Raises what the iterator raises."""
-    made: queue.Queue[Any] = queue.Queue(AHEAD)
-    ended = threading.Event()
-
-    def put(one: Any) -> None:
-        while not ended.is_set():
-            try:
-                made.put(one, timeout=WAIT_SECONDS)
-                return
-            except queue.Full:
-                continue
-        raise Cancelled
-
-    def run() -> None:
-        try:
-            for one in work():
-                put(one)
-            put(END)
-        except Cancelled:
-            pass
-        except BaseException as error:  # carried to the one who takes
-            with suppress(Cancelled):
-                put(error)
-
-    def take(*, wait: bool) -> Any:
-        while True:
-            try:
-                one = made.get(timeout=WAIT_SECONDS) if wait else made.get_nowait()
-            except queue.Empty:
-                if not wait:
-                    return None
-                continue
-            if isinstance(one, BaseException):
-                raise one
-            return one
-
-    thread = threading.Thread(target=run, name="ahead", daemon=True)
-    thread.start()
-    try:
-        yield take
-    finally:
-        ended.set()
-        thread.join()

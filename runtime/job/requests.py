@@ -123,7 +123,7 @@ class Requests:
         if self.source.is_dir():
             return sum(1 for _ in self._pictures())
         if self.source.suffix.lower() in TABLES:
-            return sum(batch.num_rows for batch in self._batches([]))
+            return sum(batch.num_rows for batch in record_batches(self.source, []))
         count, last = 0, b"\n"
         with open(self.source, "rb") as file:
             while block := file.read(BLOCK):
@@ -168,44 +168,45 @@ class Requests:
         return found
 
     def _schema(self) -> Any:
-        return next(iter(self._batches(None))).schema
+        return next(iter(record_batches(self.source))).schema
 
     def _table(self) -> Iterator[tuple[int, dict[str, Any]]]:
         number, columns = 0, self._columns()
-        for batch in self._batches(columns):
+        for batch in record_batches(self.source, columns):
             for row in batch.select(columns).to_pylist():
                 number += 1
                 yield number, row
 
-    def _batches(self, columns: list[str] | None) -> Iterator[Any]:
-        """Record batches of a table. Raises OptionError where it is none, or the library is not installed."""
-        try:
-            import pyarrow as arrow
-            from pyarrow import ipc, parquet
-        except ModuleNotFoundError as error:
-            raise not_installed(error, "tables", "; it reads parquet and Arrow files") from None
-        empty = True
-        try:
-            if self.source.suffix.lower() == ".parquet":
-                with parquet.ParquetFile(self.source) as file:
-                    for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
-                        empty = False
-                        yield batch
-                    if empty:
-                        yield arrow.RecordBatch.from_pylist([], file.schema_arrow)
-                return
-            with arrow.memory_map(str(self.source)) as mapped:
-                try:
-                    opened = ipc.open_file(mapped)
-                    batches: Iterable[Any] = map(opened.get_batch, range(opened.num_record_batches))
-                except arrow.ArrowInvalid:  # as datasets keeps them
-                    mapped.seek(0)
-                    batches = opened = ipc.open_stream(mapped)
-                for batch in batches:
+
+def record_batches(file: Path, columns: list[str] | None = None) -> Iterator[Any]:
+    """Record batches of a table, an empty one where it has no rows. Raises OptionError where it is none, or without the library."""
+    try:
+        import pyarrow as arrow
+        from pyarrow import ipc, parquet
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "tables", "; it reads parquet and Arrow files") from None
+    empty = True
+    try:
+        if file.suffix.lower() == ".parquet":
+            with parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                     empty = False
-                    for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                        yield batch.slice(start, ROWS_AT_ONCE)
+                    yield batch
                 if empty:
-                    yield arrow.RecordBatch.from_pylist([], opened.schema)
-        except (arrow.ArrowException, OSError) as error:
-            raise OptionError(f"{self.source} cannot be read as a table ({error})") from None
+                    yield arrow.RecordBatch.from_pylist([], table.schema_arrow)
+            return
+        with arrow.memory_map(str(file)) as mapped:
+            try:
+                opened = ipc.open_file(mapped)
+                batches: Iterable[Any] = map(opened.get_batch, range(opened.num_record_batches))
+            except arrow.ArrowInvalid:  # as datasets keeps them
+                mapped.seek(0)
+                batches = opened = ipc.open_stream(mapped)
+            for batch in batches:
+                empty = False
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                    yield batch.slice(start, ROWS_AT_ONCE)
+            if empty:
+                yield arrow.RecordBatch.from_pylist([], opened.schema)
+    except (arrow.ArrowException, OSError) as error:
+        raise OptionError(f"{file} cannot be read as a table ({error})") from None
