@@ -305,7 +305,7 @@ class exactly:
 
 def on_ray(folder: Path, work: Path, pictures: int) -> dict[str, Any]:
     """Seconds from the first to the last answer, so that starting is told apart."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     import ray
     from ray.cluster_utils import Cluster
 

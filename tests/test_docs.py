@@ -109,7 +109,7 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-HELPS = [["convert"], *(["runtime", command] for command in ("chat", "embed", "search", "classify", "caption"))]
+HELPS = [["convert"], *(["runtime", command] for command in ("chat", "batch", "score", "embed", "search", "classify", "caption"))]
 
 
 @pytest.mark.parametrize("arguments", HELPS, ids=lambda arguments: arguments[-1])

@@ -69,8 +69,7 @@ def answers(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.raise_original_map_exception = False, True
     context.execution_options.preserve_order = False
-    reading = {"num_cpus": 0, "scheduling_strategy": _here(ray)}
-    asked = ray.data.read_datasource(_source(ray, requests, left), override_num_blocks=1, ray_remote_args=reading)
+    asked = ray.data.read_datasource(_source(requests, left), num_cpus=0, override_num_blocks=1)
     found = asked.map_batches(
         _answering(),
         fn_constructor_args=(partial(open_model, ov_config={"INFERENCE_NUM_THREADS": share}), asking, cache_bytes),
@@ -102,13 +101,6 @@ class Left:
         return number // 8 < len(self._bits) and bool(self._bits[number // 8] >> number % 8 & 1)
 
 
-def _here(ray: Any) -> Any:
-    """The node of the one who asks, where the requests are."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
 def _block(values: list[Any]) -> Any:
     import pyarrow as arrow
 
@@ -128,7 +120,7 @@ def _blocks(requests: Requests, left: Left) -> Iterator[Any]:
         yield _block(some)
 
 
-def _source(ray: Any, requests: Requests, left: Left) -> Any:
+def _source(requests: Requests, left: Left) -> Any:
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 

@@ -7,6 +7,7 @@ with a row is the row's, and what is wrong with a job is one line.
 import base64
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -27,7 +28,7 @@ from runtime.answer.model import OpenedModel
 from runtime.answer.turn import Question
 from runtime.commands import batch as command
 from runtime.errors import OptionError
-from runtime.job import ask
+from runtime.job import ask, workers
 from runtime.job.answers import ANSWERED, FAILED, SEEN, Ids, read_answers, text_of
 from tests.conftest import DATA, data_url
 
@@ -390,3 +391,48 @@ def test_bytes_of_a_picture_are_taken(model):
     rows = [{"image": file.getvalue()}, {"image": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}]
     one, two = batch(model, rows, question="Which shape is purple?")
     assert one.text == two.text == model.start_conversation().ask("Which shape is purple?", images=[PICTURE], do_sample=False)
+
+
+def test_datasets_map_a_column_of_answers(model, pictures):
+    """In batches, by one model that stays open."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'internvl-openvino[test]'")
+    asked = datasets.Dataset.from_dict(
+        {"image": [str(pictures / f"{number}.png") for number in range(6)], "question": QUESTIONS[:3] * 2}
+    ).cast_column("image", datasets.Image())
+
+    def answered(columns):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        found = {answer.id: answer.text for answer in batch(model, rows)}
+        return {"answer": [found[str(place)] for place in range(1, len(rows) + 1)]}
+
+    made = asked.map(answered, batched=True, batch_size=4, new_fingerprint="1", keep_in_memory=True)
+    plain = [{"image": str(pictures / f"{number}.png"), "question": QUESTIONS[number % 3]} for number in range(6)]
+    wanted = {answer.id: answer.text for answer in batch(model, plain)}
+    assert made["answer"] == [wanted[str(place)] for place in range(1, 7)]
+
+
+def test_workers_share_a_job(shapes, rows, tmp_path, model):
+    """Two processes, each on a core; in a program of its own, as they are started anew."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core is no two")
+    requests, out = tmp_path / "requests.jsonl", tmp_path / "out.jsonl"
+    requests.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "gone", "image": "no.png", "question": "?"}]))
+    command = [sys.executable, "-m", "runtime", "batch", str(shapes), str(requests), str(out), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = texts(out)
+    assert found.pop("gone") is None
+    assert found == {answer.id: answer.text for answer in batch(model, rows)}
+    done = subprocess.run([*command[:-1], "99"], capture_output=True, text=True)
+    assert "99 workers for" in done.stderr
+
+
+def test_cores_are_shared_out_by_nodes(monkeypatch, tmp_path):
+    """Two nodes with every other core, as some systems number them."""
+    for number, cores in enumerate(["0,2,4-4,6", "1,3,5,7"]):
+        (tmp_path / f"node{number}").mkdir()
+        (tmp_path / f"node{number}" / "cpulist").write_text(cores + "\n")
+    monkeypatch.setattr(workers, "NODES", tmp_path)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: {*range(8)})
+    assert workers.shares_of_cores(2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert workers.shares_of_cores(3) == [[0, 2], [4, 6, 1], [3, 5, 7]]

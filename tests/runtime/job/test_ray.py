@@ -28,6 +28,7 @@ def cluster(monkeypatch):
     """Two nodes of one core each."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'internvl-openvino[ray]'")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's workers make way for everybody else
     import ray
     from ray.cluster_utils import Cluster
 
