@@ -19,7 +19,7 @@ from runtime.job.requests import Requests, Row
 
 COLUMN = "pickled"
 ROWS_A_BLOCK = ask.WINDOW  # that an actor gets at once, and another one if its node dies
-TOLD_AT_ONCE = 16  # answers
+TOLD_AT_ONCE, TOLD_BYTES = 16, 1 << 12  # answers, and how large they may become before they are told
 EXTRA = "; it spreads a job over machines"
 
 
@@ -69,6 +69,7 @@ def answers(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.raise_original_map_exception = False, True
     context.execution_options.preserve_order = False
+    context.target_max_block_size = TOLD_BYTES  # or answers come when an actor has all of its rows
     asked = ray.data.read_datasource(_source(requests, left), num_cpus=0, override_num_blocks=1)
     found = asked.map_batches(
         _answering(),
