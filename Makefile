@@ -7,7 +7,7 @@ IGPU := ../shared/igpu/setup
 # Its compiler fails on the largest registers; where it crashes all the same (128 and more), that says nothing of this project.
 STANDS_IN := CL_CONFIG_CPU_TARGET_ARCH=core-avx2 build/igpu/run
 
-.PHONY: setup check test test-fast test-igpu clients quickstart docs notebook bench soak clean
+.PHONY: setup check test test-fast test-igpu ray clients quickstart docs notebook bench soak clean
 
 setup: $(VENV)/.installed  ## make the virtual environment and install the project in it
 
@@ -36,6 +36,10 @@ test-fast: setup check  ## answering, without the tests that convert first: for 
 
 test-igpu: setup  ## all tests on a GPU that OpenVINO sees; where there is none they say how to make one
 	$(BIN)/python -m pytest tests/igpu -rs
+
+ray: setup  ## a job on a Ray cluster of two local nodes, one of which is killed; installs Ray
+	$(BIN)/python -m pip install --quiet -e '.[ray]'
+	$(BIN)/python -m pytest -m ray tests/runtime/job
 
 clients: setup  ## programs of others against the server; node's is skipped where there is no npm
 	$(BIN)/python -m pip install --quiet -e '.[clients]'

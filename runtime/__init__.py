@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from runtime.answer.drawing import draw_boxes as draw_boxes
     from runtime.answer.turn import Question as Question
     from runtime.errors import InternVLError as InternVLError
+    from runtime.job.run import batch as batch
     from runtime.serve.offline import GenerationConfig as GenerationConfig
     from runtime.serve.offline import pipeline as pipeline
     from runtime.upstream.contrastive import OVInternViT as OVInternViT
@@ -32,6 +33,7 @@ _HOME = {
     "draw_boxes": "answer.drawing",
     "InternVLError": "errors",
     "pipeline": "serve.offline",
+    "batch": "job.run",
     "GenerationConfig": "serve.offline",
 }
 

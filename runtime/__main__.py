@@ -1,6 +1,6 @@
-"""python -m runtime {chat,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, or see what it holds;
+"""python -m runtime {chat,batch,benchmark,serve,tune,info} FOLDER: ask a model folder, measure, serve, tune it, see what it holds;
 python -m runtime {embed,classify,caption} FOLDER PICTURES, search INDEX: compare pictures and texts (InternVL-C and -G);
-python -m runtime doctor: what this machine has, and what is missing.
+python -m runtime score ANSWERS: how right answers are; doctor: what this machine has, and what is missing.
 
 Chooses the command; what each does is in runtime/commands.
 """
@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Sequence
 
 from runtime import __version__
-from runtime.commands import benchmark, caption, chat, classify, doctor, embed, info, search, serve, tune
+from runtime.commands import batch, benchmark, caption, chat, classify, doctor, embed, info, score, search, serve, tune
 from runtime.errors import InternVLError
 from runtime.terminal import CommandParser, ending_quietly
 
 COMMANDS = {
     "chat": (chat, "answer one question, or chat when there is none"),
+    "batch": (batch, "answer a file of requests or a folder of pictures, in a job that goes on when it was ended"),
+    "score": (score, "how right the answers of batch are, by the usual metrics"),
     "benchmark": (benchmark, "measure first token, speed and memory"),
     "serve": (serve, "an OpenAI-compatible server over the folder"),
     "tune": (tune, "find the fastest settings of this machine and keep them in the folder"),

@@ -20,6 +20,7 @@ FLOORS = [  # of runtime, bottom up; rooms of one floor do not know each other
     {"runtime.answer"},
     {"runtime.contrast"},
     {"runtime.upstream", "runtime.serve", "runtime.measure"},
+    {"runtime.job"},
     {"runtime.commands"},
     {"runtime.__main__"},
 ]

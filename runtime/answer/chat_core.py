@@ -385,6 +385,17 @@ class ChatCore(ABC):
             for rows, few, suffice in zip(*self.route_tiles(pixel_values), strict=True)
         ]
 
+    def with_features(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts with the features of all their tiles, which the vision part looks at together.
+
+        Raises NumericsError, and PromptError where one is too long.
+        """
+        prompts = [self.route(prompt) for prompt in prompts]
+        known = {key: features for prompt in prompts for key, features in prompt.known.items()}
+        found, _ = self._encode([picture for prompt in prompts for picture in prompt.pictures], None, known)
+        keys = [[key for picture in prompt.pictures for key in picture.tile_keys] for prompt in prompts]
+        return [replace(prompt, known={key: found[key] for key in own}) for prompt, own in zip(prompts, keys, strict=True)]
+
     def rows_of(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> tuple[np.ndarray | None, int]:
         """The rows (R, D) of all context tokens of some prompts, None where there are none, and how many tiles were encoded.
 

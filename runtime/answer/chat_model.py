@@ -48,7 +48,11 @@ class ChatModel(ChatCore):
         answers = self.answers(prompts, decoding, statistics, progress)
         return [self._text_of([token.id for token in tokens], decoding) for tokens in answers]
 
-    def _text_of(self, ids: Sequence[int], decoding: Decoding) -> str:
+    def text_of(self, decoding: Decoding) -> TextStream:
+        """What turns the tokens of an answer into its text."""
         skips = decoding.skip_special_tokens
-        stream = TextStream(self.tokenizer, self.conv_template, decoding.stop_strings, skip_special_tokens=skips)
+        return TextStream(self.tokenizer, self.conv_template, decoding.stop_strings, skip_special_tokens=skips)
+
+    def _text_of(self, ids: Sequence[int], decoding: Decoding) -> str:
+        stream = self.text_of(decoding)
         return "".join([*(stream.add(token) for token in ids), stream.end()])

@@ -65,13 +65,20 @@ class Question:
         PromptError, OptionError.
         """
         check_question(self.text)
+        return self.about(*self.cut(config, progress))
+
+    def cut(self, config: InternVLConfig, progress: Progress | None = None) -> tuple[list[PictureTiles], list[PictureTiles]]:
+        """The frames and the pictures, opened and cut. Raises PictureError, VideoError, OptionError."""
         tiling = Tiling.of(config).at_most(self.max_tiles)
         frames, pictures = self.pictures(config, progress)
-        cut = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
-        cut += [PictureTiles.of_picture(picture, tiling) for picture in pictures]
+        shown = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
+        return shown, [PictureTiles.of_picture(picture, tiling) for picture in pictures]
+
+    def about(self, frames: list[PictureTiles], pictures: list[PictureTiles]) -> Turn:
+        """The turn about what was cut. Raises PromptError."""
         marks = picture_marks(len(pictures)) if pictures and IMAGE_MARK not in self.text else ""
         pieces = typed(frame_marks(len(frames)), marks=True) + typed(marks + self.text, marks=bool(pictures))
-        return Turn.of(pieces, self.answer_prefix, cut)
+        return Turn.of(pieces, self.answer_prefix, [*frames, *pictures])
 
 
 @dataclass

@@ -23,6 +23,7 @@ from runtime.errors import DeviceError
 from runtime.parts.device import Placement, processor_class, widened
 from runtime.parts.kv_cache import KVCache
 from runtime.parts.paged_cache import PagedCache, page_shapes
+from runtime.parts.paged_rows import PagedRows
 from runtime.parts.part import compile_part, compile_wider, leaving_file, read_part, threads_of
 from runtime.parts.stateful_cache import StatefulCache, Turns
 
@@ -104,9 +105,10 @@ class LanguagePart:
         """An answer is over."""
         self._answers += 1
         if self._later is not None and self._answers >= ANSWERS_BEFORE:
-            self._when_idle(self._take_second)
+            self._when_idle(self.take_second)
 
-    def _take_second(self) -> None:
+    def take_second(self) -> None:
+        """Compile single tokens apart now, where that is to be."""
         with self._lock:
             later, self._later = self._later, None
         if later is None:
@@ -144,7 +146,7 @@ class LanguagePart:
         if self._background is not None:
             self._background.result()
         if self._later is not None and self._answers >= ANSWERS_BEFORE:  # no quiet moment came
-            self._take_second()
+            self.take_second()
 
     def _first_runs(self) -> AbstractContextManager[None]:
         """What a cache runs in: weights are packed by a prompt and by a token, while their file leaves memory."""
@@ -177,6 +179,10 @@ class LanguagePart:
     def new_cache(self) -> KVCache:
         """An empty KV cache; it takes memory only for the tokens it comes to hold."""
         return self._cache_kind(self._base, **self._cache_options)
+
+    def new_rows(self, limit: int) -> PagedRows | None:
+        """Pages of at most `limit` bytes for many rows at once; None where OpenVINO's state holds keys and values."""
+        return PagedRows(self._base, limit, **self._cache_options) if self._cache_kind is PagedCache else None
 
     @contextmanager
     def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:

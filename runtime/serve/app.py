@@ -33,14 +33,25 @@ from runtime import __version__
 from runtime.answer.chat_core import Prompt
 from runtime.answer.decode import Decoding, Token
 from runtime.answer.prompt import THINKING_TOKENS
-from runtime.answer.reading import THOUGHT_END, THOUGHT_START, AnswerReader, Said
+from runtime.answer.reading import AnswerReader, Said
 from runtime.answer.tools import Call
 from runtime.errors import InternVLError, PromptError
 from runtime.media.web import is_web_address
 from runtime.serve.engine import Engine, Piece, ProcessEnded, decoding_of
-from runtime.serve.protocol import ChatRequest, CompletionRequest, ImagePart, MediaRules, RefusalPart, TextPart, Writing
+from runtime.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    MediaRules,
+    RefusalPart,
+    TextPart,
+    Writing,
+    message_of,
+    new_call_id,
+    told_call,
+)
 from runtime.serve.responses import ResponsesRequest, ResponseWriter
-from runtime.serve.turns import turns_of
+from runtime.serve.turns import prompt_of_request
 
 ROUTES = (
     "/v1/chat/completions",
@@ -206,15 +217,12 @@ class Server(Reception):
         """Open the pictures and tokenise, in a thread. Raises InternVLError kinds."""
         model, thinking = self.engine.model, ask.thinks(default=self.rules.thinking)
 
-        def prepare() -> tuple[Prompt, str]:
-            given, turns = turns_of(ask.messages, model.config, self.rules.media, continue_final=ask.continue_final_message)
-            system = ask.system(given, model.system_message, model.config, thinking=thinking)
-            prompt = model.prompt_of(system, turns)
-            model.check(prompt)
-            return model.route(prompt), turns[-1].answer
+        def prepare() -> tuple[Prompt, bool]:
+            prompt, inside = prompt_of_request(ask, model, self.rules.media, thinking=thinking)
+            return model.route(prompt), inside
 
         where = self._slow if takes_long(ask) else None
-        prompt, prefix = await asyncio.get_running_loop().run_in_executor(where, prepare)
+        prompt, inside = await asyncio.get_running_loop().run_in_executor(where, prepare)
         schema, calls = ask.schema_text, ask.calls
         decoding = self.decoding(
             ask,
@@ -226,7 +234,7 @@ class Server(Reception):
             calls=calls,
             thoughts=thinking and (schema is not None or (calls is not None and calls.required)),
         )
-        return Asked(prompt, decoding, THOUGHT_START in prefix and THOUGHT_END not in prefix)
+        return Asked(prompt, decoding, inside)
 
     async def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text alone, as it is."""
@@ -453,7 +461,7 @@ def build_app(engine: Engine, rules: Rules) -> FastAPI:
                 said = [
                     {
                         "index": number,
-                        "message": _message(choice.reader),  # type: ignore[arg-type]
+                        "message": message_of(choice.reader),  # type: ignore[arg-type]
                         "logprobs": server.logprobs(choice.tokens) if ask.logprobs else None,
                         "finish_reason": choice.finish_reason,
                     }
@@ -604,29 +612,10 @@ def _take(choices: list[Choice], number: int, piece: Piece) -> None:
     choices[number].add(piece)
 
 
-def _message(reader: AnswerReader) -> dict[str, Any]:
-    """An answer in OpenAI's form; without content where it is calls alone."""
-    made: dict[str, Any] = {"role": "assistant", "content": None if reader.calls and not reader.content else reader.content}
-    if reader.thought:
-        made["reasoning_content"] = reader.thought
-    if reader.calls:
-        made["tool_calls"] = [_call(call) for call in reader.calls]
-    return made
-
-
-def _call(call: Call) -> dict[str, Any]:
-    return {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def new_call_id() -> str:
-    """A name for a call, by which the client says what it returned."""
-    return f"call_{uuid.uuid4().hex[:24]}"
-
-
 def _delta(said: Said) -> dict[str, Any]:
     """What came next, as a chunk tells it."""
     if said.name:
-        return {"tool_calls": [{"index": said.call, **_call(Call(said.name, ""))}]}
+        return {"tool_calls": [{"index": said.call, **told_call(Call(said.name, ""))}]}
     if said.call is not None:
         return {"tool_calls": [{"index": said.call, "function": {"arguments": said.arguments}}]}
     return {"reasoning_content": said.thought} if said.thought else {"content": said.content}

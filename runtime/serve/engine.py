@@ -94,8 +94,7 @@ class Engine(ABC):
 
     def text_of(self, decoding: Decoding) -> TextStream:
         """What turns the tokens of an answer into its text."""
-        model, skips = self.model, decoding.skip_special_tokens
-        return TextStream(model.tokenizer, model.conv_template, decoding.stop_strings, skip_special_tokens=skips)
+        return self.model.text_of(decoding)
 
     @abstractmethod
     def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import urllib.parse
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,8 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
 from runtime.answer.prompt import thinking_system
-from runtime.answer.tools import ANY_OBJECT, CallRule, check_language, with_tools
+from runtime.answer.reading import AnswerReader
+from runtime.answer.tools import ANY_OBJECT, Call, CallRule, check_language, with_tools
 from runtime.errors import PictureError, PromptError
 from runtime.folder.config import InternVLConfig
 from runtime.folder.tokenizer import check_text
@@ -203,6 +205,26 @@ def _refuse(value: Any, info: ValidationInfo) -> Any:
 Nothing = Annotated[Any, AfterValidator(_refuse)]  # of OpenAI's; what would be ignored in silence is refused
 
 
+def message_of(reader: AnswerReader) -> dict[str, Any]:
+    """An answer in OpenAI's form; without content where it is calls alone."""
+    made: dict[str, Any] = {"role": "assistant", "content": None if reader.calls and not reader.content else reader.content}
+    if reader.thought:
+        made["reasoning_content"] = reader.thought
+    if reader.calls:
+        made["tool_calls"] = [told_call(call) for call in reader.calls]
+    return made
+
+
+def told_call(call: Call) -> dict[str, Any]:
+    """A call in OpenAI's form."""
+    return {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def new_call_id() -> str:
+    """A name for a call, by which the client says what it returned."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 def check_texts(body: Any) -> Any:
     """Raise ValueError for half of a character anywhere in a body: in a name too it would break what tells of it."""
     level = [body]
@@ -350,7 +372,7 @@ class CompletionRequest(Writing):
 class MediaRules:
     """What a client may have the server read: media it sends itself, and what the one who starts the server allows.
 
-    `trusted` is who runs the model on his own machine: everything may be read.
+    `trusted` is who runs the model on his own machine: everything may be read, relative paths below `folder`.
     """
 
     domains: frozenset[str] = frozenset()
@@ -385,7 +407,7 @@ class MediaRules:
         path = Path(urllib.parse.unquote(parts.path) if parts else url)
         try:
             if self.trusted:
-                return path
+                return path if self.folder is None else self.folder / path
             if self.folder is not None and path.resolve().is_relative_to(self.folder.resolve()):
                 return path
         except (OSError, ValueError, RuntimeError):  # no name of a file

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
+from runtime.answer.chat_core import ChatCore, Prompt
 from runtime.answer.prompt import IMAGE_MARK, THINKERS, frame_marks, picture_marks, typed
+from runtime.answer.reading import THOUGHT_END, THOUGHT_START
 from runtime.answer.tools import Call, check_language, written_answer, written_result
 from runtime.answer.turn import Turn
 from runtime.errors import PromptError
@@ -21,10 +23,24 @@ from runtime.folder.tokenizer import Typed
 from runtime.media.document import open_pictures
 from runtime.media.picture import is_data_url
 from runtime.media.tiles import PictureTiles, Tiling
-from runtime.serve.protocol import FilePart, ImagePart, MediaRules, Message, Text, VideoPart
+from runtime.serve.protocol import ChatRequest, FilePart, ImagePart, MediaRules, Message, Text, VideoPart
 
 DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles a picture; LMDeploy's
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+def prompt_of_request(
+    ask: ChatRequest, model: ChatCore, rules: MediaRules, *, thinking: bool, config: InternVLConfig | None = None
+) -> tuple[Prompt, bool]:
+    """The prompt of a request, its pictures opened; and whether it ends inside of a thought.
+
+    `config` says how pictures are cut, where not as the model's does. Raises InternVLError kinds.
+    """
+    given, turns = turns_of(ask.messages, config or model.config, rules, continue_final=ask.continue_final_message)
+    prompt = model.prompt_of(ask.system(given, model.system_message, model.config, thinking=thinking), turns)
+    model.check(prompt)
+    prefix = turns[-1].answer
+    return prompt, THOUGHT_START in prefix and THOUGHT_END not in prefix
 
 
 @dataclass(frozen=True)

@@ -220,3 +220,28 @@ def test_the_objects_of_kubernetes_belong_together():
     (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
     assert mount["name"] == volume["name"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_the_job_on_kuberay_is_one_of_ours():
+    claim, job = yaml.safe_load_all((SERVING / "kuberay.yaml").read_text())
+    assert (claim["kind"], claim["spec"]["accessModes"]) == ("PersistentVolumeClaim", ["ReadWriteMany"])
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert {*job["spec"]} == {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
+    head, (workers,) = job["spec"]["rayClusterSpec"]["headGroupSpec"], job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert {*head} == {"rayStartParams", "template"}
+    assert {*workers} == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    assert all(isinstance(value, str) for value in head["rayStartParams"].values()), "KubeRay takes texts alone"
+    python, module, package, *command = shlex.split(job["spec"]["entrypoint"])
+    assert (python, module, package) == ("python", "-m", "runtime")
+    options = vars(parser().parse_args(command))
+    assert (options["command"], options["ray"]) == ("batch", "auto")
+    built = re.search(r"--build-arg PACKAGES=\"(.*)\" -t (\S+) \.", (SERVING / "kuberay.yaml").read_text())
+    assert "/source[ray]" in built[1]
+    for group in (head, workers):
+        pod = group["template"]["spec"]
+        (container,), (volume,) = pod["containers"], pod["volumes"]
+        (mount,) = container["volumeMounts"]
+        assert container["image"] == built[2]
+        assert mount["name"] == volume["name"]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert all(str(options[name]).startswith(mount["mountPath"] + "/") for name in ("folder", "requests", "answers"))
