@@ -66,6 +66,13 @@ def tiles_at_hand(side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [_tile(picture, side) for picture in pictures], tiles_kept_apart(side)
 
 
+def tiles_seen(side: int) -> list[np.ndarray]:
+    """Four tiles (1, 3, S, S) of those that ranges are found on: photographs as far as there are, a page, a window, a chart."""
+    drawn = [draw(0) for draw in (scenes.window, scenes.chart, scenes.page)]
+    photographs = [_crops(photograph)[0] for photograph in scenes.photographs()[:SEEN]] or [scenes.page(1)]
+    return [_tile(picture, side) for picture in (photographs + drawn[len(photographs) - 1 :])]
+
+
 def tiles_kept_apart(side: int) -> list[np.ndarray]:
     """Tiles (1, 3, S, S) that no range is found on: a page, a chart, a photograph if there is one."""
     pictures = [scenes.page(UNSEEN), scenes.chart(UNSEEN), *scenes.photographs()[SEEN:]]

@@ -22,6 +22,7 @@ from convert import contrast
 from convert.calibration import calibration_samples, calibration_tiles, divided, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import check_group_size, compress, four_bits
+from convert.exact import Part
 from convert.four_bits import Ready
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, Recipe, check_packed
@@ -163,7 +164,7 @@ def _convert_part(
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
         "router": lambda: trace_router(load_router(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
-            _in_four_bits(checkpoint, tokenizer, recipe, scratch, ready)
+            _in_four_bits(checkpoint, tokenizer, work, recipe, scratch, ready)
             if recipe is not None and ready is not None
             else load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready),
             quantised=dtype is None,
@@ -196,13 +197,13 @@ def _recipe(checkpoint: Checkpoint, options: ConvertOptions) -> Recipe | None:
 
 
 def _in_four_bits(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, scratch: Scratch, ready: Ready
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe, scratch: Scratch, ready: Ready
 ) -> PreTrainedModel:
     """The language part with its matrices in `ready`, put in four bits by texts that the checkpoint itself writes."""
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
     matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
-    with tqdm(total=CALIBRATION_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False) as bar:
-        texts = calibration_texts(checkpoint, model, tokenizer, bar.update)
+    with tqdm(total=2 * CALIBRATION_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False) as bar:
+        texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
     if rounded:
         print(f"language: rounded to the nearest, since what they see is singular: {some(rounded)}", flush=True)

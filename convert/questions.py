@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.answers import Question, prompts_of, write
-from convert.calibration import QUESTION, question_of, tile_of, tiles_kept_apart
+from convert.calibration import question_of, tile_of, tiles_kept_apart, tiles_seen
 from convert.checkpoint import Checkpoint
+from convert.exact import Part
 from convert.recipe import Texts
 from convert.reference.model import in_float32, load_text_embeddings
 from convert.tokenizer import end_tokens
@@ -51,6 +54,8 @@ CALIBRATION = (
     "What should a person do when a kitchen fire starts?",
     "Explain how a hash table works, and what happens when two keys collide.",
 )
+# About pictures that ranges of the vision part are found on too.
+OF_SEEN = ("Describe this picture in detail.", "What is in the middle?", "请描述这张图片。", "Read the text in this picture.")
 # Gone on with by drawing tokens, without a conversation's template: text that is no answer.
 OPENINGS = (
     "The history of the town begins in the twelfth century, when",
@@ -80,32 +85,63 @@ PROOF = (
     "Return a JSON list of three books with title, author and year.",
     "Was ist der Unterschied zwischen Strom und Spannung?",
 )
-OF_PICTURES = ("What is written here, and where?", "Which colours do you see?", QUESTION)  # a page, a chart, a photograph
+OF_PICTURES = (  # a page, a chart, a photograph
+    "What is written here, and where?",
+    "Which colours do you see?",
+    "Is this a photograph? What does it show?",
+)
 
 
 @torch.no_grad()
 def calibration_texts(
-    checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reached: Callable[[], Any]
+    checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vision: Part, reached: Callable[[], Any]
 ) -> Texts:
-    """What the checkpoint writes after the questions and the openings, with them; `reached` is called once a token of all.
+    """What the checkpoint writes after the questions and the openings, with them; `reached` is called twice a token of all.
 
-    `model` is its decoder over mapped matrices. Where answers are empty, what is asked is what is read.
+    `model` is its decoder over mapped matrices, `vision` the part that is converted already. Where answers are empty, what is asked
+    is what is read.
     """
     table = load_text_embeddings(checkpoint, None)
-    asked = [prompt.ids for prompt in prompts_of([Question(text) for text in CALIBRATION], tokenizer, 1)]
-    ids = [torch.from_numpy(one) for one in asked] + [torch.tensor(tokenizer.encode(text)) for text in OPENINGS]
+    plain = [Question(text) for text in CALIBRATION]
+    pictured = [Question(text, tile) for text, tile in zip(OF_SEEN, tiles_seen(checkpoint.config.tile_size), strict=True)]
+    prompts = prompts_of([*plain, *pictured], tokenizer, checkpoint.config.tokens_per_tile)
+    ids = [torch.from_numpy(prompt.ids) for prompt in prompts] + [torch.tensor(tokenizer.encode(text)) for text in OPENINGS]
     embeds = [F.embedding(one, table).float() for one in ids]
-    nothing = [torch.zeros(len(one), dtype=torch.int64) for one in ids]
-    draws = [False] * len(CALIBRATION) + [True] * len(OPENINGS)
+    visual = [torch.eq(one, prompts[0].context).long() for one in ids]
+    for prompt, rows, here in zip(prompts, embeds, visual, strict=False):
+        if prompt.tile is not None:
+            rows[here.bool()] = torch.from_numpy(np.array(vision(prompt.tile))).flatten(0, 1)
+    draws = [False] * len(prompts) + [True] * len(OPENINGS)
     ends = end_tokens(tokenizer, checkpoint.config, checkpoint.folder)
+    written: list[list[int]] = [[] for _ in ids]
     with in_float32(model):
-        written = write(model, table, embeds, nothing, CALIBRATION_TOKENS, ends, draws=draws, reached=reached)
+        for wanted in (False, True):  # prompts with a picture are much longer, and a batch is as long as its longest
+            some = [number for number, here in enumerate(visual) if bool(here.any()) == wanted]
+            read, seen, drawn = [embeds[n] for n in some], [visual[n] for n in some], [draws[n] for n in some]
+            more = write(model, table, read, seen, CALIBRATION_TOKENS, ends, draws=drawn, reached=reached)
+            for number, one in zip(some, more, strict=True):
+                written[number] = one
     whole = [
         torch.cat([rows, F.embedding(torch.tensor(more, dtype=torch.int64), table).float()])
         for rows, more in zip(embeds, written, strict=True)
     ]
-    mask = pad_sequence([torch.ones(len(rows), dtype=torch.int64) for rows in whole], batch_first=True)
-    return Texts(pad_sequence(whole, batch_first=True), mask)
+    return packed(whole, [F.pad(here, (0, len(rows) - len(here))) for here, rows in zip(visual, whole, strict=True)])
+
+
+def packed(texts: list[Tensor], visual: list[Tensor]) -> Texts:
+    """Texts (T, D), with 1 on context tokens (T), in rows as long as the longest: short ones stand behind each other in one."""
+    longest = max(map(len, texts))
+    rows: list[list[int]] = []
+    for number in sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True):
+        room = (row for row in rows if sum(len(texts[n]) for n in row) + len(texts[number]) <= longest)
+        found = next(room, None)
+        if found is None:
+            rows.append([number])
+        else:
+            found.append(number)
+    joined = [[torch.cat([kind[number] for number in row]) for row in rows] for kind in (texts, visual)]
+    there = [torch.ones(len(row), dtype=torch.int64) for row in joined[0]]
+    return Texts(*(pad_sequence(kind, batch_first=True) for kind in (joined[0], there, joined[1])))
 
 
 def questions_of_proof(side: int, pictures: Iterable[Path] = ()) -> list[Question]:

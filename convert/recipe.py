@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from convert.answers import hidden_states
 from convert.four_bits import FourBits, Ready
 from convert.gptq import Inputs, gptq, loss_of_rounding
 from convert.options import Recipe
@@ -33,10 +34,11 @@ LEAST_SIZE, TINY = 1e-2, 1e-6  # of a column, as a share of the mean
 
 @dataclass(frozen=True)
 class Texts:
-    """What a decoder reads: embeddings (B, T, D) float32 and which of them are there (B, T)."""
+    """What a decoder reads: embeddings (B, T, D) float32; which of them are there, and which stand for pictures (B, T)."""
 
     embeds: Tensor
     mask: Tensor
+    visual: Tensor
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def round_by_inputs(
         for module, name in names.items():
             module.__class__ = _Watched
             module.walk, module.called = walk, name
-        model.model(inputs_embeds=texts.embeds, attention_mask=texts.mask, use_cache=False)
+        hidden_states(model, texts.embeds, texts.mask, texts.visual)
     finally:
         for module in names:
             module.__class__ = nn.Linear

@@ -17,12 +17,13 @@ from convert.answers import TOKENS, Kept, fingerprint, prompts_of
 from convert.checkpoint import Checkpoint
 from convert.exact import LanguagePart
 from convert.quality import Measured
-from convert.questions import CALIBRATION, OPENINGS, PROOF, questions_of_proof
+from convert.questions import CALIBRATION, OF_PICTURES, OF_SEEN, OPENINGS, PROOF, packed, questions_of_proof
 from convert.reference.model import InternVLChatModel
 from convert.tokenizer import load_tokenizer
 from runtime.__main__ import main as runtime
 from runtime.errors import OptionError
 from runtime.folder.files import QUALITY_FILE
+from tests.bench_quality import QUESTIONS as JUDGING
 
 INT4 = {"weight_format": "int4", "recipe": "fast", "group_size": 32}
 
@@ -110,7 +111,7 @@ def test_the_median_of_the_first_other_token_counts_answers_without_one():
 
 
 def test_calibration_and_proof_have_nothing_in_common():
-    asked = [*CALIBRATION, *OPENINGS, *PROOF]
+    asked = [*CALIBRATION, *OF_SEEN, *OPENINGS, *PROOF, *OF_PICTURES, *JUDGING]
     assert len({*asked}) == len(asked)
 
 
@@ -146,3 +147,15 @@ def test_folders_of_different_checkpoints_are_refused(measured, tiny, tmp_path, 
         assert "are of different checkpoints" in capsys.readouterr().err.splitlines()[-1]
     assert command(["compare", str(folder)]) == 2
     assert "error: there is one folder" in capsys.readouterr().err
+
+
+def test_short_texts_share_a_row():
+    texts = [torch.full((length, 2), float(length)) for length in (3, 9, 5, 6, 1)]
+    made = packed(texts, [torch.ones(len(text), dtype=torch.int64) for text in texts])
+    assert made.mask.sum() == made.visual.sum() == 24
+    assert made.embeds.shape == (3, 9, 2)
+    assert [made.embeds[row, :, 0].tolist() for row in range(3)] == [
+        [9.0] * 9,
+        [6.0] * 6 + [3.0] * 3,
+        [5.0] * 5 + [1.0] + [0.0] * 3,
+    ]
