@@ -5,6 +5,7 @@ Says what it does, one line a step; the work is in the files it names.
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Iterable
@@ -201,10 +202,12 @@ def _in_four_bits(
 ) -> PreTrainedModel:
     """The language part with its matrices in `ready`, put in four bits by texts that the checkpoint itself writes."""
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
+    rope = copy.deepcopy(model.model.rotary_emb)  # of some models a forward changes it, and it can no longer be traced
     matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
     with tqdm(total=2 * CALIBRATION_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False) as bar:
         texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
+    model.model.rotary_emb = rope
     if rounded:
         print(f"language: rounded to the nearest, since what they see is singular: {some(rounded)}", flush=True)
     take_place(model, found, recipe, ready, partial(four_bits, group_size=recipe.group))
