@@ -9,13 +9,14 @@ import threading
 from collections.abc import Sequence
 
 from convert import convert
-from convert.options import BACKUP_PRECISIONS, FORMATS, VISION_FORMATS, ConvertOptions
+from convert.options import BACKUP_PRECISIONS, FAST, FORMATS, GROUP, RECIPES, VISION_FORMATS, ConvertOptions
 from convert.serving import OVMS
 from runtime import __version__
 from runtime.errors import InternVLError, not_installed
 from runtime.terminal import CommandParser, ending_quietly
 
 EXIT_INTERRUPTED = 2
+COMPARE = "compare"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = CommandParser(
         prog="python -m convert",
         description="Convert an InternVL checkpoint to an OpenVINO model folder and verify it against the PyTorch path.",
+        epilog=f"What folders of one checkpoint lose, side by side:  python -m convert {COMPARE} --help",
     )
     p.add_argument("--version", action="version", version=__version__)
     p.add_argument("source", metavar="SOURCE", help="checkpoint: a hub id like OpenGVLab/InternVL2-1B, or a local folder")
@@ -47,11 +49,18 @@ def parser() -> argparse.ArgumentParser:
         "--text-embeddings-weight-format", choices=FORMATS, help="of the text embeddings (default: follows --weight-format)"
     )
     weights.add_argument(
+        "--recipe",
+        choices=(*RECIPES, FAST),
+        default=default.recipe,
+        help="of int4 in the language part: by what its matrices see when the checkpoint answers; small: smallest; exact: larger; "
+        "fast: rounding (default: %(default)s)",
+    )
+    weights.add_argument(
         "--group-size",
         type=int,
-        default=default.group_size,
         metavar="N",
-        help="int4 weights that share a scale; -1 is one scale a row (default: %(default)s)",
+        help="int4 weights that share a scale; -1 is one scale a row (default: "
+        f"{RECIPES[default.recipe].group}, small, fast and vision {GROUP}, exact {RECIPES['exact'].group})",
     )
     weights.add_argument(
         "--ratio",
@@ -74,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument(
         "--dataset",
         metavar="FOLDER",
-        help="pictures to calibrate on, beside those at hand for w8a8; NAME.txt beside NAME.jpg is the question (default: none)",
+        help="pictures to calibrate on, beside those at hand for w8a8; every fourth is kept for the proof; NAME.txt beside "
+        "NAME.jpg is the question (default: none)",
     )
     weights.add_argument(
         "--num-samples", type=int, default=default.num_samples, metavar="N", help="pictures used at most (default: %(default)s)"
@@ -88,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=default.verify,
         help="compare every part with the PyTorch path; drift past the weight format's bound exits 1 (default: on)",
+    )
+    p.add_argument(
+        "--reference-cache",
+        metavar="FOLDER",
+        help="keep what the PyTorch path says there: the next folder of this checkpoint is compared at once (default: none)",
     )
     p.add_argument(
         "--serving",
@@ -104,7 +119,12 @@ def parser() -> argparse.ArgumentParser:
 
 @ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = vars(parser().parse_args(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [COMPARE]:  # its libraries are loaded when it is asked for
+        from convert.compare import main as compare
+
+        return compare(given[1:])
+    options = vars(parser().parse_args(given))
     interrupted = threading.Event()
 
     def interrupt(*_: object) -> None:

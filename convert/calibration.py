@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from convert import scenes
+from convert.exact import Part
 from convert.reference.language import language_kind
 from convert.tokenizer import context_id, prompt_of
-from convert.verify import Part
 from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 from runtime.errors import OptionError
 from runtime.folder.config import InternVLConfig
@@ -27,7 +27,9 @@ from runtime.parts.part import VISUAL_MASK
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TILES = 24  # of a dataset, seen by the vision part when its ranges are found; each takes a second or two
+SEEN = 2  # of the photographs; the others are kept apart
 UNSEEN = 7  # seed of the drawn pictures that are kept apart
+KEPT_APART = 4  # one of so many pictures of a dataset
 QUESTION = "Describe this picture in detail."
 
 
@@ -40,6 +42,12 @@ def find_pictures(dataset: str, count: int) -> list[Path]:
     return found[:count]
 
 
+def divided(pictures: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Pictures to calibrate on, and every fourth, which is kept apart for the proof."""
+    apart = pictures[KEPT_APART - 1 :: KEPT_APART]
+    return [path for path in pictures if path not in apart], apart
+
+
 def calibration_tiles(pictures: list[Path], tiling: Tiling) -> list[np.ndarray]:
     """Tiles (1, 3, S, S) of the pictures, the same number of each as far as there are: TILES in all at most."""
     cut = [cut_pixels(open_picture(path), tiling)[::-1] for path in pictures[:TILES]]  # bytes, the thumbnail first
@@ -50,14 +58,36 @@ def calibration_tiles(pictures: list[Path], tiling: Tiling) -> list[np.ndarray]:
 def tiles_at_hand(side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tiles (1, 3, S, S) of photographs, pages, charts and screenshots to find ranges on, and others to prove them on."""
     photographs = scenes.photographs()
-    seen, apart = photographs[:2], photographs[2:]
+    seen = photographs[:SEEN]
     if not photographs:
         print("vision: there are no photographs here (scikit-learn, matplotlib): calibrated on drawn pictures alone", flush=True)
     pictures = [crop for photograph in seen for crop in _crops(photograph)]
     pictures += [draw(seed) for draw in scenes.DRAWN for seed in ((0,) if seen else (0, 1, 2))]
-    unseen = apart + [draw(UNSEEN) for draw in (scenes.page, scenes.chart)]
-    found = [[_tile(picture, side) for picture in group] for group in (pictures, unseen)]
-    return found[0], found[1]
+    return [_tile(picture, side) for picture in pictures], tiles_kept_apart(side)
+
+
+def tiles_seen(side: int) -> list[np.ndarray]:
+    """Four tiles (1, 3, S, S) of those that ranges are found on: photographs as far as there are, a page, a window, a chart."""
+    drawn = [draw(0) for draw in (scenes.window, scenes.chart, scenes.page)]
+    photographs = [_crops(photograph)[0] for photograph in scenes.photographs()[:SEEN]] or [scenes.page(1)]
+    return [_tile(picture, side) for picture in (photographs + drawn[len(photographs) - 1 :])]
+
+
+def tiles_kept_apart(side: int) -> list[np.ndarray]:
+    """Tiles (1, 3, S, S) that no range is found on: a page, a chart, a photograph if there is one."""
+    pictures = [scenes.page(UNSEEN), scenes.chart(UNSEEN), *scenes.photographs()[SEEN:]]
+    return [_tile(picture, side) for picture in pictures]
+
+
+def question_of(picture: Path) -> str:
+    """What is asked about a picture of a dataset: PICTURE.txt beside it, or a general question."""
+    beside = picture.with_suffix(".txt")
+    return beside.read_text(encoding="utf-8").strip() if beside.exists() else QUESTION
+
+
+def tile_of(picture: Path, side: int) -> np.ndarray:
+    """A whole picture as one tile (1, 3, S, S)."""
+    return _tile(open_picture(picture), side)
 
 
 def _crops(photograph: Image.Image) -> list[Image.Image]:
@@ -77,8 +107,7 @@ def calibration_samples(
     """Yield the language part's inputs for each picture and its question (PICTURE.txt, or a general one)."""
     vision, text = Part(work, "vision"), Part(work, "text_embeddings")
     for path in pictures:
-        beside = path.with_suffix(".txt")
-        question = beside.read_text(encoding="utf-8").strip() if beside.exists() else QUESTION
+        question = question_of(path)
         rows = vision(cut_tiles(open_picture(path), Tiling.of(config)))  # (N, P, D)
         context = CONTEXT_TOKEN * (rows.shape[0] * rows.shape[1])
         ids = np.array([tokenizer.encode(prompt_of(tokenizer, f"{IMAGE_START}{context}{IMAGE_END}\n{question}"))])

@@ -298,6 +298,7 @@ class Checkpoint(StoredTensors):
         adapter: Path | None = None,
     ):
         raw = read_config(folder / CONFIG_FILE)
+        self.name = name or folder.name
         native = is_native(raw)
         if native:
             raw = published_config(raw, _processor(folder))

@@ -135,7 +135,7 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
         return nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode[f"INT4_{kind}"],
-            group_size=options.group_size,
+            group_size=options.nncf_group,
             ratio=options.ratio,
             all_layers=done,  # the matrix that NNCF would spare is compressed already, do not spare the one before it
             backup_mode=nncf.BackupMode[backup],
@@ -145,7 +145,7 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
         )
     except nncf.InvalidGroupSizeError as error:
         sizes = [int(size) for size in re.findall(r"channel size: (\d+)", str(error))]
-        raise OptionError(_group_size_advice(sizes, options.group_size)) from None
+        raise OptionError(_group_size_advice(sizes, options.nncf_group)) from None
 
 
 def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:

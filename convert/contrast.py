@@ -52,6 +52,7 @@ OF_CHAT = {  # options that have no meaning here
     "adapter": "--adapter",
     "serving": "--serving",
     "scale_estimation": "--scale-estimation",
+    "reference_cache": "--reference-cache",
 }
 INTERNVIT_6B_FORMATS = ("fp32", "fp16", "int8", W8A8)
 
@@ -68,7 +69,7 @@ def run(folder: Path, source: str, final: Path, options: ConvertOptions) -> Summ
         print(note, flush=True)
     checkpoint.check(expected_shapes(checkpoint))
     formats = _formats(checkpoint, options)
-    check_group_size(_row_widths(checkpoint, formats), options.group_size)
+    check_group_size(_row_widths(checkpoint, formats), options.nncf_group)
     check_space(final, int(sum(torch.Size(shape).numel() for shape in checkpoint.shapes.values()) * _most_bytes(formats)))
     words = _words(checkpoint)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []

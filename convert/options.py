@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.errors import OptionError
 
@@ -12,6 +12,24 @@ W8A8 = "w8a8"  # of the vision part: weights and activations in 8 bits
 AUTO = "auto"  # of the vision part, beside int4: w8a8 if it is proven on pictures, else int8
 VISION_FORMATS = (AUTO, *FORMATS, W8A8)
 BACKUP_PRECISIONS = ("none", "int8_sym", "int8_asym")
+GROUP = 128  # of int4 by rounding
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What int4 means for a language part: weights that share a scale, and names of the matrices that are int8 beside the head."""
+
+    group: int
+    in_8_bits: str = r"^$"
+
+
+RECIPES = {  # BENCHMARKS.md has what was tried
+    "default": Recipe(64, r"\.v_proj$"),
+    "small": Recipe(128),
+    "exact": Recipe(32, r"\.([vko]|down)_proj$"),
+}
+FAST = "fast"  # rounding to the nearest, which looks at nothing
+NNCFS = ("sym", "ratio", "backup_precision", "awq", "scale_estimation")  # options of NNCF's own algorithms
 
 
 def check_packed(options: ConvertOptions, recipe: str) -> None:
@@ -38,7 +56,8 @@ class ConvertOptions:
     weight_format: str = "int4"  # of the language part; the other parts follow by convert/compress.py's table
     vision_weight_format: str = AUTO
     text_embeddings_weight_format: str | None = None
-    group_size: int = 128  # weights that share a scale in int4; -1 is one scale a row
+    recipe: str = "default"  # of int4 in the language part: RECIPES, or fast
+    group_size: int | None = None  # weights that share a scale in int4; -1 is one scale a row; None is the recipe's
     ratio: float = 1.0  # share of int4 layers, the rest in the backup precision
     sym: bool = False  # symmetric: no zero points
     backup_precision: str = "int8_asym"  # of embeddings, head and layers left out by ratio
@@ -50,6 +69,7 @@ class ConvertOptions:
     system_message: str | None = None  # None is the one the model was trained with
     adapter: str | None = None  # folder of a LoRA adapter to merge
     verify: bool = True  # compare the parts with the PyTorch path before the folder appears
+    reference_cache: str | None = None  # folder that keeps what the PyTorch path says, for the next folder of this checkpoint
     serving: str | None = None  # ovms: the model folder lies in a repository for OpenVINO Model Server, which is the output
     force: bool = False  # replace an existing model folder
     revision: str | None = None  # of a hub repository: branch, tag or commit
@@ -62,7 +82,12 @@ class ConvertOptions:
             known = VISION_FORMATS if name == "vision_weight_format" else FORMATS
             if value is not None and value not in known:
                 raise OptionError(f"{name} {value!r} is not known; known are {', '.join(known)}")
-        if self.group_size != -1 and self.group_size < 1:
+        known_recipes = (*RECIPES, FAST)
+        if self.recipe not in known_recipes:
+            raise OptionError(f"recipe {self.recipe!r} is not known; known are {', '.join(known_recipes)}")
+        if self.recipe in ("small", "exact") and self._asks_nncf:
+            raise OptionError(f"recipe {self.recipe} has no {', '.join(self._asks_nncf)}, which is NNCF's: leave one out")
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
             raise OptionError(f"group size {self.group_size} is neither positive nor -1 (one scale a row)")
         if not 0 <= self.ratio <= 1:
             raise OptionError(f"ratio {self.ratio} is not between 0 and 1")
@@ -75,10 +100,29 @@ class ConvertOptions:
             raise OptionError(
                 "the dataset would not be used: it serves a vision part in w8a8, --awq, --scale-estimation and a --ratio below 1"
             )
+        if self.reference_cache and not self.verify:
+            raise OptionError("the reference cache would not be used: it serves the proof, leave out --no-verify")
         if self.num_samples < 1:
             raise OptionError(f"num samples {self.num_samples} is not positive")
         if self.weight_format != "int4" and (self.awq or self.scale_estimation or self.ratio != 1):
             raise OptionError(f"awq, scale estimation and ratio are for weight format int4, not {self.weight_format}")
+
+    @property
+    def _asks_nncf(self) -> list[str]:
+        return ["--" + name.replace("_", "-") for name in NNCFS if getattr(self, name) != getattr(type(self), name)]
+
+    @property
+    def by_inputs(self) -> Recipe | None:
+        """How the language part is put in four bits by what its matrices see; None where NNCF does it."""
+        if self.weight_format != "int4" or self.recipe == FAST or self._asks_nncf:
+            return None
+        recipe = RECIPES[self.recipe]
+        return recipe if self.group_size is None else replace(recipe, group=self.group_size)
+
+    @property
+    def nncf_group(self) -> int:
+        """Weights that share a scale where NNCF rounds to int4."""
+        return GROUP if self.group_size is None else self.group_size
 
     @property
     def calibrates_language(self) -> bool:

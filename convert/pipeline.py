@@ -5,6 +5,7 @@ Says what it does, one line a step; the work is in the files it names.
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Iterable
@@ -15,15 +16,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert import contrast
-from convert.calibration import calibration_samples, calibration_tiles, find_pictures, tiles_at_hand
+from convert.calibration import calibration_samples, calibration_tiles, divided, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint, resolve
 from convert.compress import check_group_size, compress, four_bits
+from convert.exact import Part
 from convert.four_bits import Ready
 from convert.lora import Later
-from convert.options import AUTO, W8A8, ConvertOptions, check_packed
+from convert.options import AUTO, W8A8, ConvertOptions, Recipe, check_packed
+from convert.questions import CALIBRATION_TOKENS, calibration_texts, questions_of_proof
+from convert.recipe import round_by_inputs, take_place
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
 from convert.reference.router import KEPT_EXACT
@@ -34,6 +39,7 @@ from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, in_8_bits, prepro
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_router, trace_text_embeddings, trace_vision
 from convert.verify import verify
+from convert.weight_files import some
 from runtime.errors import OptionError
 from runtime.folder.contrastive import CHAT
 from runtime.folder.files import (
@@ -87,10 +93,14 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     if checkpoint.recipe is not None:
         check_packed(options, str(checkpoint.recipe))
     formats = options.formats(parts_of(checkpoint.config), vision_is_6b=checkpoint.config.vision.qk_normalization)
-    pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
+    found = find_pictures(options.dataset, options.num_samples) if options.dataset else []
+    pictures, apart = divided(found)
     check_space(final, _expected_bytes(checkpoint, formats, options))
     if checkpoint.recipe is None:
-        check_group_size(_row_widths(checkpoint, formats), options.group_size)
+        recipe = _recipe(checkpoint, options)
+        for part in {*formats} - {"text_embeddings"}:
+            group = recipe.group if recipe is not None and part == "language" else options.nncf_group
+            check_group_size(_row_widths(checkpoint, formats, part), group)
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
         # 2) the tokenizer, beside the parts: it is Python's work, theirs is mostly not
@@ -106,7 +116,9 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
                     if formats[part] in (AUTO, W8A8):
                         samples = calibration_tiles(pictures, Tiling.of(checkpoint.config))
-                    formats[part] = _convert_part(part, checkpoint, formats[part], options, source, work, samples, summary)
+                    formats[part] = _convert_part(
+                        part, checkpoint, formats[part], options, tokenizer, source, work, samples, summary
+                    )
                 summary.part_bytes[part] = bytes_of(work, part)
             with step("tokenizer"):
                 saved_tokenizer.result()
@@ -117,7 +129,9 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
         # 4) the proof
         if options.verify:
             with step("verify"):
-                summary.report = verify(checkpoint, work, tokenizer, formats)
+                cache = Path(options.reference_cache) if options.reference_cache else None
+                questions = questions_of_proof(checkpoint.config.tile_size, apart)
+                summary.report = verify(checkpoint, work, tokenizer, formats, questions, cache)
             print(*summary.report.lines(), sep="\n", flush=True)
             summary.report.raise_if_drifted()
             summary.verify_seconds = time.monotonic() - started - summary.seconds
@@ -132,6 +146,7 @@ def _convert_part(
     checkpoint: Checkpoint,
     weight_format: str,
     options: ConvertOptions,
+    tokenizer: PreTrainedTokenizerBase,
     source: str,
     work: Path,
     samples: Iterable[Any],
@@ -139,16 +154,20 @@ def _convert_part(
 ) -> str:
     """Load, trace, compress and save one part; return its weight format, which `AUTO` leaves open."""
     dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
-    later = Later() if _merges_later(weight_format, options) else None
+    recipe = _recipe(checkpoint, options) if part == "language" and weight_format == "int4" else None
+    later = Later() if _merges_later(weight_format, checkpoint, options) else None
     ready = None
-    if part == "language" and weight_format == "int4" and (checkpoint.recipe is not None or _rounds_experts(checkpoint, options)):
-        ready = Ready(scratch.empty, partial(four_bits, group_size=options.group_size))
+    fours = checkpoint.recipe is not None or recipe is not None or _rounds_experts(checkpoint, options)
+    if part == "language" and weight_format == "int4" and fours:
+        ready = Ready(scratch.empty, partial(four_bits, group_size=options.nncf_group if recipe is None else recipe.group))
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
         "router": lambda: trace_router(load_router(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
-            load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready),
+            _in_four_bits(checkpoint, tokenizer, work, recipe, scratch, ready)
+            if recipe is not None and ready is not None
+            else load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready),
             quantised=dtype is None,
             ready=ready,
         ),
@@ -157,8 +176,8 @@ def _convert_part(
         tiles, unseen = tiles_at_hand(checkpoint.config.tile_size)
         model, weight_format, summary.proof = in_8_bits(model, weight_format, [*tiles, *samples], unseen)
         samples = ()
-    # of a packed checkpoint, what was left as it was
-    rest = "int8" if weight_format == "int4" and part == "language" and checkpoint.recipe is not None else weight_format
+    # of a packed checkpoint, and of our own recipe, what was left as it was
+    rest = "int8" if weight_format == "int4" and part == "language" and (checkpoint.recipe or recipe) else weight_format
     model = compress(model, rest, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
     save_part(model, part, work, Path(source).name, weight_format, summary)
     del model
@@ -172,9 +191,33 @@ def _rounds_experts(checkpoint: Checkpoint, options: ConvertOptions) -> bool:
     return language_kind(checkpoint.config).experts is not None and options.looks_once and not options.sym
 
 
-def _merges_later(weight_format: str, options: ConvertOptions) -> bool:
+def _recipe(checkpoint: Checkpoint, options: ConvertOptions) -> Recipe | None:
+    """How the language part is put in four bits by what its matrices see; None for what is packed, and for experts."""
+    packed = checkpoint.recipe is not None or language_kind(checkpoint.config).experts is not None
+    return None if packed else options.by_inputs
+
+
+def _in_four_bits(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe, scratch: Scratch, ready: Ready
+) -> PreTrainedModel:
+    """The language part with its matrices in `ready`, put in four bits by texts that the checkpoint itself writes."""
+    model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
+    rope = copy.deepcopy(model.model.rotary_emb)  # of some models a forward changes it, and it can no longer be traced
+    matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
+    with tqdm(total=2 * CALIBRATION_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False) as bar:
+        texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
+        found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
+    model.model.rotary_emb = rope
+    if rounded:
+        print(f"language: rounded to the nearest, since what they see is singular: {some(rounded)}", flush=True)
+    take_place(model, found, recipe, ready, partial(four_bits, group_size=recipe.group))
+    return model
+
+
+def _merges_later(weight_format: str, checkpoint: Checkpoint, options: ConvertOptions) -> bool:
     """Whether LoRA is merged when a matrix is compressed: not where others look at it before, or where it is cast."""
-    return weight_format in ("int8", "int4") and options.looks_once
+    sees = weight_format == "int4" and _recipe(checkpoint, options) is not None
+    return weight_format in ("int8", "int4") and options.looks_once and not sees
 
 
 def _part_of(name: str) -> str:
@@ -182,11 +225,12 @@ def _part_of(name: str) -> str:
     return "language" if name.startswith("language_model.") else "router" if ROUTER.search(name) else "vision"
 
 
-def _row_widths(checkpoint: Checkpoint, formats: dict[str, str]) -> list[int]:
-    """How many weights a row has, of every matrix that is to be int4; GPT-OSS keeps its experts turned."""
+def _row_widths(checkpoint: Checkpoint, formats: dict[str, str], part: str) -> list[int]:
+    """How many weights a row has, of every matrix of a part that is to be int4; GPT-OSS keeps its experts turned."""
     widths = []
     for name, shape in checkpoint.shapes.items():
-        part = _part_of(name)
+        if _part_of(name) != part:
+            continue
         vocabulary = "embed" in name or "lm_head" in name or name.endswith("output.weight")
         if formats[part] == "int4" and not vocabulary and len(shape) > 1 and not name.endswith("_bias"):
             widths.append(shape[1] if len(shape) == 3 else shape[-1])
@@ -205,7 +249,9 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: Co
         stored, cast = 4 if checkpoint.dtypes[name] == "F32" else 2, LOAD_TYPES.get(formats[part])
         rounded = EXPERTS in name and formats[part] == "int4" and _rounds_experts(checkpoint, options)
         wanted = cast.itemsize if cast else 0.55 if rounded else 4 if EXPERTS in name else stored
-        copies[part] += weights * (stored if checkpoint.copies(name, later=_merges_later(formats[part], options)) else 0)
+        copies[part] += weights * (
+            stored if checkpoint.copies(name, later=_merges_later(formats[part], checkpoint, options)) else 0
+        )
         copies[part] += weights * ((wanted if wanted != stored or EXPERTS in name else 0) + (stored if PACKED in name else 0))
     return int(sum(sizes.values()) + max(copies.values())) + TOKENIZER_BYTES
 

@@ -196,6 +196,11 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig, checkpoint: Path) -> set[int]:
+    """The ids that end an answer."""
+    return {*generation_config(tokenizer, config, checkpoint)["eos_token_id"]}
+
+
 def generation_config(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig, checkpoint: Path) -> dict[str, Any]:
     """generation_config.json of the model folder: the checkpoint's own, with the template's stop token among its end tokens.
 

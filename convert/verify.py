@@ -1,12 +1,15 @@
-"""The proof of a conversion: the model folder's parts, run in float32, against the PyTorch path on a small input.
+"""The proof of a conversion: the model folder's parts, run in float32, against the PyTorch path, on a small input and by answers.
 
 Reads a finished folder as any runtime would; its bounds say how far a weight format may drift.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import openvino as ov
@@ -14,20 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
+from convert.answers import TOKENS, Kept, Prompt, Question, answer, fingerprint, hidden_states, prompts_of
 from convert.checkpoint import Checkpoint
+from convert.exact import EXACT, LanguagePart, Part
 from convert.options import W8A8
-from convert.reference.language import LlamaWithVisualExperts
+from convert.quality import Quality, measure
 from convert.reference.model import compute_in_float32, load_language, load_router, load_text_embeddings, load_vision
 from convert.scratch import Scratch
-from convert.tokenizer import context_id, probe_prompt
+from convert.tokenizer import context_id, end_tokens, probe_prompt
 from runtime.errors import DriftError
-from runtime.folder.files import PART_FILES
-from runtime.parts.part import VISUAL_MASK
+from runtime.folder.files import PART_FILES, PARTS
 
-GREEDY_TOKENS = 8
+PROBE = "probe"  # name of the small input's arrays
+AT_ONCE = 8  # answers that are written together
+GREEDY_TOKENS = 8  # of a caption
 SEED = 0
 
 # What a weight format may cost on the probe: the least cosine to the reference, and the largest difference as a share of the
@@ -35,54 +40,6 @@ SEED = 0
 # the language parts of 1B to 8B reached 0.84 to 0.89 in int4. A part that is wrong falls to 0.
 LEAST_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, W8A8: 0.95, "int4": 0.7}
 LARGEST_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5, W8A8: 1.0, "int4": 2.0}
-
-# Compute in float32 throughout, so that what is measured is the weights and not the device's shortcuts.
-EXACT = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "EXECUTION_MODE_HINT": "ACCURACY",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-}
-
-
-class Part:
-    """One part of a model folder on the CPU in float32: arrays in, an array out."""
-
-    def __init__(self, folder: Path, part: str):
-        self._request = ov.Core().compile_model(folder / PART_FILES[part], "CPU", EXACT).create_infer_request()
-
-    def __call__(self, array: np.ndarray) -> np.ndarray:
-        """Tiles (N, 3, S, S) -> context embeddings (N, P, D), or token ids (B, T) -> embeddings (B, T, D)."""
-        return self._request.infer([array])[0]
-
-
-class LanguagePart(Part):
-    """The stateful language part, with its one KV cache."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder, "language")
-        self._routed = any(VISUAL_MASK in port.get_names() for port in self._request.model_inputs)
-
-    def logits(
-        self, embeds: np.ndarray, attention_mask: np.ndarray, *, visual: np.ndarray | None = None, reset: bool = True
-    ) -> np.ndarray:
-        """Embeddings (B, T, D) under a mask (B, past + T) -> logits (B, T, V), valid until the next call.
-
-        `visual` (B, T) is 1 on context tokens, for visual experts. `reset` forgets what came before.
-        """
-        if reset:
-            self._request.reset_state()
-        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": attention_mask,
-            "position_ids": positions,
-            "beam_idx": np.arange(len(embeds), dtype=np.int32),
-        }
-        if self._routed:
-            inputs[VISUAL_MASK] = np.zeros(embeds.shape[:2], np.int64) if visual is None else visual
-        self._request.infer(inputs, share_outputs=True)
-        return self._request.get_tensor("logits").data
 
 
 @dataclass(frozen=True)
@@ -106,8 +63,9 @@ class Row:
 @dataclass(frozen=True)
 class Report:
     rows: list[Row]
-    greedy_agreed: int  # tokens the folder picks like the reference, given the reference's tokens before
-    greedy_tokens: int
+    quality: Quality | None = None  # on the reference's answers, of a chat model
+    greedy_agreed: int = 0  # of a caption: tokens the folder picks like the reference, given the reference's tokens before
+    greedy_tokens: int = 0
 
     def lines(self) -> list[str]:
         """The report as a table for people."""
@@ -118,7 +76,7 @@ class Report:
             for row in self.rows
         ]
         greedy = [f"greedy tokens: {self.greedy_agreed} of {self.greedy_tokens} as the reference"] if self.greedy_tokens else []
-        return [head, *body, *greedy]
+        return [head, *body, *greedy, *(self.quality.lines() if self.quality is not None else [])]
 
     def raise_if_drifted(self) -> None:
         """Raise DriftError naming the parts that are past the bound of their weight format."""
@@ -134,94 +92,114 @@ class Report:
             )
 
 
-@torch.inference_mode()
-def verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str]) -> Report:
-    """Run one tile and a short prompt through the reference and the folder, one part in memory at a time.
+def verify(
+    checkpoint: Checkpoint,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    formats: dict[str, str],
+    questions: Sequence[Question],
+    cache: Path | None = None,
+) -> Report:
+    """Compare a folder with the reference: each part on a small input, and what it answers to `questions`.
 
-    Every part gets the reference's input, so that a difference is its own. The language part sees two rows of the tile and the
-    probe prompt, which is enough to tell and keeps the logits small.
+    Every part gets the reference's input, so that a difference is its own. Of the small input, one random tile and a short prompt,
+    the language part sees two rows of the tile, which is enough to tell. What the reference says is kept in `cache`, and read from
+    there if it was there before. Writes what the answers lose into the folder. Raises OptionError for another checkpoint's cache.
     """
-    with tqdm(total=2 + GREEDY_TOKENS, desc="Comparing with PyTorch", disable=None, leave=False) as bar:
-        return _verify(checkpoint, folder, tokenizer, formats, bar)
-
-
-def _verify(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str], bar: tqdm) -> Report:
-    side = checkpoint.config.tile_size
-    tile = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED))
-    ids = torch.tensor([tokenizer.encode(probe_prompt(tokenizer))])  # (1, T)
-
-    text = F.embedding(ids, load_text_embeddings(checkpoint, None)).float()  # (1, T, D)
-    rows = [compare("text_embeddings", formats, text, Part(folder, "text_embeddings")(ids.numpy()))]
-
     scratch = Scratch(folder)
+    prompts = prompts_of(questions, tokenizer, checkpoint.config.tokens_per_tile)
+    with ExitStack() as opened:
+        place = cache if cache is not None else Path(opened.enter_context(TemporaryDirectory(dir=folder, prefix="reference-")))
+        kept = Kept(place, fingerprint(checkpoint), name=checkpoint.name)
+        steps = reference_steps(len(prompts)) + len(PARTS) + len(prompts)
+        bar = opened.enter_context(tqdm(total=steps, desc="Comparing with PyTorch", disable=None, leave=False))
+        ask_reference(checkpoint, tokenizer, prompts, kept, scratch, bar)
+        rows = _compare_parts(checkpoint, folder, tokenizer, formats, kept, bar)
+        answers = ((kept.answer(prompt.key), prompt.tile) for prompt in prompts)
+        quality = measure(folder, answers, len(prompts), bar.update)
+    quality.write(folder)
+    return Report(rows, quality)
+
+
+def reference_steps(prompts: int) -> int:
+    """How often `ask_reference` moves its bar, about."""
+    return len(PARTS) + prompts + TOKENS * -(-prompts // AT_ONCE)
+
+
+@torch.inference_mode()
+def ask_reference(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    kept: Kept,
+    scratch: Scratch,
+    bar: tqdm,
+) -> None:
+    """Keep what the reference says of the small input and of the prompts, as far as it is not kept yet."""
+    missing = [prompt for prompt in prompts if prompt.key not in kept]
+    if not missing and PROBE in kept:
+        return
+    side = checkpoint.config.tile_size
+    ids = torch.tensor([tokenizer.encode(probe_prompt(tokenizer))])  # (1, T)
+    table = load_text_embeddings(checkpoint, None)
+    probe: dict[str, Tensor] = {"text": F.embedding(ids, table).float()}  # (1, T, D)
     vision = load_vision(checkpoint, None, empty=scratch.empty)
     compute_in_float32(vision)
-    patches = vision.patches(tile)
-    features = vision.context(patches)  # (1, P, D)
+    probe["patches"] = vision.patches(_random_tile(side))
+    probe["vision"] = vision.context(probe["patches"])  # (1, P, D)
+    features = [None if prompt.tile is None else vision(torch.from_numpy(prompt.tile))[0] for prompt in missing]
     del vision
     scratch.clear()
-    rows.append(compare("vision", formats, features, Part(folder, "vision")(tile.numpy())))
     if checkpoint.config.flash is not None:
-        rows += _compare_router(checkpoint, folder, formats, patches, scratch)
-    bar.update()
-
-    embeds = text.clone()
+        router = load_router(checkpoint, None, empty=scratch.empty)
+        compute_in_float32(router)
+        probe["few"], probe["probabilities"] = router(probe["patches"])
+        del router
+        scratch.clear()
+    bar.update(2)
     here = torch.eq(ids[0], context_id(tokenizer))
-    embeds[:, here] = features[:, : int(here.sum())]
+    embeds = probe["text"].clone()
+    embeds[:, here] = probe["vision"][:, : int(here.sum())]
     model = load_language(checkpoint, None, empty=scratch.empty, single=True)
     compute_in_float32(model)
-    visual = here.long()[None]
-    routing = {VISUAL_MASK: visual} if isinstance(model, LlamaWithVisualExperts) else {}
-    expected = model(inputs_embeds=embeds, use_cache=False, **routing).logits  # (1, T, V)
+    states = hidden_states(model, embeds, torch.ones_like(ids), here.long()[None])
+    probe["language"] = model.lm_head(states)  # (1, T, V)
+    kept.put(PROBE, embeds=embeds.numpy(), visual=here.long()[None].numpy(), **{name: t.numpy() for name, t in probe.items()})
     bar.update()
-    # no end token: what follows one is compared like the rest
-    model.generation_config = GenerationConfig(max_new_tokens=GREEDY_TOKENS, do_sample=False, pad_token_id=0)
-    options = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "streamer": _Ticks(bar)} | routing
-    greedy = model.generate(**options)  # type: ignore[operator]
-    steps = model.get_input_embeddings()(greedy)  # (1, G, D)
+    ends = end_tokens(tokenizer, checkpoint.config, checkpoint.folder)
+    for pictured in (False, True):  # prompts with a picture are much longer, and a batch is as long as its longest
+        some = [(prompt, found) for prompt, found in zip(missing, features, strict=True) if (found is not None) == pictured]
+        for start in range(0, len(some), AT_ONCE):
+            batch, rows = zip(*some[start : start + AT_ONCE], strict=True)
+            for prompt, answered in zip(batch, answer(model, table, batch, rows, ends, bar.update), strict=True):
+                kept.put_answer(prompt.key, answered)
     del model
     scratch.clear()
-    language = LanguagePart(folder)
-    rows.append(
-        compare("language", formats, expected, language.logits(embeds.numpy(), np.ones(ids.shape, np.int64), visual=visual.numpy()))
-    )
-    return Report(rows, _agreement(language, embeds, visual, steps, greedy), greedy.shape[1])
 
 
-def _compare_router(checkpoint: Checkpoint, folder: Path, formats: dict[str, str], patches: Tensor, scratch: Scratch) -> list[Row]:
-    """What the router part gives for the reference's patches; its probabilities are computed with weights as they were stored."""
-    router = load_router(checkpoint, None, empty=scratch.empty)
-    compute_in_float32(router)
-    few, probabilities = router(patches)
-    del router
-    scratch.clear()
-    found = ov.Core().compile_model(folder / PART_FILES["router"], "CPU", EXACT)(patches.numpy())
-    exact = formats | {"router": "fp16" if formats["router"] == "fp16" else "fp32"}
-    return [compare("router", formats, few, found[0]), compare("router", exact, probabilities, found[1])]
+def _random_tile(side: int) -> Tensor:
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(SEED))
 
 
-class _Ticks(BaseStreamer):
-    """Moves a bar by one a token."""
+def _compare_parts(
+    checkpoint: Checkpoint, folder: Path, tokenizer: PreTrainedTokenizerBase, formats: dict[str, str], kept: Kept, bar: tqdm
+) -> list[Row]:
+    """Each part on the small input, with the reference's input."""
+    probe = kept.get(PROBE)
+    ids = np.array([tokenizer.encode(probe_prompt(tokenizer))])
 
-    def __init__(self, bar: tqdm):
-        self.bar = bar
+    def row(part: str, found: np.ndarray, name: str, formats: dict[str, str] = formats) -> Row:
+        bar.update()
+        return compare(part, formats, torch.from_numpy(probe[name]), found)
 
-    def put(self, value: Tensor) -> None:
-        self.bar.update(int(value.numel() > 0))  # the first one is the empty prompt
-
-    def end(self) -> None:
-        pass
-
-
-def _agreement(language: LanguagePart, embeds: Tensor, visual: Tensor, steps: Tensor, greedy: Tensor) -> int:
-    """Count the positions where the folder's next token is the reference's, feeding it the reference's tokens one by one."""
-    agreed, length = 0, embeds.shape[1]
-    logits = language.logits(embeds.numpy(), np.ones((1, length), np.int64), visual=visual.numpy())
-    for n, token in enumerate(greedy[0].tolist()):
-        agreed += int(logits[0, -1].argmax() == token)
-        if n + 1 < greedy.shape[1]:
-            logits = language.logits(steps[:, n : n + 1].numpy(), np.ones((1, length + n + 1), np.int64), reset=False)
-    return agreed
+    rows = [row("text_embeddings", Part(folder, "text_embeddings")(ids), "text")]
+    rows.append(row("vision", Part(folder, "vision")(_random_tile(checkpoint.config.tile_size).numpy()), "vision"))
+    if checkpoint.config.flash is not None:
+        found = ov.Core().compile_model(folder / PART_FILES["router"], "CPU", EXACT)(probe["patches"])
+        exact = formats | {"router": "fp16" if formats["router"] == "fp16" else "fp32"}  # its last digits choose
+        rows += [row("router", found[0], "few"), row("router", found[1], "probabilities", exact)]
+    logits = LanguagePart(folder).logits(probe["embeds"], np.ones(ids.shape, np.int64), visual=probe["visual"])
+    return [*rows, row("language", logits, "language")]
 
 
 def compare(part: str, formats: dict[str, str], expected: Tensor, found: np.ndarray) -> Row:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from convert.checkpoint import ContrastiveCheckpoint
+from convert.exact import EXACT
 from convert.reference.contrastive import FeaturesPart, QLlamaPart, QueryPoolPart, VisionEmbeddingPart
 from convert.reference.contrastive_model import causal_bias, load_part, load_table
 from convert.reference.model import compute_in_float32
 from convert.scratch import Scratch
-from convert.verify import EXACT, GREEDY_TOKENS, SEED, Report, Row, compare
+from convert.verify import GREEDY_TOKENS, SEED, Report, Row, compare
 from runtime.folder.contrastive import ContrastiveConfig
 from runtime.folder.files import PART_FILES
 
@@ -51,7 +52,7 @@ def verify(checkpoint: ContrastiveCheckpoint, folder: Path, formats: dict[str, s
     picture = torch.randn(1, 3, config.image_size, config.image_size, generator=random)
     if not isinstance(config, ContrastiveConfig):
         compared("vision", [loaded(FeaturesPart)(picture)[-1]], run("vision", picture))
-        return Report(rows, 0, 0)
+        return Report(rows)
     table = load_table(checkpoint, None, empty=scratch.empty)
     rest = config.qllama.vocab_size - 3
     texts = [3 + torch.randint(rest, (1, length), generator=random) for length in TEXT_LENGTHS]
@@ -113,4 +114,4 @@ def verify(checkpoint: ContrastiveCheckpoint, folder: Path, formats: dict[str, s
 
     of_queries = hidden[:, : len(queries)]
     compared("query_pool", [loaded(QueryPoolPart)(of_queries)], run("query_pool", of_queries))
-    return Report(rows, agreed, len(greedy))
+    return Report(rows, None, agreed, len(greedy))

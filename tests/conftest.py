@@ -68,14 +68,17 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory):
-    """Convert a checkpoint folder with given options, once a session, without the proof: tests of it call convert() themselves."""
+    """Convert a checkpoint folder with given options, once a session; unless they are asked for, without the proof, int4 by rounding.
+
+    Most tests do not look at either, and rounding takes a tenth of a recipe's time.
+    """
     done: dict[Any, Path] = {}
 
     def run(source: Path, **options: Any) -> Path:
         pytest.importorskip("torch", reason="a conversion needs the extra [convert]")
         from convert import ConvertOptions, convert
 
-        options = {"verify": False} | options
+        options = {"verify": False, "recipe": "fast"} | options
         key = (source, tuple(sorted(options.items())))
         if key not in done:
             output = tmp_path_factory.mktemp("converted") / source.name

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from convert.options import RECIPES
 from tests.checkpoints import CONFIGS, tensor_shapes
 
 GOLDEN, CLASS, LAYOUT = "the original's numbers", "transformers' class", "names and shapes"
@@ -35,7 +36,9 @@ def int4_bytes(config: dict) -> dict[str, float]:
 
     A router is not compressed: 16 bits, its attention in float32.
     """
-    group = next(size for size in (128, 64, 32) if not config["llm_config"]["hidden_size"] % size)
+    rounded = next(size for size in (128, 64, 32) if not config["llm_config"]["hidden_size"] % size)
+    experts = any(key in config["llm_config"] for key in ("num_experts", "num_local_experts"))
+    group = rounded if experts else RECIPES["default"].group
     sizes = {"text_embeddings": 0.0, "vision": 0.0, "language": 0.0}
     for name, shape in tensor_shapes(config):
         weights, rows = math.prod(shape), shape[0]

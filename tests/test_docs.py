@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import convert.__main__
+import convert.compare
 import demo.__main__
 import demo.contrast.__main__
 import runtime.__main__
@@ -49,6 +50,7 @@ def commands(starting: str) -> list[str]:
 
 COMMANDS = {
     "convert": convert.__main__.parser,
+    convert.__main__.COMPARE: convert.compare.parser,  # of convert
     "runtime": runtime.__main__.parser,
     "demo": demo.__main__.parser,
     "demo.contrast": demo.contrast.__main__.parser,
@@ -58,8 +60,11 @@ COMMANDS = {
 @pytest.mark.parametrize("command", [command for name in COMMANDS for command in commands(f"python -m {name} ")])
 def test_commands_parse(command):
     name, *arguments = shlex.split(command)[2:]
-    if "--help" not in arguments:
-        COMMANDS[name]().parse_args(arguments)
+    if "--help" in arguments:
+        return
+    if arguments[:1] == [convert.__main__.COMPARE]:
+        name, *arguments = arguments
+    COMMANDS[name]().parse_args(arguments)
 
 
 def test_the_answer_on_the_first_screen_is_the_real_one(converted, capsys):

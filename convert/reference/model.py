@@ -5,10 +5,13 @@ Three loaders, one a part, serve the conversion too, which holds one part in mem
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,6 +179,44 @@ def compute_in_float32(part: nn.Module) -> None:
             module.__class__ = _CastAtUse
         elif type(module) is nn.Embedding:
             module.__class__ = _FloatRows
+
+
+class _InBfloat16(nn.Linear):
+    """A linear layer that computes in bfloat16 and gives its input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16)).to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+def quick_type() -> torch.dtype:
+    """The type in which this processor multiplies quickest: bfloat16 where it has instructions for it."""
+    return torch.bfloat16 if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else torch.float32
+
+
+@contextmanager
+def computing_quickly(part: nn.Module) -> Iterator[None]:
+    """Inside, a part that computes in float32 over mapped matrices multiplies in `quick_type`: what it writes is as good."""
+    modules = [module for module in part.modules() if type(module) is _CastAtUse] if quick_type() == torch.bfloat16 else []
+    for module in modules:
+        module.__class__ = _InBfloat16  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = _CastAtUse
+
+
+@contextmanager
+def in_float32(part: nn.Module) -> Iterator[None]:
+    """Inside, a part computes in float32 over its mapped matrices; behind it, it can be traced as before."""
+    kinds = {module: module.__class__ for module in part.modules()}
+    compute_in_float32(part)
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            module.__class__ = kind
 
 
 class InternVLChatModel(nn.Module, UpstreamCalls):

@@ -10,6 +10,7 @@ from runtime.commands.options import add_folder
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.contrastive import CHAT, CONTRASTIVE, MODES, ContrastiveConfig, FeaturesConfig
 from runtime.folder.files import CONFIG_FILE, PART_FILES, PARTS_OF, bytes_of, check_folder, kind_of_folder, parts_of
+from runtime.folder.quality import read_quality
 from runtime.parts.device import MODEL_CACHE
 
 
@@ -29,6 +30,7 @@ def run(folder: Path) -> None:
     rows |= {part: f"{bytes_of(folder, part) / 1e6:.1f} MB  {PART_FILES[part]}" for part in parts}
     if (folder / MODEL_CACHE).is_dir():
         rows["compiled"] = f"{bytes_kept(folder / MODEL_CACHE) / 1e6:.1f} MB  {MODEL_CACHE}"
+    rows |= read_quality(folder)
     for name, value in rows.items():
         print(f"{name:<16} {value}")
 

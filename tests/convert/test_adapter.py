@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from convert import ConvertOptions, convert
 from convert.checkpoint import Checkpoint
+from convert.exact import LanguagePart
 from convert.reference.model import InternVLChatModel
-from convert.verify import LanguagePart
 from runtime.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoints import make_checkpoint
 from tests.conftest import DATA, embeddings

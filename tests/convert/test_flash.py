@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from convert import ConvertOptions, convert
 from convert.checkpoint import Checkpoint
+from convert.exact import EXACT
 from convert.reference.model import InternVLChatModel, expected_shapes, is_tied
-from convert.verify import EXACT
 from runtime import GenerationConfig, OVInternVLChatModel, pipeline
 from runtime.answer.chat_core import Prompt
 from runtime.answer.flash import choose_few, quantile

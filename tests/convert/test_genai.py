@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from convert.checkpoint import Checkpoint
+from convert.exact import LanguagePart, Part
 from convert.tokenizer import load_tokenizer, prompt_of
-from convert.verify import LanguagePart, Part
 from runtime.answer.prompt import CONTEXT_TOKEN, IMAGE_END, IMAGE_START
 from runtime.media.tiles import Tiling, cut_tiles
 

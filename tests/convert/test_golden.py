@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from convert.checkpoint import Checkpoint
+from convert.exact import LanguagePart, Part
 from convert.reference.model import InternVLChatModel, compute_in_float32, load_language, load_vision
-from convert.verify import LanguagePart, Part
 from tests.conftest import embeddings
 
 REFERENCE, PARTS = 1e-5, 2e-4  # absolute

@@ -159,7 +159,7 @@ def test_merging_a_matrix_when_it_is_compressed_writes_the_same_bytes(base, tmp_
         source, adapter = base(name), str(tmp_path / "adapter")
         settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*LANGUAGE[name], *VISION], use_dora=True)
         shake(peft.get_peft_model(published(source), settings)).save_pretrained(adapter)
-    options = ConvertOptions(weight_format=weight_format, group_size=-1, adapter=adapter, verify=False)
+    options = ConvertOptions(weight_format=weight_format, recipe="fast", group_size=-1, adapter=adapter, verify=False)
     merged = []
     update = Update.merge
     monkeypatch.setattr(Update, "merge", lambda self, weight, out: merged.append(weight is out) or update(self, weight, out))

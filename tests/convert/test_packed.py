@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from convert import ConvertOptions, convert
 from convert.checkpoint import Checkpoint
+from convert.exact import EXACT, LanguagePart
 from convert.reference.model import InternVLChatModel, expected_shapes, is_tied
-from convert.verify import EXACT, LanguagePart
 from runtime import OVInternVLChatModel
 from runtime.errors import CheckpointError, OptionError
 from runtime.folder.files import PART_FILES

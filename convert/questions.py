@@ -1,0 +1,154 @@
+"""What a checkpoint is asked: to calibrate its language part, and to prove a folder. Plain data, no model.
+
+The two have no question, no opening and no picture in common (tests hold it); what judges the project (tests/bench_quality.py) has
+others again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from convert.answers import Question, prompts_of, write
+from convert.calibration import question_of, tile_of, tiles_kept_apart, tiles_seen
+from convert.checkpoint import Checkpoint
+from convert.exact import Part
+from convert.recipe import Texts
+from convert.reference.model import in_float32, load_text_embeddings
+from convert.tokenizer import end_tokens
+
+CALIBRATION_TOKENS = 64  # at most, after each
+
+# Answered with the likeliest tokens; kinds of what people ask: facts, code, tables, JSON, translation, sums, letters, stories.
+CALIBRATION = (
+    "What is the capital of Australia, and what is it known for?",
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
+    "Translate to French: The library closes at six, but you may return books through the slot by the door.",
+    "请用中文介绍一下长城的历史。",
+    "用三句话解释什么是光合作用。",
+    "List five healthy breakfasts with a short reason for each.",
+    "Write a SQL query that gives the ten customers with the highest total of orders in 2023.",
+    "Describe a busy market street in the morning: people, colours, sounds.",
+    "A train leaves at 9:40 and arrives at 13:15. How long does it take? Show the steps.",
+    "Give a JSON object with the fields name, age, city and hobbies for an invented person.",
+    "Write a short, polite e-mail that moves a meeting from Tuesday to Thursday.",
+    "What is the difference between a list and a tuple in Python?",
+    "Summarise the plot of Romeo and Juliet in one paragraph.",
+    "Write a JavaScript function that removes duplicates from an array and explain it.",
+    "写一个Python程序，读取CSV文件并计算每一列的平均值。",
+    "Wie funktioniert ein Kühlschrank? Antworte kurz.",
+    "Solve 3x + 7 = 25 and check the result.",
+    "Write a table in Markdown that compares bicycles, buses and cars by price, speed and comfort.",
+    "Tell a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "Explique la diferencia entre clima y tiempo meteorológico.",
+    "Write HTML for a page with a heading, a picture and a form with two fields.",
+    "What should a person do when a kitchen fire starts?",
+    "Explain how a hash table works, and what happens when two keys collide.",
+)
+# About pictures that ranges of the vision part are found on too.
+OF_SEEN = ("Describe this picture in detail.", "What is in the middle?", "请描述这张图片。", "Read the text in this picture.")
+# Gone on with by drawing tokens, without a conversation's template: text that is no answer.
+OPENINGS = (
+    "The history of the town begins in the twelfth century, when",
+    'import os\nimport sys\n\n\nclass Reader:\n    """',
+    "Abstract. We study the problem of",
+    "# Installation\n\nFirst make sure that",
+    "In the beginning of the nineteenth century",
+    "#include <stdio.h>\n#include <stdlib.h>\n\nint main",
+    "中国的经济发展",
+    "Q: How do I",
+    "The following table shows",
+    "def test_",
+    "She opened the door and",
+    "Terms and conditions\n\n1. Definitions\n",
+    "Ingredients:\n- 2 cups of flour\n",
+    "public class Main {\n    private",
+    "According to the report published on Monday,",
+    "Dear all,\n\n",
+)
+PROOF = (
+    "Who painted the Mona Lisa, and where does it hang?",
+    "Write a Python class for a bank account with deposit and withdraw.",
+    "Describe a rainy afternoon in a small harbour town.",
+    "什么是人工智能？请举两个例子。",
+    "Explain the water cycle to a child.",
+    "Which is larger, 3/7 or 5/12? Explain.",
+    "Return a JSON list of three books with title, author and year.",
+    "Was ist der Unterschied zwischen Strom und Spannung?",
+)
+OF_PICTURES = (  # a page, a chart, a photograph
+    "What is written here, and where?",
+    "Which colours do you see?",
+    "Is this a photograph? What does it show?",
+)
+
+
+@torch.no_grad()
+def calibration_texts(
+    checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vision: Part, reached: Callable[[], Any]
+) -> Texts:
+    """What the checkpoint writes after the questions and the openings, with them; `reached` is called twice a token of all.
+
+    `model` is its decoder over mapped matrices, `vision` the part that is converted already. Where answers are empty, what is asked
+    is what is read.
+    """
+    table = load_text_embeddings(checkpoint, None)
+    plain = [Question(text) for text in CALIBRATION]
+    pictured = [Question(text, tile) for text, tile in zip(OF_SEEN, tiles_seen(checkpoint.config.tile_size), strict=True)]
+    prompts = prompts_of([*plain, *pictured], tokenizer, checkpoint.config.tokens_per_tile)
+    ids = [torch.from_numpy(prompt.ids) for prompt in prompts] + [torch.tensor(tokenizer.encode(text)) for text in OPENINGS]
+    embeds = [F.embedding(one, table).float() for one in ids]
+    visual = [torch.eq(one, prompts[0].context).long() for one in ids]
+    for prompt, rows, here in zip(prompts, embeds, visual, strict=False):
+        if prompt.tile is not None:
+            rows[here.bool()] = torch.from_numpy(np.array(vision(prompt.tile))).flatten(0, 1)
+    draws = [False] * len(prompts) + [True] * len(OPENINGS)
+    ends = end_tokens(tokenizer, checkpoint.config, checkpoint.folder)
+    written: list[list[int]] = [[] for _ in ids]
+    with in_float32(model):
+        for wanted in (False, True):  # prompts with a picture are much longer, and a batch is as long as its longest
+            some = [number for number, here in enumerate(visual) if bool(here.any()) == wanted]
+            read, seen, drawn = [embeds[n] for n in some], [visual[n] for n in some], [draws[n] for n in some]
+            more = write(model, table, read, seen, CALIBRATION_TOKENS, ends, draws=drawn, reached=reached)
+            for number, one in zip(some, more, strict=True):
+                written[number] = one
+    whole = [
+        torch.cat([rows, F.embedding(torch.tensor(more, dtype=torch.int64), table).float()])
+        for rows, more in zip(embeds, written, strict=True)
+    ]
+    return packed(whole, [F.pad(here, (0, len(rows) - len(here))) for here, rows in zip(visual, whole, strict=True)])
+
+
+def packed(texts: list[Tensor], visual: list[Tensor]) -> Texts:
+    """Texts (T, D), with 1 on context tokens (T), in rows as long as the longest: short ones stand behind each other in one."""
+    longest = max(map(len, texts))
+    rows: list[list[int]] = []
+    for number in sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True):
+        room = (row for row in rows if sum(len(texts[n]) for n in row) + len(texts[number]) <= longest)
+        found = next(room, None)
+        if found is None:
+            rows.append([number])
+        else:
+            found.append(number)
+    joined = [[torch.cat([kind[number] for number in row]) for row in rows] for kind in (texts, visual)]
+    there = [torch.ones(len(row), dtype=torch.int64) for row in joined[0]]
+    return Texts(*(pad_sequence(kind, batch_first=True) for kind in (joined[0], there, joined[1])))
+
+
+def questions_of_proof(side: int, pictures: Iterable[Path] = ()) -> list[Question]:
+    """What a folder is proven with: plain questions, and some about pictures that no part was calibrated on.
+
+    `pictures` of a dataset, each with its question (PICTURE.txt, or a general one), are asked about too, as one tile.
+    """
+    own = [Question(text, tile) for text, tile in zip(OF_PICTURES, tiles_kept_apart(side), strict=False)]
+    given = [Question(question_of(path), tile_of(path, side)) for path in pictures]
+    return [*(Question(text) for text in PROOF), *own, *given]

@@ -1,0 +1,176 @@
+"""What int4 means for a language part: which matrix gets which bits, and groups, found in one pass over texts.
+
+A matrix is put in four bits when the pass reaches it, so that those behind it see what it gives, and one layer is in memory at a
+time. Takes a decoder and what it reads; knows nothing of checkpoints, of pictures or of where the texts come from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from convert.answers import hidden_states
+from convert.four_bits import FourBits, Ready
+from convert.gptq import Inputs, gptq, loss_of_rounding
+from convert.options import Recipe
+from convert.reference.language import LlamaWithVisualExperts
+from convert.reference.model import quick_type
+
+Empty = Callable[..., Tensor]
+NORMS = ("input_layernorm", "post_attention_layernorm")
+POWERS = (0.25, 0.5, 0.75, 1.0)
+HELPS = 0.95  # of the loss without it: less is noise
+TRIED_ROWS = 512
+LEAST_SIZE, TINY = 1e-2, 1e-6  # of a column, as a share of the mean
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a decoder reads: embeddings (B, T, D) float32; which of them are there, and which stand for pictures (B, T)."""
+
+    embeds: Tensor
+    mask: Tensor
+    visual: Tensor
+
+
+@torch.no_grad()
+def round_by_inputs(
+    model: PreTrainedModel, texts: Texts, recipe: Recipe, empty: Empty, reached: Callable[[], Any]
+) -> tuple[dict[str, FourBits], list[str]]:
+    """The matrices of a decoder's layers in four bits, by name, and the names of those whose H was singular and that were rounded.
+
+    Where a norm gives some channels far more than others, a part of it is moved from the norm into the columns behind it, in the
+    model too: X diag(s)^-1 diag(s) W, J. Lin et al. 2023, arXiv:2306.00978. `empty` gives the memory of what is kept; `reached` is
+    called once a matrix.
+    """
+    walk = _Walk(texts.mask.bool(), recipe, empty, reached, quick_type())
+    layers: nn.Module = model.model.layers
+    names: dict[Any, str] = {module: f"layers.{name}" for name, module in layers.named_modules() if type(module) is nn.Linear}
+    norms = [module for name, module in layers.named_modules() if name.endswith(NORMS)]
+    if isinstance(model, LlamaWithVisualExperts):  # whose experts for pictures read the second norm too
+        norms = [module for name, module in layers.named_modules() if name.endswith(NORMS[0])]
+    hooks = [norm.register_forward_hook(walk.normed) for norm in norms]
+    try:
+        for module, name in names.items():
+            module.__class__ = _Watched
+            module.walk, module.called = walk, name
+        hidden_states(model, texts.embeds, texts.mask, texts.visual)
+    finally:
+        for module in names:
+            module.__class__ = nn.Linear
+            del module.walk, module.called
+        for hook in hooks:
+            hook.remove()
+    return walk.found, walk.rounded
+
+
+class _Watched(nn.Linear):
+    """A linear layer that is put in four bits when it is first used, and computes with what those stand for."""
+
+    walk: _Walk
+    called: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.walk.through(self, self.called, x)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What some matrices see: x itself, what its columns are divided by, and H of the rest."""
+
+    x: Tensor
+    divisor: Tensor | None
+    inputs: Inputs
+
+
+class _Walk:
+    def __init__(self, mask: Tensor, recipe: Recipe, empty: Empty, reached: Callable[[], Any], kind: torch.dtype):
+        self.found: dict[str, FourBits] = {}
+        self.rounded: list[str] = []
+        self._mask, self._recipe, self._empty, self._reached, self._kind = mask, recipe, empty, reached, kind
+        self._norm: tuple[Any, Tensor] | None = None
+        self._seen: _Seen | None = None
+
+    def normed(self, norm: nn.Module, _: Any, x: Tensor) -> None:
+        """Remember which norm gave x."""
+        self._norm = norm, x
+
+    def through(self, module: nn.Linear, name: str, x: Tensor) -> Tensor:
+        """x (..., K) -> what the matrix in its new bits gives."""
+        seen = self._look(module, x)
+        matrix: Tensor = module.weight
+        if seen.divisor is not None:
+            x = x / seen.divisor
+            matrix = matrix * seen.divisor
+        if re.search(self._recipe.in_8_bits, name):
+            if seen.divisor is not None:
+                kept = self._empty(matrix.shape, dtype=module.weight.dtype).copy_(matrix)
+                module.weight = nn.Parameter(kept, requires_grad=False)
+        else:
+            four = gptq(matrix, seen.inputs)
+            if seen.inputs.factors is None:
+                self.rounded.append(name)
+            self.found[name] = FourBits(self._empty(four.codes.shape, dtype=torch.uint8).copy_(four.codes), four.zeros, four.scales)
+            matrix = four.unpack(torch.empty(matrix.shape, dtype=self._kind))
+        self._reached()
+        out = F.linear(x.to(self._kind), matrix.to(self._kind)).to(x.dtype)
+        return out if module.bias is None else out + module.bias
+
+    def _look(self, module: nn.Linear, x: Tensor) -> _Seen:
+        """What is known of x, once for all matrices that see it; the first of them chooses what moves into the columns."""
+        if self._seen is not None and self._seen.x is x:
+            return self._seen
+        width = x.shape[-1]
+        group = width if self._recipe.group == -1 else self._recipe.group
+        rows = x[self._mask] if x.shape[:-1] == self._mask.shape else x.reshape(-1, width)
+        divisor, inputs = None, Inputs(width, group)
+        if self._norm is not None and self._norm[1] is x and len(rows):
+            divisor = _divisor(rows, module.weight, group)
+        if divisor is not None and self._norm is not None:
+            rows = rows / divisor
+            norm = self._norm[0]
+            norm.weight = nn.Parameter(norm.weight / divisor, requires_grad=False)
+        inputs.add(rows)
+        self._seen = _Seen(x, divisor, inputs)
+        return self._seen
+
+
+def _divisor(rows: Tensor, matrix: Tensor, group: int) -> Tensor | None:
+    """By what to divide the columns of inputs (N, K) so that rounding a matrix (R, K) loses least; None where nothing helps.
+
+    A power of the columns' mean size, of those in POWERS; tried on some rows of the matrix.
+    """
+    size = rows.abs().mean(0).clamp(min=LEAST_SIZE * float(rows.abs().mean()) + TINY)
+    size = size / size.log().mean().exp()
+    square, some = rows.square().mean(0), matrix[:: max(1, len(matrix) // TRIED_ROWS)].float()
+    least, best = HELPS * loss_of_rounding(some, group, square), None
+    for power in POWERS:
+        divisor = size**power
+        lost = loss_of_rounding(some * divisor, group, square / divisor.square())
+        if lost < least:
+            least, best = lost, divisor
+    return best
+
+
+def take_place(
+    model: PreTrainedModel, found: dict[str, FourBits], recipe: Recipe, ready: Ready, plain: Callable[[Tensor], FourBits]
+) -> None:
+    """Leave placeholders in a decoder, which is to be traced, for its matrices in four bits.
+
+    A matrix that the pass did not reach (of experts that no token went to) is rounded by `plain`.
+    """
+    for name, module in model.model.layers.named_modules():
+        called = f"layers.{name}"
+        if type(module) is not nn.Linear or re.search(recipe.in_8_bits, called):
+            continue
+        matrix = module.weight
+        load = partial(found.pop, called) if called in found else partial(plain, matrix)
+        module.weight = nn.Parameter(ready.placeholder(matrix.shape, matrix.dtype, load), requires_grad=False)

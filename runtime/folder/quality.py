@@ -1,0 +1,28 @@
+"""What a model folder says of its own quality: what convert measured, as lines for people.
+
+Reads quality.json; knows nothing of how it is measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from runtime.folder.files import QUALITY_FILE
+
+WHOLE = "all"  # of the parts: all together
+
+
+def read_quality(folder: Path) -> dict[str, str]:
+    """Lines by name; none where nothing was measured."""
+    file = folder / QUALITY_FILE
+    if not file.exists():
+        return {}
+    told = json.loads(file.read_text(encoding="utf-8"))
+    parts = {part: f"KL {found['kl']:.5f}, same token {found['same']:.1%}" for part, found in told["parts"].items()}
+    whole = parts.pop(WHOLE, "the checkpoint's answers are empty")
+    first = told["parts"].get(WHOLE, {}).get("first")
+    if first is not None:
+        whole += f", first other (median) {first}"
+    rows = {"quality": f"{whole}; {told['tokens']} tokens of {told['questions']} answers"}
+    return rows | ({"quality by part": "; ".join(f"{part} {line}" for part, line in parts.items())} if parts else {})
