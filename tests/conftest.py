@@ -68,7 +68,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory):
-    """Convert a checkpoint folder with given options, once a session; unless they are asked for, without the proof, int4 by rounding.
+    """Convert a checkpoint folder with given options, once a session; unless asked for, without the proof and int4 by rounding.
 
     Most tests do not look at either, and rounding takes a tenth of a recipe's time.
     """
