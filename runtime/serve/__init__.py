@@ -47,8 +47,8 @@ def run(
     if compares and placed.pop("vision_device", None) is not None:
         raise OptionError("--vision-device is for chat models: --device places all parts of this one")
     from runtime.parts.memory import return_freed_memory
-    from runtime.serve.app import Limits, Rules
     from runtime.serve.protocol import MediaRules
+    from runtime.serve.reception import Limits, Rules
 
     return_freed_memory()
     listening = _listen(host, port)

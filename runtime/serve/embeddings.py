@@ -18,9 +18,9 @@ from pydantic import Field
 from runtime.contrast.model import OpenedInternVL, unit
 from runtime.errors import OptionError, PromptError
 from runtime.folder.contrastive import TEXT_TOKENS
-from runtime.serve.app import Metrics, Reception, Rules, base_app
 from runtime.serve.protocol import ImagePart, MediaRules, TextPart
 from runtime.serve.protocol import Request as Body
+from runtime.serve.reception import Metrics, Reception, Rules, base_app
 
 MOST_INPUTS = 2048  # of a request; OpenAI's
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=TEXT_TOKENS)]

@@ -334,8 +334,8 @@ def test_the_page_finds_pictures(model, index):
 
 def test_vectors_of_the_server_are_the_models(model, pictures):
     testclient = pytest.importorskip("fastapi.testclient")
-    from runtime.serve.app import Rules
     from runtime.serve.embeddings import build_app
+    from runtime.serve.reception import Rules
 
     with testclient.TestClient(build_app(model, Rules("small", "sesame"))) as client:
         key = {"Authorization": "Bearer sesame"}

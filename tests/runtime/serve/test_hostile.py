@@ -26,8 +26,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from runtime import OVInternVLChatModel
-from runtime.serve.app import Limits
 from runtime.serve.engine import GenaiEngine
+from runtime.serve.reception import Limits
 from tests.runtime.serve.test_serve import KEY, PICTURE, SHAPES, question, serving
 
 ROOT = Path(__file__).parents[3]

@@ -25,9 +25,10 @@ pytest.importorskip("openvino_genai", reason="openvino_genai is not installed")
 
 from runtime import OVInternVLChatModel
 from runtime.serve import _listen, make_server
-from runtime.serve.app import Limits, Rules, build_app
+from runtime.serve.app import build_app
 from runtime.serve.connections import MOST_HEAD, Connection
 from runtime.serve.engine import GenaiEngine
+from runtime.serve.reception import Limits, Rules
 from tests.conftest import data_url
 from tests.runtime.serve.server import ROOT, Server, eventually, started
 from tests.runtime.serve.test_hostile import as_url, png

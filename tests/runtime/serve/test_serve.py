@@ -30,9 +30,10 @@ from runtime.answer.prompt import get_template
 from runtime.answer.stream import TextStream
 from runtime.errors import InternVLError, OptionError
 from runtime.serve import _listen, make_server
-from runtime.serve.app import Limits, Rules, build_app
+from runtime.serve.app import build_app
 from runtime.serve.engine import GenaiEngine, NativeEngine
 from runtime.serve.protocol import MediaRules
+from runtime.serve.reception import Limits, Rules
 from tests.conftest import data_url
 
 ROOT = Path(__file__).parents[3]
