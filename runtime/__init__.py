@@ -1,4 +1,4 @@
-"""Answer questions about pictures and video from a model folder. The names below load what they need when first used."""
+"""Answer questions about pictures and video from a model folder. The names below import what they need on first use."""
 
 from __future__ import annotations
 

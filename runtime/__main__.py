@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 @ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags of pictures that are read all the same
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags in pictures that can still be read
     try:
         COMMANDS[options.pop("command")][0].run(**options)
     except InternVLError as error:

@@ -57,7 +57,7 @@ class DriftError(InternVLError):
 
 
 def not_installed(error: ModuleNotFoundError, extra: str, instead: str = "") -> OptionError:
-    """The line for a library that an extra of this package brings; a module of our own that is missing is a bug and is raised."""
+    """The error for a missing library that an extra of this package installs; a missing module of ours is a bug and is raised."""
     if (error.name or "").partition(".")[0] in ("runtime", "convert", "demo"):
         raise error
     return OptionError(f"{error.name} is not installed: pip install 'internvl-openvino[{extra}]'{instead}")

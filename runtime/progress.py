@@ -1,6 +1,6 @@
-"""How long work is followed and ended: who hears of it, what stops it, a thread that holds up nobody.
+"""Progress reports, cancellation, and background threads that do not keep the program alive.
 
-Every room may report; none knows who listens.
+Every room may report progress; none knows who listens.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 Progress = Callable[[str, int, int], None]  # stage, done, total; stages are parts, frames, tiles and prefill
 T = TypeVar("T")
 _at_work: list[Future[Any]] = []
-INTERRUPTED = 130  # what a shell says of a program that was ended by Ctrl-C
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells report it
 
 
 class Cancelled(Exception):
-    """Raised inside a running answer that is not wanted any more; never reaches the caller."""
+    """Raised inside an answer that was cancelled; never reaches the caller."""
 
 
 def beside(work: Callable[[], T]) -> Future[T]:
-    """Do something in a thread that holds up neither Ctrl-C nor the end of the program."""
+    """Run `work` in a thread that delays neither Ctrl-C nor the end of the program."""
     done: Future[T] = Future()
     if not _at_work:
         atexit.unregister(_leave)
@@ -34,7 +34,7 @@ def beside(work: Callable[[], T]) -> Future[T]:
     def run() -> None:
         try:
             found = work()
-        except BaseException as error:  # carried to the thread that asks for the result
+        except BaseException as error:  # re-raised in the thread that asks for the result
             _at_work.remove(done)
             done.set_exception(error)
         else:
@@ -46,7 +46,7 @@ def beside(work: Callable[[], T]) -> Future[T]:
 
 
 def _leave() -> None:
-    """End without the libraries' own ends where one of them is at work still, which would crash: only Ctrl-C comes here so."""
+    """Skip the libraries' exit handlers while one of them still works, since they would crash: only Ctrl-C gets here so."""
     if _at_work:
         sys.stdout.flush()
         os._exit(INTERRUPTED)

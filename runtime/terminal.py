@@ -1,4 +1,4 @@
-"""How a command reads its line, and how it ends: quietly when its reader goes away, as shell tools do."""
+"""How a command parses its arguments, and how it ends: quietly when its output is closed, as shell tools do."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-READER_GONE = 141  # what a shell says of a program that was ended by SIGPIPE
+READER_GONE = 141  # exit code of a program that SIGPIPE ended, as shells report it
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and name the option that was meant.
+    """An argument parser whose errors are one line and suggest the option that was meant.
 
-    It takes options between words that stand alone too: `chat FOLDER --image X QUESTION`. argparse, left to itself, has decided
-    that there is no QUESTION once it meets --image.
+    Options may stand between positional arguments: `chat FOLDER --image X QUESTION`. Plain argparse decides that there is no
+    QUESTION once it meets --image.
     """
 
     _inside = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._inside or self._subparsers:  # parse_known_intermixed_args comes back here, once for options and once for the rest
+        if self._inside or self._subparsers:  # parse_known_intermixed_args calls this twice: for options, then for the rest
             return super().parse_known_args(args, namespace)
         self._inside = True
         try:
@@ -45,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def ending_quietly(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """A main() whose standard output may be closed by whoever reads it, like `head -1`."""
+    """Wrap a main() whose reader may close standard output early, like `head -1`."""
 
     def run(arguments: Sequence[str] | None = None) -> int:
         try:

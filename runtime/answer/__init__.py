@@ -1,1 +1,1 @@
-"""How a question becomes an answer: prompt, features, decoding, text stream, conversation, the opened model. NumPy alone."""
+"""How a question becomes an answer: prompt, image features, decoding, text stream, conversation, the opened model. NumPy only."""

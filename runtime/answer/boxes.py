@@ -1,6 +1,6 @@
-"""Where things are: the boxes that an answer tells, in pixels of its pictures, and the question that asks for them.
+"""Bounding boxes: parsed from an answer, in pixels of its pictures, and the question that asks for them.
 
-Takes texts and the sizes of pictures. Knows no tokens and no model; `drawing.py` draws what is found.
+Takes texts and the sizes of pictures. Knows no tokens and no model; `drawing.py` draws the boxes.
 Coordinates and question: OpenGVLab/InternVL@2410d1d internvl_chat/eval/refcoco/evaluate_grounding.py.
 """
 
@@ -20,16 +20,16 @@ from runtime.errors import PictureError, PromptError
 from runtime.folder.tokenizer import PLACE_TOKENS, check_text
 from runtime.media.picture import Source, open_picture
 
-BOX_KEYS, LABEL_KEYS = ("bbox_2d", "bbox", "box"), ("label", "name")  # of JSON answers
+BOX_KEYS, LABEL_KEYS = ("bbox_2d", "bbox", "box"), ("label", "name")  # in JSON answers
 FULL = 1000  # thousandths of a picture's width or height
-LEAST_THOUSANDTHS = 4  # RefCOCO's rule: four numbers that sum to less are fractions
-MOST_NESTED = 32  # lists and objects inside of each other
-ONE, SEVERAL = (  # RefCOCO's question; upstream's documentation of its chat data, for more than one thing
+LEAST_THOUSANDTHS = 4  # RefCOCO's rule: four numbers with a smaller sum are fractions
+MOST_NESTED = 32  # depth of nested lists and objects
+ONE, SEVERAL = (  # RefCOCO's question for one object; upstream's chat data format for several
     "Please provide the bounding box coordinate of the region this sentence describes: {}",
     "Detect the {} in the image with their bounding boxes.",
 )
 
-_NAME = re.compile(r"\b(?:Image-|Frame)\d+", re.IGNORECASE)  # as prompts name pictures
+_NAME = re.compile(r"\b(?:Image-|Frame)\d+", re.IGNORECASE)  # names of pictures in prompts
 _START = re.compile(r"<ref>|[\[{]")
 _REF_END = re.compile(r"</ref>|(?=<ref>|<box>)")
 _TAG = re.compile("|".join(PLACE_TOKENS))
@@ -41,15 +41,15 @@ _SENTENCE = re.compile(r"(?<!\bMr|\bMs|\bDr|\bSt|\bNo|\bvs)[.!?]\s+|[。！？]"
 _BULLET = re.compile(r"(?:[-*•]|\d+[.)])\s+")
 _PROSE_END = re.compile(r"\s(?:is|are|at|in|coordinates?|box|boxes)$")
 _EDGES = " \t,;:.-–—*_`\"'=，；：、"  # noqa: RUF001  around a label
-_CUT, _OTHER = object(), object()  # where the answer ends inside of a list or object; true, false, null
+_CUT, _OTHER = object(), object()  # the answer ends inside a list or object; true, false, null
 
 Size = tuple[int, int]  # width, height
-Found = tuple[str, list[float], str, int]  # label, four numbers, what else their object says, where they stand
+Found = tuple[str, list[float], str, int]  # label, four numbers, other texts of their object, position in the answer
 
 
 @dataclass(frozen=True)
 class Box:
-    """One thing: its label, its edges in pixels of the picture as it was given (upright), and that picture's index, from 0."""
+    """A labelled box: its edges in pixels of the picture as given (upright), and the index of that picture, from 0."""
 
     label: str
     x1: float
@@ -66,16 +66,16 @@ def find_boxes(
     question: str = "",
     names: Mapping[str, int] | None = None,
 ) -> list[Box]:
-    """The boxes that an answer tells, in its order, clipped to their pictures.
+    """The boxes in an answer, in order, clipped to their pictures.
 
-    Forms: `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`; what is left where special tokens were skipped, `label[[...]]`;
-    JSON lists and objects with `bbox_2d`, `bbox` or `box` and `label` or `name`, in a fence or in prose, cut off or not. Four
-    numbers that sum to 4 or more are thousandths of the whole picture's width and height, smaller ones fractions. Numbers that are
-    no box (x2 <= x1, five numbers, text) are left out.
-    `pictures` are what was shown, or its sizes (width, height) upright. A box is of the picture that its label, its object, the
-    words before it, the whole answer or `question` name, else of the last. "Image-2" and "Frame2" are the second, unless `names`
-    (in lower case -> index) says otherwise; boxes of a picture that is not there are left out.
-    Raises PictureError for boxes without any picture, and for what is no picture; PromptError for an answer that is no text.
+    Forms: `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`; the same without its special tokens, `label[[...]]`; JSON lists and
+    objects with `bbox_2d`, `bbox` or `box` and `label` or `name`, in a code fence or in prose, truncated or not. Four numbers with
+    a sum of 4 or more are thousandths of the whole picture's width and height, smaller ones are fractions. Numbers that form no box
+    (x2 <= x1, five numbers, text) are skipped.
+    `pictures` are the pictures shown, or their sizes (width, height) upright. A box belongs to the picture named by its label, its
+    object, the words before it, the whole answer or `question`, else to the last. "Image-2" and "Frame2" are the second, unless
+    `names` (lower-case name -> index) differs; boxes of a picture that does not exist are skipped.
+    Raises PictureError for boxes without any picture, and for what is not a picture; PromptError for an answer that is not text.
     """
     if not isinstance(answer, str):
         raise PromptError(f"a {type(answer).__name__} is no answer: give its text")
@@ -96,7 +96,7 @@ def find_boxes(
 
 
 def intersection_over_union(one: Box, other: Box) -> float:
-    """How much two boxes have in common: 0 for nothing, 1 where they are the same. Which pictures they are of is not looked at."""
+    """Intersection over union of two boxes: 0 if disjoint, 1 if equal. Ignores which pictures they belong to."""
     wide = min(one.x2, other.x2) - max(one.x1, other.x1)
     high = min(one.y2, other.y2) - max(one.y1, other.y1)
     common = max(0.0, wide) * max(0.0, high)
@@ -105,9 +105,9 @@ def intersection_over_union(one: Box, other: Box) -> float:
 
 
 def locate_question(labels: str | Sequence[str], *, marked: bool = True) -> str:
-    """The published question for where things are. `marked` off writes no tokens, for models whose vocabulary has none.
+    """The published question for the boxes of labels. `marked` off omits `<ref>` tokens, for vocabularies without them.
 
-    Raises PromptError for labels that are no words.
+    Raises PromptError for labels that are empty, not text, or contain such marks.
     """
     several = [labels] if isinstance(labels, str) else [*labels]
     if not several:
@@ -149,17 +149,17 @@ def _names(text: str) -> list[str]:
 
 
 def _index(name: str, names: Mapping[str, int] | None) -> int:
-    """Which picture a name means; -1 where none has it."""
+    """The index of the picture with this name; -1 or past the end where there is none."""
     if names is not None and name in names:
         return names[name]
     return int(name.removeprefix("image-").removeprefix("frame")[:9]) - 1
 
 
 def _scaled(label: str, numbers: list[float], size: Size, index: int) -> Box | None:
-    """Four numbers of an answer as a box of a picture, None where nothing of the picture is in it."""
+    """Four numbers of an answer as a box of a picture; None where it covers nothing of the picture."""
     if not all(map(math.isfinite, numbers)):
         return None
-    within = [max(0.0, number) for number in numbers]  # what lies outside does not make fractions of thousandths
+    within = [max(0.0, number) for number in numbers]  # clipped first, or negative numbers would turn thousandths into fractions
     full = 1 if sum(within) < LEAST_THOUSANDTHS else FULL
     x1, y1, x2, y2 = (min(value * size[n % 2] / full, float(size[n % 2])) for n, value in enumerate(within))
     return Box(label, x1, y1, x2, y2, index) if x1 < x2 and y1 < y2 else None
@@ -169,8 +169,8 @@ def _scaled(label: str, numbers: list[float], size: Size, index: int) -> Box | N
 
 
 def _found(text: str) -> Iterator[Found]:
-    """Lists of four numbers with their labels, wherever in a text they stand."""
-    at = since = 0  # where to look on, and where the words of the next label begin
+    """Lists of four numbers with their labels, anywhere in a text."""
+    at = since = 0  # where the search continues, and where the words of the next label begin
     ref: str | None = None
     last = ""
     while start := _START.search(text, at):
@@ -194,7 +194,7 @@ def _found(text: str) -> Iterator[Found]:
 
 
 def _label(between: str, last: str) -> str:
-    """The words before a list that are its label; those of the list before it, where there are none but separators."""
+    """The words before a list that are its label; the previous label where there are only separators."""
     if _KEY_BEFORE.search(between):
         return ""
     words = _TAG.sub("", between)
@@ -202,7 +202,7 @@ def _label(between: str, last: str) -> str:
     if not words.strip(_EDGES + "\n([{}])"):
         return last
     line = lines[-1]
-    if "```" in line or (words.rstrip(" ") != words.rstrip() and line.rstrip().endswith(":")):  # a fence, an introduction
+    if "```" in line or (words.rstrip(" ") != words.rstrip() and line.rstrip().endswith(":")):  # a code fence, an introduction
         return ""
     attached = line[-1:] not in (" ", ":")
     line = _SENTENCE.split(line.rstrip(_EDGES))[-1].strip(_EDGES)
@@ -213,8 +213,8 @@ def _label(between: str, last: str) -> str:
 def _rectangles(
     value: Any, label: str, *, unnamed: str = "", bare: bool = True, others: str = ""
 ) -> Iterator[tuple[str, list[float], str]]:
-    """The lists of four numbers in a value, with this label; in an object those of its box alone, with its own or as `unnamed`,
-    and with its other texts."""
+    """The lists of four numbers in a value, with this label; in an object only those of its box key, with its own label or
+    `unnamed`, and with its other texts."""
     if isinstance(value, list):
         if bare and len(value) == 4 and all(isinstance(number, float) for number in value):
             yield label, value, others
@@ -230,11 +230,11 @@ def _rectangles(
 
 
 class _NoValue(Exception):
-    """No list, object, text or number stands here."""
+    """There is no list, object, string or number at this position."""
 
 
 def _value(text: str, at: int, depth: int = 0) -> tuple[Any, int]:
-    """The JSON value at a place, and where it ends: numbers as floats, single quotes and trailing commas too, cut off or not.
+    """The JSON value at a position, and its end: numbers as floats; accepts single quotes, trailing commas and truncation.
 
     Raises _NoValue.
     """
@@ -289,7 +289,7 @@ def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
 
 
 def _next(text: str, at: int, skipped: str = ",") -> int:
-    """The next place with something else than white space and commas."""
+    """The next position of anything but white space and `skipped` characters."""
     while at < len(text) and (text[at].isspace() or text[at] in skipped):
         at += 1
     return at

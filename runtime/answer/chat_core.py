@@ -1,7 +1,7 @@
-"""What a backend gives (embeddings, features, a KV cache), and how a prompt with its pictures becomes tokens over it.
+"""The backend interface (embeddings, image features, a KV cache), and generation from a prompt with pictures over it.
 
-Knows prompts, token ids and which rows of an embedding are pictures; knows no device and no turns in time. OpenVINO's parts and the
-PyTorch reference are both backends, so that the same call can be driven on either.
+Knows prompts, token ids and which embeddings are image features; knows no device and no conversation. OpenVINO's parts and the
+PyTorch reference are both backends, so the same call runs on either.
 Rules: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py.
 """
 
@@ -31,8 +31,8 @@ from runtime.folder.tokenizer import Tokenizer, Typed, check_text
 from runtime.media.tiles import PictureTiles
 from runtime.progress import Progress
 
-LONG_KEYS = 1 << 58  # a bit that no other key uses: of tokens in prompts that are longer than the model's plain length
-ROUTED_BYTES = 1 << 20  # what a router said of a quarter of a million tiles
+LONG_KEYS = 1 << 58  # a bit that no other key uses: marks tokens of prompts longer than the model's plain length
+ROUTED_BYTES = 1 << 20  # the router's probabilities of a quarter of a million tiles
 _prompts = count()
 
 
@@ -40,12 +40,12 @@ _prompts = count()
 class Prompt:
     """A whole prompt as a model reads it.
 
-    `few` says of all its tiles which are left with few context tokens, once a router was asked (ChatCore.route); `encoded` is how
-    many tiles were encoded for that, and `known` what came of it, since no cache may have room for it.
+    `few` tells which of its tiles have few context tokens, once the router has run (ChatCore.route); `encoded` is the number of
+    tiles encoded for that, and `known` holds their features, since the cache may lack room for them.
     """
 
     ids: np.ndarray  # (T,) int64
-    pictures: Sequence[PictureTiles]  # of its context tokens, in order
+    pictures: Sequence[PictureTiles]  # in the order of their context tokens
     few: np.ndarray | None = None  # (N,) bool
     encoded: int = 0
     known: Mapping[bytes, TileFeatures] = field(default_factory=dict, repr=False)
@@ -57,16 +57,16 @@ class Prompt:
 
 
 class ChatCore(ABC):
-    """Backend and prompts. Subclasses set the attributes and give what is abstract."""
+    """Backend and prompts. Subclasses set the attributes and implement the abstract methods."""
 
     config: InternVLConfig
     tokenizer: Tokenizer
     img_context_token_id: int  # upstream's name for the id of the context token
-    system_message: str  # may be set
+    system_message: str  # may be replaced
     feature_cache: FeatureCache[TileFeatures]
-    flash: FlashConfig | None = None  # where the backend has a router, and it is asked
-    tiles_at_once: int  # handed to the vision part, which bounds its memory
-    generation_defaults: Mapping[str, Any]  # of generation_config.json, by transformers' names
+    flash: FlashConfig | None = None  # None: no router, or it is off
+    tiles_at_once: int  # batch size of the vision part, bounds its memory
+    generation_defaults: Mapping[str, Any]  # from generation_config.json, by transformers' names
 
     @abstractmethod
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
@@ -74,35 +74,35 @@ class ChatCore(ABC):
 
     @abstractmethod
     def encode_tiles(self, pixel_values: np.ndarray) -> np.ndarray:
-        """At most `tiles_at_once` tiles (N, 3, S, S) -> context embeddings (N, P, D) float32."""
+        """At most `tiles_at_once` tiles (N, 3, S, S) -> image features (N, P, D) float32."""
 
     def route_tiles(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same, few context embeddings (N, P', D) beside them, and how likely those suffice (N,): where there is a router."""
+        """The same, with the few image features (N, P', D) and the probability that these suffice (N,): needs a router."""
         raise NotImplementedError
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """An empty KV cache (runtime.parts.kv_cache.KVCache or one with its calls), for one conversation or one batch."""
+        """An empty KV cache (runtime.parts.kv_cache.KVCache or one with its calls), for one conversation or batch."""
 
     def settle(self) -> None:  # noqa: B027  a backend may have nothing to do
-        """Somebody asks: what the backend does in the background ends, so that it does not compute beside an answer."""
+        """Called before an answer: the backend ends its background work, so that it does not compete with the answer."""
 
     def rest(self) -> None:  # noqa: B027
-        """An answer is over."""
+        """Called at the end of an answer."""
 
     def release_vision(self) -> None:  # noqa: B027
-        """All tiles of a prompt are encoded: intermediate memory may go back."""
+        """Called when all tiles of a prompt are encoded: intermediate memory may be released."""
 
     def give_back(self, cache: Any) -> None:  # noqa: B027  a backend may keep none
-        """A conversation is over that had this KV cache."""
+        """Called at the end of the conversation with this KV cache."""
 
     def forget(self) -> None:
-        """Drop what is kept for prompts that may come again; conversations keep what is theirs."""
+        """Clear the caches for prompts that may come again; conversations keep their own."""
         self.feature_cache.clear()
         self._routed.clear()
 
     def lend_cache(self, keys: np.ndarray) -> AbstractContextManager[Any]:
-        """A KV cache for one stateless call with a prompt of these keys (T,)."""
+        """A KV cache for one stateless call, for a prompt with these keys (T,)."""
         return nullcontext(self.new_cache())
 
     @property
@@ -116,14 +116,14 @@ class ChatCore(ABC):
         return self.tokenizer.encode(self.conv_template.stop_token, add_special_tokens=False)[0]
 
     def decoding_of(self, options: Mapping[str, Any]) -> Decoding:
-        """How a caller's options, by transformers' names, and generation_config.json have an answer written. Raises OptionError.
+        """The decoding options from a caller's, by transformers' names, and generation_config.json. Raises OptionError.
 
-        As in upstream's chat(), the template's stop token alone ends an answer.
+        As in upstream's chat(), only the template's stop token ends an answer.
         """
         return Decoding.of(self.generation_defaults, {"eos_token_id": self.stop_id, **options})
 
     def rule_of(self, decoding: Decoding) -> Rule | None:
-        """What says which tokens of an answer may come, where it must fit a schema or may call functions.
+        """The grammar of an answer that must fit a schema or may call functions; None for any other.
 
         Raises OptionError for a bad schema.
         """
@@ -140,8 +140,8 @@ class ChatCore(ABC):
     # ---- prompts
 
     def open_turn(self, question: Question, progress: Progress | None = None) -> Turn:
-        """The turn of a question without its answer; what it is to locate is asked in this model's words. Raises InternVLError
-        kinds."""
+        """The turn of a question, without its answer; `locate` becomes the question this model was trained with. Raises subclasses
+        of InternVLError."""
         if question.locate:
             asked = locate_question(question.locate, marked=bool(self.tokenizer.place_ids))
             question = replace(question, text=f"{question.text}\n{asked}" if question.text else asked)
@@ -150,9 +150,9 @@ class ChatCore(ABC):
     def prompt_of(self, system: str, turns: Sequence[Turn]) -> Prompt:
         """The prompt that asks the last of `turns` after the others. Raises PromptError when marks and pictures do not fit.
 
-        What people wrote is text: special tokens that are spelt in it are none. A context token stands for each picture while the
-        text is tokenised, because thousands of them take tens of milliseconds, and for each answer whose own tokens are known: they
-        come back as they were generated, which need not be as the tokenizer writes them.
+        Typed text is plain text: special tokens spelt in it have no meaning. During tokenisation one context token stands for each
+        picture, because thousands of them take tens of milliseconds, and for each answer with known tokens: these are inserted as
+        they were generated, which may differ from how the tokenizer encodes the text.
         """
         *past, asked = turns
         for text in (system, *(part for turn in turns for part in (turn.question, turn.answer))):
@@ -178,32 +178,32 @@ class ChatCore(ABC):
         return Prompt(np.concatenate(whole), pictures)
 
     def prefix_tokens(self, prompt: Prompt, turn: Turn) -> list[int]:
-        """The tokens at the end of a prompt that are the prefix of the answer to come; none where they cannot be told apart."""
+        """The tokens at the end of a prompt that are the answer prefix; none where they merge with the tokens before."""
         if not turn.answer:
             return []
         own = self.tokenizer.encode_pieces([Typed(turn.answer)], add_special_tokens=False)
         return own if prompt.ids[-len(own) :].tolist() == own else []
 
     def _own_tokens(self, turn: Turn) -> list[int] | None:
-        """A turn's tokens behind the lead, if they are its answer: not when it was edited, cut off in a character, or had white
-        space around it. Those of places are none of its text, and stay."""
+        """A turn's tokens after the lead, if they decode to its answer: not when it was edited, truncated inside a character, or
+        surrounded by white space. Tokens around boxes are not in its text, and stay."""
         own = after_lead(turn.tokens, lead_ids(self.tokenizer, self.conv_template))
         return own if own and turn.answer in (self.text_without_places(own), self.tokenizer.decode(own)) else None
 
     def text_without_places(self, ids: Sequence[int]) -> str:
-        """The text of an answer's tokens as it is shown."""
+        """The text of an answer's tokens as shown, without the tokens around labels and boxes."""
         return self.tokenizer.decode([token for token in ids if token not in self.tokenizer.place_ids])
 
     def marked_answer(self, turn: Turn) -> str:
-        """The answer of a turn with the marks of places, where its own tokens are known; else its text."""
+        """The answer of a turn with the tokens around labels and boxes, where its tokens are known; else its text."""
         own = self._own_tokens(turn)
         return turn.answer if own is None else self.tokenizer.decode(own)
 
     def check(self, prompt: Prompt) -> None:
-        """Raise PromptError before any work for a prompt, of one row or (B, T), that cannot be answered."""
+        """Raise PromptError, before any computation, for a prompt (T,) or (B, T) that cannot be answered."""
         context, length, rows = self.config.context_length, prompt.ids.shape[-1], int(self._counts(prompt).sum())
         self._check_rows(prompt.ids, rows)
-        if self.flash is not None and prompt.few is None:  # a router may still leave all tiles with few
+        if self.flash is not None and prompt.few is None:  # the router may still give all tiles few
             fewer = prompt.tiles * (self.config.tokens_per_tile - self.config.few_per_tile)
             length, rows = length - fewer, rows - fewer
         if context and length >= context:
@@ -222,14 +222,14 @@ class ChatCore(ABC):
             )
 
     def _counts(self, prompt: Prompt) -> np.ndarray:
-        """How many context tokens each tile of a prompt has, (N,)."""
+        """Number of context tokens of each tile of a prompt, (N,)."""
         few = np.zeros(prompt.tiles, bool) if prompt.few is None else prompt.few
         return np.where(few, self.config.few_per_tile, self.config.tokens_per_tile)
 
     def route(self, prompt: Prompt, progress: Progress | None = None) -> Prompt:
-        """The prompt as the router leaves it, which is asked of all its tiles; itself where there is none, or it was asked.
+        """The prompt with few context tokens for the tiles that the router chooses; unchanged without a router, or once routed.
 
-        Raises NumericsError, and PromptError where it still is too long.
+        Raises NumericsError, and PromptError where the prompt is still too long.
         """
         if self.flash is None or prompt.few is not None:
             return prompt
@@ -248,7 +248,7 @@ class ChatCore(ABC):
 
     @cached_property
     def _routed(self) -> FeatureCache[np.float32]:
-        """What the router said of tiles: a later turn asks it of all of them again."""
+        """The router's probabilities by tile: later turns need those of all tiles again."""
         return FeatureCache(ROUTED_BYTES)
 
     # ---- tokens
@@ -261,9 +261,9 @@ class ChatCore(ABC):
         statistics: Statistics | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Token]:
-        """The tokens of one answer as they are chosen; only what no KV cache holds of the prompt is computed.
+        """The tokens of one answer as they are chosen; prefill skips what the KV cache holds of the prompt.
 
-        With beams they come at the end. Raises PromptError, NumericsError, and Cancelled out of `progress`.
+        With beam search all tokens come at the end. Raises PromptError, NumericsError, and Cancelled out of `progress`.
         """
         self.check(prompt)
         if decoding.num_beams > 1:
@@ -274,14 +274,14 @@ class ChatCore(ABC):
             with self.prefilled(prompt, cache, statistics, progress) as (own, logits):
                 own.repeatable = decoding.seed is not None
                 yield from write(own, logits, self.embed_tokens, decoding, rule)
-        finally:  # who reads stops at the token that ends the answer
+        finally:  # the caller stops at the token that ends the answer
             self.rest()
 
     @contextmanager
     def prefilled(
         self, prompt: Prompt, cache: Any = None, statistics: Statistics | None = None, progress: Progress | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        """A KV cache that has read the prompt, the given one or one that is lent, and the logits (1, 1, V) after it."""
+        """A KV cache after prefill of the prompt, the given one or a lent one, and the logits (1, 1, V) of its last token."""
         self.settle()
         prompt = self.route(prompt, progress)
         statistics, ids = statistics or Statistics(), prompt.ids
@@ -302,9 +302,9 @@ class ChatCore(ABC):
         statistics: Statistics | None = None,
         progress: Progress | None = None,
     ) -> list[list[Token]]:
-        """The tokens of all answers to several prompts, written at once: `num_return_sequences` a prompt, prompt by prompt.
+        """The tokens of all answers to several prompts, decoded as a batch: `num_return_sequences` per prompt, prompt by prompt.
 
-        Each prompt is read once. Raises PromptError, NumericsError.
+        Each prompt is prefilled once. Raises PromptError, NumericsError.
         """
         for prompt in prompts:
             self.check(prompt)
@@ -341,10 +341,10 @@ class ChatCore(ABC):
             return write_beams(cache, logits, self.embed_tokens, decoding)
 
     def keys(self, prompt: Prompt) -> np.ndarray:
-        """What each token of a prompt (T,) stands for, so that prompts can be compared with what a KV cache holds.
+        """A key for each token of a prompt (T,), to compare prompts with the contents of a KV cache.
 
-        Where rotary positions depend on the length of the prompt, the same token leaves other keys and values behind: then it is
-        not the same.
+        Where rotary positions depend on the length of the prompt, the same token has other keys and values, and so another key
+        here.
         """
         fewer = 0 if prompt.few is None else self.config.few_per_tile
         keys = keys_of(
@@ -352,7 +352,7 @@ class ChatCore(ABC):
         )
         if self.config.plain_length is None or len(keys) <= self.config.plain_length:
             return keys
-        if self.config.has_dynamic_rope:  # like nothing before it
+        if self.config.has_dynamic_rope:  # equal to no earlier key
             return LONG_KEYS + (next(_prompts) << 24) + np.arange(len(keys))
         return keys ^ LONG_KEYS
 
@@ -361,7 +361,7 @@ class ChatCore(ABC):
     def _encode(
         self, pictures: Sequence[PictureTiles], progress: Progress | None = None, known: Mapping[bytes, TileFeatures] | None = None
     ) -> tuple[dict[bytes, TileFeatures], int]:
-        """Pictures -> the features of their tiles by key, from the cache where it has them, and how many tiles were encoded.
+        """Pictures -> the features of their tiles by key, cached ones included, and the number of tiles encoded.
 
         Raises NumericsError.
         """
@@ -377,7 +377,7 @@ class ChatCore(ABC):
         return found, encoded
 
     def _look_at(self, pixel_values: np.ndarray) -> list[TileFeatures]:
-        """Tiles (N, 3, S, S) -> the features of each, copied: a view would keep those of all of them alive."""
+        """Tiles (N, 3, S, S) -> the features of each, copied: a view would keep the features of all in memory."""
         if self.flash is None:
             return [TileFeatures(rows.copy()) for rows in self.encode_tiles(pixel_values)]
         return [
@@ -386,7 +386,7 @@ class ChatCore(ABC):
         ]
 
     def with_features(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts with the features of all their tiles, which the vision part looks at together.
+        """The prompts with the image features of all their tiles, encoded together.
 
         Raises NumericsError, and PromptError where one is too long.
         """
@@ -397,7 +397,7 @@ class ChatCore(ABC):
         return [replace(prompt, known={key: found[key] for key in own}) for prompt, own in zip(prompts, keys, strict=True)]
 
     def rows_of(self, prompts: Sequence[Prompt], progress: Progress | None = None) -> tuple[np.ndarray | None, int]:
-        """The rows (R, D) of all context tokens of some prompts, None where there are none, and how many tiles were encoded.
+        """The image features (R, D) of all context tokens of several prompts, None without any, and the number of tiles encoded.
 
         Raises NumericsError.
         """
@@ -411,9 +411,9 @@ class ChatCore(ABC):
         return (np.concatenate(rows) if rows else None), encoded + sum(prompt.encoded for prompt in prompts)
 
     def rows_after(self, prompt: Prompt, start: int, progress: Progress | None) -> tuple[np.ndarray | None, int]:
-        """The rows (R, D) of the context tokens of a prompt from token `start` on, and how many tiles were encoded in all.
+        """The image features (R, D) of the context tokens of a prompt from token `start` on, and the number of tiles encoded.
 
-        Pictures before it are not looked at, unless a router was.
+        Pictures before `start` are not encoded, except for the router.
         """
         done = int((prompt.ids[:start] == self.img_context_token_id).sum())
         wanted, counts = list(prompt.pictures), self._counts(prompt)
@@ -425,14 +425,14 @@ class ChatCore(ABC):
         return None if rows is None else rows[done:], encoded
 
     def embeddings_of(self, prompt: Prompt) -> np.ndarray:
-        """A prompt and its pictures -> what the language part reads, (1, T, D)."""
+        """A prompt and its pictures -> the input embeddings of the language part, (1, T, D)."""
         prompt = self.route(prompt)
         return self.merge(prompt.ids[None], self.rows_of([prompt])[0])
 
     def merge(self, ids: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-        """Token ids (B, T) and context embeddings (R, D) or (N, P, D) -> embeddings (B, T, D), in order over the context tokens.
+        """Token ids (B, T) and image features (R, D) or (N, P, D) -> embeddings (B, T, D), features in order on the context tokens.
 
-        Raises PromptError when there are more or fewer context tokens than rows.
+        Raises PromptError when the numbers of context tokens and features differ.
         """
         rows = None if rows is None else rows.reshape(-1, rows.shape[-1])
         self._check_rows(ids, 0 if rows is None else len(rows))
@@ -442,5 +442,5 @@ class ChatCore(ABC):
         return embeds
 
     def visual(self, ids: np.ndarray) -> np.ndarray:
-        """Which of the tokens stand for pictures, as int64 of the same shape."""
+        """The mask of context tokens, int64 of the same shape."""
         return (ids == self.img_context_token_id).astype(np.int64)

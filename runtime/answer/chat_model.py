@@ -1,6 +1,6 @@
-"""What people call on an opened model, whatever runs it: conversations, and many questions at once.
+"""The public calls of an opened model, for any backend: conversations, and batches of questions.
 
-Puts the chat core and its conversations together; knows no device.
+Combines the chat core and its conversations; knows no device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ChatModel(ChatCore):
     """A chat core with conversations and batches."""
 
     def start_conversation(self, system: str | None = None) -> Conversation:
-        """A conversation of its own; `system` is the system message, by default the model's."""
+        """Start a new conversation; `system` is the system message, by default the model's."""
         return Conversation(self, self.system_message if system is None else system)
 
     def ask_batch(
@@ -33,10 +33,10 @@ class ChatModel(ChatCore):
         progress: Progress | None = None,
         **options: Any,
     ) -> list[str]:
-        """The answers to several questions, each without a history, written at once.
+        """The answers to a batch of questions, each without a history.
 
-        A question is a text, or a Question with its pictures. `options` are those of Decoding by transformers' names; with
-        `num_return_sequences` there are so many answers a question, one after the other. Raises InternVLError kinds.
+        A question is a text, or a Question with its pictures. `options` are those of Decoding, by transformers' names;
+        `num_return_sequences` gives that many answers per question, one after the other. Raises subclasses of InternVLError.
         """
         if not questions:
             return []
@@ -49,7 +49,7 @@ class ChatModel(ChatCore):
         return [self._text_of([token.id for token in tokens], decoding) for tokens in answers]
 
     def text_of(self, decoding: Decoding) -> TextStream:
-        """What turns the tokens of an answer into its text."""
+        """The text stream of one answer with these decoding options."""
         skips = decoding.skip_special_tokens
         return TextStream(self.tokenizer, self.conv_template, decoding.stop_strings, skip_special_tokens=skips)
 

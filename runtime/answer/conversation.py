@@ -1,6 +1,6 @@
 """A conversation: turns that are asked, streamed, stopped and edited, and the KV cache that holds them.
 
-Knows turns; prompts, pictures and tokens are the chat core's, which it is started from.
+Knows turns; leaves prompts, pictures and tokens to the chat core.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUESTION_OPTIONS = tuple(field.name for field in fields(Question) if field.name 
 
 
 def question_of(text: str, options: Mapping[str, Any]) -> tuple[Question, dict[str, Any]]:
-    """A question with those of the options that are its own, and the others. Raises OptionError for `image`, a likely slip."""
+    """A Question with the options that are its fields, and the other options. Raises OptionError for typos like `image`."""
     for name in options:
         close = difflib.get_close_matches(name, QUESTION_OPTIONS, 1, 0.8)
         if close and name not in QUESTION_OPTIONS:
@@ -37,7 +37,7 @@ def question_of(text: str, options: Mapping[str, Any]) -> tuple[Question, dict[s
 class Conversation:
     """The turns so far, and the KV cache that holds them. One answer at a time; several conversations may run at once.
 
-    `turns` may be edited: what the changed prompt still has in common with the cache is kept.
+    `turns` may be edited: the common prefix of the changed prompt and the cache is reused.
     """
 
     def __init__(self, core: ChatCore, system: str):
@@ -53,20 +53,20 @@ class Conversation:
         return "".join(self.stream(question, **options))
 
     def stream(self, question: str = "", *, progress: Progress | None = None, **options: Any) -> Iterator[str]:
-        """Yield the answer piece by piece; `statistics` has what it took once it ends.
+        """Yield the answer piece by piece; `statistics` is complete when it ends.
 
         `options` are the fields of Question, like images=["photo.jpg"], max_tiles=6 and locate=["the red car"], which needs no
-        question, and those of Decoding, by transformers' names, like max_new_tokens=100 and temperature=0.7 (which draws).
-        `progress` hears of frames, tiles and prompt tokens. Raises InternVLError kinds at once for what cannot be asked. A
-        cancelled answer stays in `turns` as far as it came. Of an `answer_prefix` the turn holds all, and what is yielded is what
-        the model wrote after it.
+        question, and those of Decoding, by transformers' names, like max_new_tokens=100 and temperature=0.7 (which turns sampling
+        on). `progress` reports frames, tiles and prompt tokens. Raises subclasses of InternVLError at once for an invalid question.
+        A cancelled answer stays in `turns` as far as it came. With an `answer_prefix`, the turn holds prefix and answer, and only
+        the text after the prefix is yielded.
         """
         statistics, core = Statistics(), self._core
         asked, writing = question_of(question, options)
         decoding = core.decoding_of({"max_new_tokens": Decoding.max_new_tokens, **writing})
         if decoding.num_return_sequences > 1:
             raise OptionError("a turn has one answer: ask_batch gives several with num_return_sequences")
-        core.rule_of(decoding)  # what is wrong with a schema is told at once
+        core.rule_of(decoding)  # a bad schema raises here, before any work
         turn = core.open_turn(asked, progress)
         statistics.tiles = sum(picture.count for picture in turn.pictures)
         prompt = core.prompt_of(self._system, [*self.turns, turn])
@@ -77,8 +77,8 @@ class Conversation:
 
     @property
     def boxes(self) -> list[Box]:
-        """Those of the last answer, in pixels of the pictures as they were given; `picture` counts all of the conversation, frames
-        too. None where the answer has none, or where there is no picture."""
+        """The boxes in the last answer, in pixels of the pictures as given; `picture` counts all pictures and frames of the
+        conversation. Empty without boxes or pictures, or where the size of a picture is unknown."""
         pictures = [picture for turn in self.turns for picture in turn.pictures]
         sizes = [picture.size for picture in pictures if picture.size is not None]
         if not pictures or len(sizes) < len(pictures):
@@ -87,12 +87,12 @@ class Conversation:
         return find_boxes(self._core.marked_answer(self.turns[-1]), sizes, question=asked, names=names)
 
     def cancel(self) -> None:
-        """Stop the answer that is being written; may be called from any thread."""
+        """Stop the current answer; may be called from any thread."""
         self._cancelled.set()
         self._cache.cancel()
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Remove all turns."""
         self.turns = []
 
     def _pieces(
@@ -124,7 +124,7 @@ class Conversation:
                 for piece in pieces:
                     turn.answer += piece
                     yield piece
-        except (GeneratorExit, KeyboardInterrupt):  # nobody reads on: what was said stays said
+        except (GeneratorExit, KeyboardInterrupt):  # the caller stops reading: keep what was yielded
             self._keep(turn, statistics, prefix, kept)
             raise
         else:
@@ -135,7 +135,7 @@ class Conversation:
     def _keep(self, turn: Turn, statistics: Statistics, prefix: str, tokens: list[int]) -> None:
         if self._cancelled.is_set():
             statistics.finish_reason = "cancelled"
-        if prefix and tokens:  # with the white space between the prefix and what follows, which is not shown
+        if prefix and tokens:  # with the white space after the prefix, which is not yielded
             whole = self._core.text_without_places(tokens)
             turn.answer = whole if whole.startswith(prefix) and whole.endswith(turn.answer.removeprefix(prefix)) else turn.answer
         if turn.answer != prefix:

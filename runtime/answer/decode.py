@@ -1,7 +1,7 @@
-"""How the next token is chosen, and the loops that choose one after the other over a KV cache.
+"""Decoding: how the next token is chosen, and the loops that choose one after the other over a KV cache.
 
-Knows logits, token ids and how to embed them; no text, no prompts, no pictures. Options have transformers' names, and its logits
-processors are the oracle of the tests. Penalties count what was written, not the prompt, as in generate(inputs_embeds=...).
+Knows logits, token ids and how to embed them; no text, prompts or pictures. Options have transformers' names, and its logits
+processors are the oracle of the tests. Penalties count generated tokens, not the prompt, as in generate(inputs_embeds=...).
 Processors: huggingface/transformers@v5.5.4 src/transformers/generation/logits_process.py; beams: generation/utils.py there.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 from runtime.answer.tools import CallRule
 from runtime.errors import OptionError
 
-DEFAULT_TOP_K = 50  # transformers', where tokens are drawn and nobody says otherwise
-SMALLEST_TEMPERATURE = 1e-3  # below it the likeliest token is all that is left
-LIKELY = 1024  # tokens among which top-p usually ends: sorting a whole vocabulary takes 10 ms
+DEFAULT_TOP_K = 50  # transformers' default for sampling
+SMALLEST_TEMPERATURE = 1e-3  # below it sampling is greedy
+LIKELY = 1024  # tokens within which top-p usually ends: sorting a whole vocabulary takes 10 ms
 LOOKUP_SIZES = (3, 2)
 NO_LOOKUP = "prompt_lookup_num_tokens is for one greedy answer: leave out sampling, beams, penalties and several answers"
 ONE = np.ones((1, 1), np.int64)
@@ -31,7 +31,7 @@ Embed = Callable[[np.ndarray], np.ndarray]  # token ids (B, T) -> embeddings (B,
 
 
 class Cache(Protocol):
-    """What decoding needs of a KV cache; runtime/parts/kv_cache.py has them."""
+    """What decoding needs of a KV cache, as runtime/parts/kv_cache.py implements it."""
 
     @property
     def free_guesses(self) -> int: ...
@@ -46,7 +46,7 @@ class Cache(Protocol):
 
 
 class Rule(Protocol):
-    """Which tokens may come; runtime/answer/grammar.py has one."""
+    """Which tokens may come next, as runtime/answer/grammar.py implements it."""
 
     @property
     def ended(self) -> bool: ...
@@ -56,7 +56,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is written. Temperature 0 takes the likeliest token."""
+    """Decoding options of an answer. Temperature 0 is greedy."""
 
     max_new_tokens: int = 512
     min_new_tokens: int = 0
@@ -65,24 +65,24 @@ class Decoding:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0  # OpenAI's: once for each token that was written
-    frequency_penalty: float = 0.0  # OpenAI's: for each time it was written
+    presence_penalty: float = 0.0  # OpenAI's: once per distinct generated token
+    frequency_penalty: float = 0.0  # OpenAI's: per occurrence of a generated token
     no_repeat_ngram_size: int = 0
-    seed: int | None = None  # makes draws repeatable
-    stop_strings: tuple[str, ...] = ()  # an answer ends before the first of them; text is the text stream's
+    seed: int | None = None  # makes sampling repeatable
+    stop_strings: tuple[str, ...] = ()  # an answer ends before the first of them; applied by the text stream
     eos_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False  # write on after a token that ends an answer
-    skip_special_tokens: bool = True  # in the text, which is the text stream's
+    ignore_eos: bool = False  # go on after a token that ends an answer
+    skip_special_tokens: bool = True  # applied by the text stream
     num_return_sequences: int = 1
     num_beams: int = 1
-    length_penalty: float = 1.0  # of beams: above 0 for longer ones
-    early_stopping: bool = False  # end when as many beams as asked for are finished
-    prompt_lookup_num_tokens: int | None = None  # guesses at most; None: as many as cost nothing on this processor
-    logprobs: bool = False  # of the tokens, under the model's own logits
-    top_logprobs: int = 0  # how many of the likeliest tokens are told beside them
-    json_schema: str | None = None  # what the answer must fit
+    length_penalty: float = 1.0  # for beam search: above 0 favours longer answers
+    early_stopping: bool = False  # end when num_beams answers are finished
+    prompt_lookup_num_tokens: int | None = None  # draft tokens at most; None: as many as are free on this CPU
+    logprobs: bool = False  # of the tokens, from the unprocessed logits
+    top_logprobs: int = 0  # number of likeliest tokens to return with each
+    json_schema: str | None = None  # that the answer must fit
     calls: CallRule | None = None  # functions that the answer may call
-    thoughts: bool = False  # the answer thinks first: schema and calls are of what follows
+    thoughts: bool = False  # the answer begins with a thought; schema and calls apply after it
 
     def __post_init__(self) -> None:
         stops = self.stop_strings
@@ -109,12 +109,12 @@ class Decoding:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is the commonest case: the likeliest tokens of one row, nothing changed before they are compared."""
+        """Whether this is greedy decoding of one row with unprocessed logits, the most common case."""
         return not (self.temperature or self.is_processed or self.num_return_sequences > 1 or self.num_beams > 1)
 
     @property
     def is_processed(self) -> bool:
-        """Whether logits are changed before tokens are compared."""
+        """Whether logits are processed before a token is chosen."""
         return bool(
             self.repetition_penalty != 1
             or self.presence_penalty
@@ -127,9 +127,9 @@ class Decoding:
 
     @classmethod
     def of(cls, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Decoding:
-        """From generation_config.json's values and a caller's options, by transformers' names: options win.
+        """Merge the values of generation_config.json and a caller's options, by transformers' names: options win.
 
-        A temperature above 0 draws, unless do_sample is given and off. Raises OptionError for what is unknown or impossible.
+        A temperature above 0 turns sampling on, unless do_sample is given and off. Raises OptionError for unknown or invalid ones.
         """
         known = {field.name for field in fields(cls)} | {"do_sample", "eos_token_id", "schema"}
         for name in options:
@@ -160,7 +160,7 @@ def _all_text(value: Any) -> bool:
 
 
 _Rule = tuple[Any, Callable[[Any], bool], str]
-_RULES: dict[str, _Rule] = {  # field -> its types, whether a value holds, what would be right
+_RULES: dict[str, _Rule] = {  # field -> its types, whether a value is valid, what would be right
     "max_new_tokens": (int, lambda v: v >= 1, "positive"),
     "min_new_tokens": (int, lambda v: v >= 0, "0 or more"),
     "temperature": (int | float, lambda v: 0 <= v < math.inf, "0 (the likeliest token) or more"),
@@ -191,7 +191,7 @@ _RULES: dict[str, _Rule] = {  # field -> its types, whether a value holds, what 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token that was chosen; its log probability and the likeliest ones with theirs, where they were asked for."""
+    """A chosen token; if requested, its log probability, and the likeliest tokens with theirs."""
 
     id: int
     logprob: float = 0.0
@@ -199,7 +199,7 @@ class Token:
 
 
 class Sampler:
-    """Chooses the tokens of one row, one after the other, and remembers them."""
+    """Chooses the tokens of one row, one after the other, and stores them."""
 
     def __init__(self, decoding: Decoding, number: int = 0, rule: Rule | None = None):
         self._decoding, self._rule = decoding, rule
@@ -209,7 +209,7 @@ class Sampler:
 
     @property
     def ended(self) -> bool:
-        """Whether the row is at its end."""
+        """Whether the row is finished."""
         at_end = bool(self.ids) and self.ids[-1] in self._decoding.eos_token_ids and not self._decoding.ignore_eos
         return at_end or len(self.ids) >= self._decoding.max_new_tokens or (self._rule is not None and self._rule.ended)
 
@@ -229,16 +229,16 @@ class Sampler:
         return Token(found, *logprobs_of(logits, found, d.top_logprobs)) if d.logprobs else Token(found)
 
     def _race(self, ids: np.ndarray, chances: np.ndarray, vocabulary: int) -> int:
-        """Which of the chances wins: each token waits for a random time of its own, and likelier ones wait shorter.
+        """Sample an index: each token draws an exponential waiting time, divided by its probability, and the shortest wins.
 
-        As torch.multinomial draws. Rounding of the logits hardly ever changes the winner, so that a seed repeats an answer also
-        where a part of the prompt comes from a cache; a place in the sum of all chances would move with every one of them.
+        As torch.multinomial samples. Rounding of the logits hardly ever changes the winner, so a seed repeats an answer even where
+        part of the prompt is cached; sampling by cumulative probabilities would change with the rounding of any of them.
         """
         times = -np.log1p(-self._draws.random(vocabulary)[ids])
         return int((times / chances).argmin())
 
     def processed(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (V,) after penalties and what must not come."""
+        """Logits (V,) after penalties, with forbidden tokens at -inf."""
         d, scores = self._decoding, logits.astype(np.float32)  # a copy
         written = np.fromiter(self._counts, np.int64, len(self._counts))
         if len(written):
@@ -257,11 +257,11 @@ class Sampler:
 
 
 def distribution(scores: np.ndarray, d: Decoding) -> tuple[np.ndarray, np.ndarray]:
-    """Processed logits (V,) -> the token ids that may be drawn and their probabilities: temperature, top-k, top-p, min-p."""
+    """Processed logits (V,) -> the token ids to sample from and their probabilities: temperature, top-k, top-p, min-p."""
     scores = (scores / np.float32(d.temperature)).astype(np.float64)  # divided as transformers does
     ids = np.flatnonzero(scores > -np.inf)
     if d.top_k and d.top_k < len(ids):
-        least = np.partition(scores[ids], -d.top_k)[-d.top_k]  # of equal ones, all
+        least = np.partition(scores[ids], -d.top_k)[-d.top_k]  # ties all stay
         ids = ids[scores[ids] >= least]
     chances = _softmax(scores[ids])
     if d.top_p < 1:
@@ -293,21 +293,21 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def _log_of_sum(logits: np.ndarray) -> np.ndarray:
-    """Logits (..., V) -> (..., 1): what makes them log probabilities when it is subtracted."""
+    """Logits (..., V) -> their log-sum-exp (..., 1); logits minus it are log probabilities."""
     most = logits.max(-1, keepdims=True)
     return most + np.log(np.exp(logits - most, dtype=np.float64).sum(-1, keepdims=True))
 
 
 def _ending_a_repeat(ids: list[int], size: int) -> list[int]:
-    """The tokens that would end a run of `size` tokens that was written before."""
+    """The tokens that would complete an n-gram of `size` tokens that occurs already."""
     begun = ids[len(ids) - size + 1 :] if size > 1 else []
     return [ids[at + size - 1] for at in range(len(ids) - size + 1) if ids[at : at + size - 1] == begun]
 
 
 def write(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding, rule: Rule | None = None) -> Iterator[Token]:
-    """The tokens of one answer, from the logits (1, 1, V) of its prompt on; the one that ends it comes too.
+    """The tokens of one answer, from the logits (1, 1, V) of its prompt on, with the token that ends it.
 
-    `rule` says which tokens may come, where an answer must fit a schema.
+    `rule` restricts the tokens where an answer must fit a schema or may call functions.
     """
     sampler = Sampler(decoding, rule=rule)
     guesses = decoding.prompt_lookup_num_tokens
@@ -328,9 +328,9 @@ def write(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding, ru
 
 
 def _greedy(cache: Cache, logits: np.ndarray, embed: Embed, most: int) -> Iterator[np.ndarray]:
-    """The logits (V,) before each token, if the likeliest one is taken each time, without end.
+    """The logits (V,) for each token of greedy decoding, without end.
 
-    Up to `most` guesses are computed beside a token; only what would have come anyway is handed out.
+    A decode step checks up to `most` draft tokens as well; only accepted ones are yielded, so the answer does not change.
     """
     last = logits[0, -1]
     while True:
@@ -342,7 +342,7 @@ def _greedy(cache: Cache, logits: np.ndarray, embed: Embed, most: int) -> Iterat
             last = cache.feed(embed(token[None]), ONE, token)[0, -1]
             continue
         fed = np.append(token, draft)
-        after = cache.check_draft(embed(fed[None]), fed)  # (1 + guesses, V)
+        after = cache.check_draft(embed(fed[None]), fed)  # (1 + draft tokens, V)
         right = int(np.cumprod(after[:-1].argmax(1) == draft).sum())
         cache.drop(len(draft) - right)
         after = after[: right + 1].copy()
@@ -351,9 +351,9 @@ def _greedy(cache: Cache, logits: np.ndarray, embed: Embed, most: int) -> Iterat
 
 
 def look_up(ids: np.ndarray, most: int) -> np.ndarray:
-    """What followed the last tokens of `ids` (T,) when they came up before: at most `most` ids, none if they did not.
+    """What followed an earlier occurrence of the last tokens of `ids` (T,): at most `most` draft tokens, or none.
 
-    Three tokens are looked for, then two, the latest place first. Prompt lookup decoding: A. Saxena 2023,
+    Three tokens are matched, then two, the latest occurrence first. Prompt lookup decoding: A. Saxena 2023,
     github.com/apoorvumang/prompt-lookup-decoding@main README.md
     """
     for size in LOOKUP_SIZES:
@@ -363,7 +363,7 @@ def look_up(ids: np.ndarray, most: int) -> np.ndarray:
         found = np.flatnonzero((windows == ids[-size:]).all(1))
         if len(found):
             follows = ids[found[-1] + size :][:most]
-            known = np.flatnonzero(follows < 0)  # a picture's tokens are not written
+            known = np.flatnonzero(follows < 0)  # context tokens are never generated
             return follows[: known[0]] if len(known) else follows
     return ids[:0]
 
@@ -371,7 +371,7 @@ def look_up(ids: np.ndarray, most: int) -> np.ndarray:
 def write_rows(
     cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding, rules: Sequence[Rule | None] | None = None
 ) -> list[list[Token]]:
-    """One answer for each row of logits (R, 1, V), all at once, each under its own rule; rows that end leave the cache."""
+    """One answer for each row of logits (R, 1, V), as a batch, each with its own rule; finished rows leave the cache."""
     samplers = [Sampler(decoding, number, rule) for number, rule in enumerate(rules or [None] * len(logits))]
     answers: list[list[Token]] = [[] for _ in samplers]
     rows = [*range(len(logits))]
@@ -389,9 +389,9 @@ def write_rows(
 
 
 def write_beams(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decoding) -> list[list[Token]]:
-    """The likeliest answers after the logits (1, 1, V) of one prompt, best first, by beam search."""
+    """The likeliest answers by beam search, best first, from the logits (1, 1, V) of one prompt."""
     d, beams = decoding, decoding.num_beams
-    enough = min(max(2, 1 + len(d.eos_token_ids)) * beams, logits.shape[-1])  # if all of the best end, others go on
+    enough = min(max(2, 1 + len(d.eos_token_ids)) * beams, logits.shape[-1])  # so enough beams go on if the best ones all end
     running, scores = [Sampler(d)], np.zeros((1, 1))
     finished: list[tuple[float, list[int]]] = []
     cache_rows = [0]
@@ -409,7 +409,7 @@ def write_beams(cache: Cache, logits: np.ndarray, embed: Embed, decoding: Decodi
             beam, token = divmod(int(place), own.shape[1])
             ids = [*running[beam].ids, token]
             if (token in d.eos_token_ids and not d.ignore_eos) or length == d.max_new_tokens:
-                if rank < beams:  # the others are there so that enough beams go on
+                if rank < beams:  # the others only fill up the running beams
                     finished.append((float(total[place]) / length**d.length_penalty, ids))
             elif len(going) < beams:
                 going.append((beam, ids))

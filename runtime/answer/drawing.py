@@ -1,6 +1,6 @@
-"""Boxes drawn into a picture for people: outlines and labels that can be read on light and dark ground, at any size.
+"""Boxes drawn into a picture for display: outlines and labels, readable on light and dark pictures of any size.
 
-Pillow and its fonts, and those of the system for what these lack. Nothing is computed from the result.
+Uses Pillow and its font, and system fonts for letters it lacks. Nothing is computed from the result.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from runtime.media.picture import Source, open_picture
 
 COLOURS = ("#ffd400", "#00c2ff", "#ff5ea8", "#57e389", "#ff8c1a", "#c79bff", "#ffffff", "#5ef0d8")  # all light: labels are black
 SMALLEST_TEXT = 10  # pixels
-MOST_LETTERS = 200  # of a label; what does not fit is cut off
-WIDEST = 0.5  # of a picture's width, for a label that is wider than its box
-MOST_FONTS = 400  # of the system, looked at for a script
+MOST_LETTERS = 200  # of a label; longer ones are truncated
+WIDEST = 0.5  # share of the picture's width, for a label wider than its box
+MOST_FONTS = 400  # system fonts tried for a label
 FONT_FOLDERS = {
     "win32": ("C:/Windows/Fonts", "~/AppData/Local/Microsoft/Windows/Fonts"),
     "darwin": ("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"),
 }
 UNIX_FONT_FOLDERS = ("~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts")
 BROAD = ("noto", "unifont", "arial", "dejavu", "msyh", "malgun", "meiryo", "pingfang", "hiragino", "droidsansfallback", "wqy")
-NO_LETTER = "\U0010ffff"  # a code point that no font has: what is drawn for it stands for every missing letter
+NO_LETTER = "\U0010ffff"  # a code point that no font has: draws the glyph of missing letters
 
 Rectangle = tuple[float, float, float, float]
 
 
 def draw_boxes(picture: Source, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of a picture, RGB and upright, with these boxes and their labels; which picture they say is not looked at.
+    """A copy of a picture, RGB and upright, with these boxes and their labels; ignores the boxes' picture index.
 
-    Labels of one text share a colour. A label that is wider than its box and half of the picture is cut off. A box has none where
-    no font at hand has its letters, or where they must be joined or turned and Pillow has no Raqm. Raises PictureError.
+    Equal labels share a colour. A label wider than its box and half of the picture is truncated. A label is omitted where no font
+    has its letters, or where its script needs shaping or right-to-left layout and Pillow lacks Raqm. Raises PictureError.
     """
     drawn = open_picture(picture).copy()
     pen = ImageDraw.Draw(drawn)
@@ -51,7 +51,7 @@ def draw_boxes(picture: Source, boxes: Sequence[Box]) -> Image.Image:
         if edges is not None:
             colour = COLOURS[labels.index(box.label) % len(COLOURS)]
             _outline(pen, edges, line, colour)
-    for box in boxes:  # over all outlines
+    for box in boxes:  # on top of all outlines
         edges = _within(box, drawn.size)
         if edges is not None:
             colour = COLOURS[labels.index(box.label) % len(COLOURS)]
@@ -60,7 +60,7 @@ def draw_boxes(picture: Source, boxes: Sequence[Box]) -> Image.Image:
 
 
 def _within(box: Box, size: tuple[int, int]) -> Rectangle | None:
-    """The edges of a box as far as they lie in the picture."""
+    """The edges of a box clipped to the picture; None where it lies outside."""
     edges = (box.x1, box.y1, box.x2, box.y2)
     if not all(map(math.isfinite, edges)):
         return None
@@ -69,7 +69,7 @@ def _within(box: Box, size: tuple[int, int]) -> Rectangle | None:
 
 
 def _outline(pen: ImageDraw.ImageDraw, edges: Rectangle, line: int, colour: str) -> None:
-    """A coloured line between two dark ones: one of them stands out from any ground."""
+    """A coloured line between two black ones: one of them stands out on any background."""
     x1, y1, x2, y2 = edges
     for grown, width, fill in ((line, 3 * line, "black"), (0, line, colour)):
         pen.rectangle((x1 - grown, y1 - grown, x2 + grown, y2 + grown), outline=fill, width=width)
@@ -85,7 +85,7 @@ def _tag(
     picture: tuple[int, int],
     placed: list[Rectangle],
 ) -> None:
-    """A label on its own ground: above its box, else below, else inside, where no other label stands if there is such a place."""
+    """A label on a filled background: above its box, else below, else inside, off other labels where possible."""
     font = _font_for(label, size) if label else None
     if font is None:
         return
@@ -113,13 +113,13 @@ def _overlap(one: Rectangle, other: Rectangle) -> bool:
 
 
 def _shown(label: str) -> str:
-    """A label on one line, without what nobody sees."""
+    """A label on one line, without invisible characters."""
     words = " ".join(label[: 4 * MOST_LETTERS].split())[:MOST_LETTERS]
     return "".join(letter for letter in words if unicodedata.category(letter) not in ("Cc", "Cs", "Co", "Cn"))
 
 
 def _fitted(label: str, font: ImageFont.FreeTypeFont, wide: float) -> str:
-    """As much of a label as fits; nothing where not even a letter does."""
+    """As much of a label as fits; empty where not even a letter does."""
     if font.getlength(label) <= wide:
         return label
     short, long = 0, len(label)
@@ -133,7 +133,7 @@ def _fitted(label: str, font: ImageFont.FreeTypeFont, wide: float) -> str:
 
 
 def _font_for(label: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font that has all letters of a label; None where there is none, or where letters would stand in the wrong order."""
+    """A font with all letters of a label; None where there is none, or where letters would be in the wrong order."""
     letters = frozenset(letter for letter in label if not letter.isspace() and unicodedata.category(letter) != "Cf")
     if not letters or (not features.check("raqm") and any(map(_needs_layout, letters))):
         return None
@@ -147,13 +147,13 @@ def _font_for(label: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _needs_layout(letter: str) -> bool:
-    """Whether a letter is written from right to left, or changes with its neighbours."""
+    """Whether a letter is written right to left, or changes shape with its neighbours."""
     return unicodedata.bidirectional(letter) in ("R", "AL", "NSM") or unicodedata.category(letter) == "Mc"
 
 
 @functools.lru_cache(maxsize=256)
 def _file_with(letters: frozenset[str]) -> str | None:
-    """The file of the first font that has these letters, "" for Pillow's own, None where none has."""
+    """The file of the first font with these letters, "" for Pillow's own, None where there is none."""
     own = ImageFont.load_default(20)
     if isinstance(own, ImageFont.FreeTypeFont) and _has(own, letters):
         return ""
@@ -162,20 +162,20 @@ def _file_with(letters: frozenset[str]) -> str | None:
             font = ImageFont.truetype(file, 20)
             if _has(font, letters):
                 return file
-        except OSError:  # no font that Pillow reads
+        except OSError:  # not a font that Pillow reads
             continue
     return None
 
 
 def _has(font: ImageFont.FreeTypeFont, letters: frozenset[str]) -> bool:
-    """Whether a font has all these letters: what it draws for one it lacks is known."""
+    """Whether a font has all these letters: none may look like its missing glyph."""
     missing = bytes(font.getmask(NO_LETTER))
     return all(bytes(font.getmask(letter)) != missing for letter in letters)
 
 
 @functools.cache
 def _font_files() -> list[str]:
-    """Fonts of the system, those with many scripts first."""
+    """System fonts, those with many scripts first."""
     found: list[str] = []
     for folder in FONT_FOLDERS.get(sys.platform, UNIX_FONT_FOLDERS):
         for where, _, names in os.walk(Path(folder).expanduser()):

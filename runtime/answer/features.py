@@ -1,6 +1,6 @@
-"""Pictures -> the rows that stand for them in a prompt: the cache of their tiles' features, and which row is whose.
+"""Pictures -> their image features in a prompt: the cache of the features of tiles, and a key for each feature row.
 
-Knows tiles, and how to have them encoded; no parts, no prompt text and no KV cache.
+Knows tiles and a function that encodes them; no parts, no prompt text and no KV cache.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ NO_ROWS, NO_ROUTER = np.zeros((0, 0), np.float32), np.float32(0)
 
 
 class Sized(Protocol):
-    """What takes memory."""
+    """A value of known size in memory."""
 
     @property
     def nbytes(self) -> int:
-        """How much, in bytes."""
+        """Size in bytes."""
 
 
 @dataclass(frozen=True)
 class TileFeatures:
-    """What stands for a tile in a prompt: rows (P, D).
+    """The image features of a tile: rows (P, D), one per context token.
 
-    With a router also the few rows (P', D) that may stand for it, and how likely they suffice.
+    With a router also the few rows (P', D) that may replace them, and the probability that these suffice.
     """
 
     rows: np.ndarray
@@ -42,12 +42,12 @@ class TileFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows."""
+        """Size of the rows in bytes."""
         return self.rows.nbytes + self.few.nbytes
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of them are numbers."""
+        """Whether all values are finite."""
         return bool(np.isfinite(self.rows).all() and np.isfinite(self.few).all() and np.isfinite(self.suffice))
 
 
@@ -55,9 +55,9 @@ Kept = TypeVar("Kept", bound=Sized)
 
 
 class FeatureCache(Generic[Kept]):
-    """What is known of tiles by their content, least recently used out first, bounded in bytes.
+    """An LRU cache of values by the content of tiles, bounded in bytes.
 
-    Blank parts of a page, a still camera's frames and the corners of a screenshot that did not change are looked at once.
+    Blank parts of a page, frames of a still camera and unchanged corners of a screenshot are encoded once.
     """
 
     def __init__(self, limit: int):
@@ -67,7 +67,7 @@ class FeatureCache(Generic[Kept]):
         self._lock = threading.Lock()
 
     def find(self, key: bytes) -> Kept | None:
-        """What is kept of a tile, or None."""
+        """The cached value of a tile, or None."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -77,7 +77,7 @@ class FeatureCache(Generic[Kept]):
             return self._kept.get(key)
 
     def add(self, key: bytes, features: Kept) -> None:
-        """Remember this of a tile, unless it alone passes the limit."""
+        """Cache the value of a tile, unless it alone exceeds the limit."""
         if features.nbytes > self.limit:
             return
         with self._lock:
@@ -88,7 +88,7 @@ class FeatureCache(Generic[Kept]):
                 self.bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all entries."""
         with self._lock:
             self._kept.clear()
             self.bytes = 0
@@ -102,9 +102,9 @@ def encode_pictures(
     progress: Progress | None = None,
     known: Mapping[bytes, TileFeatures] | None = None,
 ) -> tuple[dict[bytes, TileFeatures], int]:
-    """Pictures -> the features of their tiles by the tiles' keys, and how many tiles were encoded for it.
+    """Pictures -> the features of their tiles by tile key, and the number of tiles encoded.
 
-    Each different tile is encoded once, if it is neither `known` nor in the cache.
+    Each distinct tile is encoded once, unless it is `known` or in the cache.
     """
     tiles = {key: (picture, number) for picture in pictures for number, key in enumerate(picture.tile_keys)}
     found = {key: (known or {}).get(key) or cache.find(key) for key in tiles}
@@ -128,9 +128,9 @@ def keys_of(
     most: int,
     fewest: int = 0,
 ) -> np.ndarray:
-    """What each token of a prompt (T,) stands for, (T,) int64: its id, or a negative number for one row of one picture.
+    """A key for each token of a prompt (T,), (T,) int64: its id, or a negative number for one feature row of one picture.
 
-    `counts` has the rows of every tile: `most`, or with a router `fewest`, which are other ones.
+    `counts` has the number of rows of each tile: `most`, or with a router `fewest`; the few rows have keys of their own.
     """
     keys, rows, left = ids.astype(np.int64), [], iter(counts)
     for picture in pictures:

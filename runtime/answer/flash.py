@@ -1,6 +1,6 @@
-"""InternVL3.5-Flash: which tiles of a prompt are left with few context tokens, by the numbers of its router.
+"""InternVL3.5-Flash: which tiles of a prompt get few context tokens, by the probabilities of its router.
 
-Knows numbers and token ids; no parts and no pictures.
+Knows probabilities and token ids; no parts and no pictures.
 Rule: modeling_internvl_chat.py of OpenGVLab/InternVL3_5-8B-Flash, and InternLM/lmdeploy@1263d5c lmdeploy/pytorch/models/internvl.py
 """
 
@@ -12,7 +12,7 @@ from runtime.folder.config import FlashConfig
 
 
 def choose_few(probabilities: np.ndarray, flash: FlashConfig) -> np.ndarray:
-    """How likely few tokens suffice, of all tiles of one prompt (N,) float32 -> which tiles are left with few, (N,) bool."""
+    """The probabilities that few tokens suffice, for all tiles of a prompt (N,) float32 -> which tiles get few, (N,) bool."""
     if not len(probabilities):
         return np.zeros(0, bool)
     limit = quantile(probabilities, flash.relative)
@@ -20,7 +20,7 @@ def choose_few(probabilities: np.ndarray, flash: FlashConfig) -> np.ndarray:
 
 
 def quantile(values: np.ndarray, share: float) -> np.float32:
-    """torch.quantile with its rounding: a tile that is the limit itself keeps its tokens, so that the last digit counts."""
+    """torch.quantile with its rounding: the tile at the limit keeps its tokens, so the last digit matters."""
     ordered = np.sort(values.astype(np.float32))
     rank = np.float32(share) * np.float32(len(ordered) - 1)
     below, above = ordered[int(np.floor(rank))], ordered[int(np.ceil(rank))]
@@ -29,7 +29,7 @@ def quantile(values: np.ndarray, share: float) -> np.float32:
 
 
 def cut_ids(ids: np.ndarray, context_id: int, few: np.ndarray, tokens_per_tile: int, few_per_tile: int) -> np.ndarray:
-    """A prompt (T,) with all context tokens -> without the last ones of each tile that is left with few of them."""
+    """A prompt (T,) with all context tokens -> the prompt without the last ones of each tile that gets few."""
     kept = np.ones(len(ids), bool)
     rows = np.ones((len(few), tokens_per_tile), bool)
     rows[few, few_per_tile:] = False

@@ -1,6 +1,6 @@
-"""Answers that fit a JSON schema, or whose calls of functions do: which tokens may come next.
+"""Constrained decoding: which tokens may come next in an answer that fits a JSON schema or calls functions.
 
-The only file that knows llguidance. Knows a tokenizer and token ids; the choice among the tokens that may come is the decoding's.
+The only file that knows llguidance. Knows a tokenizer and token ids; decode.py chooses among the allowed tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from runtime.folder.tokenizer import WRITABLE, Tokenizer, check_text
 MOST_BYTES, MOST_NESTED = 16 << 10, 40  # of a schema: compiling a deep one takes minutes
 
 TEXT, GAP = r"TEXT: /(.|\n)+/", r"gap: /\n{0,2}/"
-WHITE_SPACE = r"[ \n]{0,8}"  # between the parts of an answer: some models would write nothing else
+WHITE_SPACE = r"[ \n]{0,8}"  # between JSON tokens: unbounded, some models would write nothing else
 
 
 class Grammars:
-    """Makes the grammars of answers for one tokenizer, whose vocabulary is read once (a second for 150,000 tokens).
+    """Compiles grammars for one tokenizer; reads its vocabulary once (a second for 150,000 tokens).
 
     Raises OptionError where the library is not installed.
     """
@@ -38,9 +38,9 @@ class Grammars:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
 
     def of(self, schema: str | None, calls: CallRule | None = None, *, thoughts: bool = False) -> Grammar:
-        """The grammar of one answer that fits a schema, or of one that may call functions; `thoughts` come before it.
+        """The grammar of one answer that fits a schema or may call functions; with `thoughts`, a thought comes first.
 
-        Raises OptionError for a schema that cannot be followed.
+        Raises OptionError for an unsupported schema.
         """
         if schema is not None:
             check_bounds(schema)
@@ -60,15 +60,15 @@ class Grammars:
         return Grammar(self._library.LLMatcher(self._tokens, grammar, log_level=0), self._vocabulary)
 
     def _thought(self) -> list[str]:
-        """The rules of a thought and of the gap behind it."""
+        """The rules of a thought and of the gap after it."""
         if self._has(THOUGHT_START):
             return [f"thought: {THOUGHT_START} TEXT? {THOUGHT_END}", GAP, TEXT]
         return [r"thought[lazy]: /<think>(.|\n)*<\/think>/", GAP, TEXT]
 
     def _rules_of(self, calls: CallRule) -> list[str]:
-        """The rules of an answer with calls. A call is held to its schema as soon as its first mark stands there.
+        """The rules of an answer with calls. A call must fit its schema from its start mark on.
 
-        Where that is a token, text does not contain it, nor any other token that is written in angle brackets.
+        Where the mark is a token, text contains neither it nor other tokens in angle brackets, except writable ones.
         """
         token = self._has(CALL_START)
         start, end = (CALL_START, CALL_END) if token else (json.dumps(CALL_START), json.dumps(CALL_END))
@@ -97,7 +97,7 @@ def _json(schema: str) -> str:
 
 
 class Grammar:
-    """One answer as far as it is written."""
+    """The grammar state of one answer."""
 
     def __init__(self, matcher: Any, vocabulary: int):
         self._matcher = matcher
@@ -105,22 +105,22 @@ class Grammar:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing can come any more."""
+        """Whether no further token is allowed."""
         return bool(self._matcher.is_stopped())
 
     def allow(self, scores: np.ndarray) -> None:
-        """Take the chance from the tokens (V,) that must not come next."""
+        """Set the scores (V,) of tokens that must not come next to -inf."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(scores)]
         scores[: len(allowed)][allowed == 0] = -np.inf
 
     def take(self, token: int) -> None:
-        """A token was chosen."""
+        """Advance by a chosen token."""
         self._matcher.consume_token(token)
 
 
 def check_bounds(schema: str) -> None:
-    """Raise OptionError for what is no JSON object, or a schema that is larger or nested deeper than can be followed in time."""
+    """Raise OptionError unless a schema is a JSON object, small and shallow enough to compile in time."""
     check_text(schema)
     try:
         read = json.loads(schema)
@@ -135,7 +135,7 @@ def check_bounds(schema: str) -> None:
 
 
 def check_calls(calls: CallRule) -> None:
-    """Raise OptionError for functions whose arguments' schemas cannot be followed in time."""
+    """Raise OptionError for functions whose argument schemas fail `check_bounds`."""
     for name, schema in calls.functions:
         try:
             check_bounds(schema)
@@ -144,7 +144,7 @@ def check_calls(calls: CallRule) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects are nested, without recursion."""
+    """Nesting depth of lists and objects, without recursion."""
     depth, level = 0, [value]
     while level := [each for each in level if isinstance(each, dict | list)]:
         depth += 1

@@ -1,6 +1,6 @@
-"""A model folder, opened: its three parts compiled for their devices, its tokenizer and settings read.
+"""A model folder, opened: its parts compiled for their devices, its tokenizer and settings read.
 
-Puts the parts together; what they do is in runtime/parts, what is asked of them in chat_core.py. Imports no torch.
+A backend of chat_core.py over the parts of runtime/parts. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from runtime.parts.part import PATCHES
 from runtime.parts.stateless_part import StatelessPart
 from runtime.progress import Progress, beside
 
-GLANCE_SECONDS = 1.0  # how often it is looked which parts are compiled
-PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more fall out of the processor's caches, fewer are more calls
+GLANCE_SECONDS = 1.0  # how often progress is reported
+PATCHES_AT_ONCE = 4096  # four tiles of 448 pixels: more exceed the CPU's caches, fewer need more calls
 
 
 class OpenedModel(ChatModel):
-    """The three parts of a model folder, compiled for their devices.
+    """The parts of a model folder, compiled for their devices.
 
-    `device` is OpenVINO's name, or auto for what tune found best, else a rule; `vision_device` is another one for the vision part.
-    `precision` accuracy trades speed for the digits of the PyTorch path. `cache_dir` keeps compiled parts (on a GPU by default in
-    the folder; False keeps none). `ov_config` holds OpenVINO properties of all parts, `part_config` of single ones.
-    `feature_cache_bytes` bounds the cache of vision features, and `reuse_kv` off makes stateless calls compute their whole prompt.
-    `language` off leaves the language part to somebody else: prompts can be made and embedded, and not answered. `tuned` off
-    ignores what python -m runtime tune found for the devices. `flash` off leaves every tile with all of its context tokens, where a
-    router may take most of them. `progress` hears every second how many parts are compiled.
-    Raises ModelFolderError for a folder that is not whole or not converted, TokenizerError for one without its tokenizer,
-    DeviceError for a device that is not there.
+    `device` is OpenVINO's name, or auto: the best one that tune found, else a rule; `vision_device` is another one for the vision
+    part. `precision` accuracy trades speed for the accuracy of the PyTorch path. `cache_dir` stores compiled parts (default: on
+    a GPU, inside the folder; False: nowhere). `ov_config` holds OpenVINO properties of all parts, `part_config` of single ones.
+    `feature_cache_bytes` bounds the cache of image features, and `reuse_kv` off makes stateless calls compute their whole prompt.
+    `language` off does not open the language part: prompts can be made and embedded, but not answered. `tuned` off ignores the
+    settings that python -m runtime tune found for the devices. `flash` off gives every tile all of its context tokens, where a
+    router may remove most of them. `progress` reports every second how many parts are compiled.
+    Raises ModelFolderError for a folder that is incomplete or not converted, TokenizerError for one without its tokenizer,
+    DeviceError for a device that does not exist.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class OpenedModel(ChatModel):
         if device == BEST:
             self.choice = choose_devices(core, settings_of(folder, core, BEST) if tuned else None)
             device, vision_device = self.choice.language, vision_device or self.choice.vision
-        self.ov_device, self.ov_devices = device, [*core.available_devices]  # where it runs, and where it could
+        self.ov_device, self.ov_devices = device, [*core.available_devices]  # the device in use, and those available
         placed = place_parts(
             core,
             folder,
@@ -103,7 +103,7 @@ class OpenedModel(ChatModel):
         )
         width = self.config.language["hidden_size"]
         self.language_placement = placed["language"]
-        # Compiling lets other threads run.
+        # Compiling releases the GIL, so parts compile in parallel.
         patches = [] if self.flash is None else [PATCHES]
         vision = beside(lambda: StatelessPart(folder, core, placed["vision"], width, patches))
         text = beside(lambda: StatelessPart(folder, core, placed["text_embeddings"], width))
@@ -156,7 +156,7 @@ class OpenedModel(ChatModel):
         self.language_part.rest()
 
     def wait_until_packed(self) -> None:
-        """Do now what the language part does once. Raises what goes wrong there."""
+        """Run the one-time packing of the language part now. Raises its errors."""
         self.language_part.settle()
         self.language_part.pack()
 
@@ -180,14 +180,14 @@ class OpenedModel(ChatModel):
 
 
 def _wait(opening: Sequence[Future[Any]], progress: Progress | None) -> None:
-    """Wait until all parts are opened, or could not be; Ctrl-C ends the waiting."""
+    """Wait until all parts are opened or have failed; Ctrl-C ends the wait."""
     while (seen := wait(opening, timeout=GLANCE_SECONDS)).not_done:
         if progress is not None:
             progress("parts", len(seen.done), len(opening))
 
 
 def _checked_defaults(file: Path) -> dict[str, Any]:
-    """The values of generation_config.json, of which an answer can be written. Raises ModelFolderError."""
+    """The values of generation_config.json, validated. Raises ModelFolderError."""
     defaults = read_generation_config(file)
     try:
         Decoding.of(defaults, {})
@@ -197,7 +197,7 @@ def _checked_defaults(file: Path) -> dict[str, Any]:
 
 
 def _context_id(tokenizer: Tokenizer, raw: Mapping[str, Any], folder: Path) -> int:
-    """The id of the context token, which config.json and the tokenizer agree on; optimum-cli's config.json need not name it.
+    """The id of the context token, on which config.json and the tokenizer must agree; optimum-cli's config.json may omit it.
 
     Raises TokenizerError, ModelFolderError.
     """

@@ -1,6 +1,6 @@
 """The conversation templates of the family, as a table.
 
-One row a template name: what stands around each message, and the system message the model was trained with.
+One row per template name: the text around each message, and the system message the model was trained with.
 Strings are data of OpenGVLab/InternVL@2410d1d internvl_chat/internvl/conversation.py:238-392, those of GPT-OSS of
 internvl_chat_gpt_oss/internvl/model/internvl_chat/conversation.py there.
 """
@@ -16,7 +16,7 @@ from runtime.folder.config import InternVLConfig
 from runtime.folder.tokenizer import Typed, check_text
 
 IMAGE_START, IMAGE_END, CONTEXT_TOKEN = "<img>", "</img>", "<IMG_CONTEXT>"
-IMAGE_MARK = "<image>"  # where a picture stands in a question
+IMAGE_MARK = "<image>"  # the mark of a picture in a question
 
 _SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -30,7 +30,7 @@ THINKING_MESSAGE = """You are an AI assistant that rigorously follows this respo
 
 Ensure that the thinking process is thorough but remains focused on the query. The final answer should be standalone and not reference the thinking section."""  # noqa: E501  the published text, internvl_chat_gpt_oss/internvl/train/internvl_chat_mpo.py:58 there
 THINKERS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM")  # InternVL3.5's language models
-THINKING_TOKENS = 4096  # of an answer that thinks, where nobody says otherwise
+THINKING_TOKENS = 4096  # default max_new_tokens of an answer that thinks
 
 _SYSTEM_OSS = """You are InternVL, a large language model trained by Shanghai AI Laboratory.
 Knowledge cutoff: 2024-06
@@ -43,10 +43,10 @@ Reasoning: low
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before each role's message, and the separator after every message.
+    """The text before each role's message, and the separator after every message.
 
-    `lead` is what the model itself writes before an answer: it stands in the history, and is not shown as part of the answer.
-    `stop` is the token that ends an answer where that is not the separator without its newline.
+    `lead` is what the model generates before an answer: part of the history, but not shown as part of the answer. `stop` is the
+    token that ends an answer, where that is not the separator without its newline.
     """
 
     system: str
@@ -80,7 +80,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-OLD_SYSTEM_MESSAGES = {  # of the models named V1-2 and V1-5, which were trained before the templates had their present ones
+OLD_SYSTEM_MESSAGES = {  # of models named V1-2 and V1-5, trained before the templates got their present ones
     "Hermes-2": "Answer the questions.",
     "internlm2-chat": "You are an AI assistant whose name is InternLM (书生·浦语).",
     "phi3-chat": "You are an AI assistant whose name is Phi-3.",
@@ -88,7 +88,7 @@ OLD_SYSTEM_MESSAGES = {  # of the models named V1-2 and V1-5, which were trained
 
 
 def old_system_message(name: str, template: str) -> str | None:
-    """The system message of (Mini-)InternVL-Chat-V1-2 and -V1-5, told by their names; None for all others.
+    """The system message of (Mini-)InternVL-Chat-V1-2 and -V1-5, recognised by name; None for all others.
 
     Source: InternLM/lmdeploy@v0.6.4 lmdeploy/model.py, and OpenGVLab/InternVL's conversation.py when they were published.
     """
@@ -105,20 +105,20 @@ def get_template(name: str) -> Template:
 
 
 def template_of(config: InternVLConfig) -> Template:
-    """The template of a model, with its own system message where it has one."""
+    """The template of a model, with the system message of its config.json if there is one."""
     template = get_template(config.template)
     return template if config.system_message is None else replace(template, system_message=config.system_message)
 
 
 def thinking_system(config: InternVLConfig, system: str | None) -> str:
-    """The system message that has InternVL3.5 think before it answers, and behind it another one. Raises OptionError."""
+    """The system message that makes InternVL3.5 think before it answers, followed by `system`. Raises OptionError."""
     if config.language_architecture not in THINKERS:
         raise OptionError(f"this model ({config.language_architecture}) has no thinking mode: InternVL3.5's models have one")
     return THINKING_MESSAGE if system is None else f"{THINKING_MESSAGE}\n\n{system}"
 
 
 def check_question(question: str) -> None:
-    """Raise PromptError for a question that is empty or no text."""
+    """Raise PromptError for a question that is empty or not text."""
     check_text(question)
     if not question.strip():
         raise PromptError("the question is empty: write one")
@@ -127,7 +127,7 @@ def check_question(question: str) -> None:
 def render(
     template: Template, system_message: str, history: Sequence[tuple[str, str]], question: str, answer_prefix: str = ""
 ) -> str:
-    """The text of `render_pieces`."""
+    """The pieces of `render_pieces`, joined."""
     return "".join(render_pieces(template, system_message, [([asked], said) for asked, said in history], [question], answer_prefix))
 
 
@@ -138,14 +138,14 @@ def render_pieces(
     question: Sequence[str],
     answer_prefix: str = "",
 ) -> list[str]:
-    """The prompt that asks `question` after `history`, ending where the answer begins, or with the prefix of it.
+    """The prompt that asks `question` after `history`, up to the answer, or including its prefix.
 
-    Questions come in pieces; one without any is not there: the assistant speaks first. What is Typed stays Typed. An empty answer
-    in the history leaves its turn open, as upstream's template does.
+    A question is a list of pieces; an empty one is omitted: the assistant speaks first. Typed pieces stay Typed. An empty answer in
+    the history leaves its turn open, as upstream's template does.
     """
 
     def written(answer: str) -> list[str]:
-        return [template.lead, type(answer)(answer.removeprefix(template.lead))]  # upstream's histories have the lead
+        return [template.lead, type(answer)(answer.removeprefix(template.lead))]  # upstream's histories contain the lead
 
     def asked(pieces: Sequence[str]) -> list[str]:
         return [template.user, *pieces, template.sep] if pieces else []
@@ -159,7 +159,7 @@ def render_pieces(
 
 
 def typed(text: str, *, marks: bool) -> list[str]:
-    """What somebody wrote, in pieces; with `marks` its `<image>` marks are ours, and stand for pictures."""
+    """Typed text in pieces; with `marks`, its `<image>` marks are separate untyped pieces, which stand for pictures."""
     pieces = text.split(IMAGE_MARK) if marks else [text]
     return [piece for each in pieces for piece in (IMAGE_MARK, Typed(each))][1:]
 
@@ -187,12 +187,12 @@ def expand_marks(
 
 
 def frame_marks(frames: int) -> str:
-    """The lines that stand before a question about a video."""
+    """The lines before a question about a video, one per frame."""
     return "".join(f"Frame{number}: {IMAGE_MARK}\n" for number in range(1, frames + 1))
 
 
 def picture_marks(pictures: int, before: int = 0) -> str:
-    """The lines that stand for pictures without marks of their own, several of them numbered; `before` came earlier."""
+    """The lines for pictures without marks in the question, numbered if several, after `before` earlier pictures."""
     if pictures == 1:
         return f"{IMAGE_MARK}\n"
     return "".join(f"Image-{number}: {IMAGE_MARK}\n" for number in range(before + 1, before + pictures + 1))

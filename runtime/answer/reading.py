@@ -1,6 +1,6 @@
-"""An answer while it is written, read as what it means: thoughts, content, and calls of functions with their arguments.
+"""An incremental parser of answers: thoughts, content, and function calls with their arguments.
 
-Text comes in pieces of any size and goes on as soon as it is certain what it belongs to. Knows the marks, no tokens and no HTTP.
+Text comes in pieces of any size, and is returned as soon as it is clear what it belongs to. Knows the marks, no tokens and no HTTP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class Said:
-    """What came next: some thought, some content, or of call number `call` its `name` where it begins, then its arguments."""
+    """A parsed piece: thought, content, or of call number `call` first its `name`, then parts of its arguments."""
 
     thought: str = ""
     content: str = ""
@@ -26,27 +26,27 @@ class Said:
 
 
 class AnswerReader:
-    """Reads one answer. `calls` says that it may have calls, `thinking` that the prompt ended inside of a thought."""
+    """Parses one answer. `calls`: it may contain calls. `thinking`: the prompt ends inside a thought."""
 
     def __init__(self, *, calls: bool = False, thinking: bool = False):
         self.thought, self.content, self.calls = "", "", list[Call]()
         self._may_call = calls
-        self._left = ""  # read, and not told yet
+        self._left = ""  # received, and not returned yet
         self._state = self._thought if thinking else self._begin
-        self._fresh = True  # no word since a thought or a call
+        self._fresh = True  # no content since a thought or a call
         self._json = _JsonEnd()
 
     @property
     def thinking(self) -> bool:
-        """Whether it is in a thought."""
+        """Whether the answer is inside a thought."""
         return self._state == self._thought
 
     def add(self, text: str, *, end: bool = False) -> list[Said]:
-        """What is certain now and was not before; with `end` all that is left."""
+        """The pieces that have become certain; with `end`, all that is left."""
         self._left += text
         told: list[Said] = []
         state = None
-        while state != self._state:  # each goes on until it needs more text or hands over
+        while state != self._state:  # each state runs until it needs more text or hands over
             state = self._state
             told += [self._noted(said) for said in state(end)]
         return told
@@ -93,7 +93,7 @@ class AnswerReader:
             else:
                 before, self._left = (before, "") if end else _certain(before, CALL_START, None)
         if before:
-            line = "\n" if self._fresh and self.content else ""  # behind a call
+            line = "\n" if self._fresh and self.content else ""  # after a call
             self._fresh = False
             yield Said(content=line + before)
 
@@ -126,13 +126,13 @@ class AnswerReader:
 
 
 class _JsonEnd:
-    """Finds where a JSON value ends that comes in pieces: an object or a list by its brackets, in which texts do not count."""
+    """Finds the end of a JSON object or list that comes in pieces, by counting brackets outside strings."""
 
     def __init__(self) -> None:
         self._depth, self._in_text, self._escaped = 0, False, False
 
     def length(self, text: str) -> int | None:
-        """How much of this piece belongs to the value, None if all does and more comes."""
+        """How many characters of this piece belong to the value; None if all do and the value goes on."""
         for at, letter in enumerate(text):
             if self._escaped:
                 self._escaped = False
@@ -150,7 +150,7 @@ class _JsonEnd:
 
 
 def _certain(text: str, mark: str, spaces: str | None) -> tuple[str, str]:
-    """A text -> what is told of it now, and what may be the beginning of a mark or the white space before one."""
+    """A text -> the part that is certain, and the rest: a possible beginning of a mark, with the white space before it."""
     begun = next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
     sure = text[: len(text) - begun].rstrip(spaces)
     return sure, text[len(sure) :]

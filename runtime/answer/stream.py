@@ -1,6 +1,6 @@
-"""An answer while it is written: text pieces, what it took, and stopping it from another thread.
+"""Streaming of an answer: text pieces, statistics, and cancellation from another thread.
 
-Knows tokens, a tokenizer and what ends an answer; knows nothing of pictures or devices. Plug another user interface in here.
+Knows tokens, a tokenizer and what ends an answer; nothing of pictures or devices. Plug another user interface in here.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ WAKE_SECONDS = 0.2  # Windows lets Ctrl-C through only between waits
 
 @dataclass
 class Statistics:
-    """What an answer took. Times in seconds, counted from the question."""
+    """Statistics of an answer. Times in seconds; the first token is timed from the question."""
 
     tiles: int = 0  # of the pictures of this turn
-    encoded_tiles: int = 0  # of all pictures of the prompt, went through the vision part now
+    encoded_tiles: int = 0  # of all pictures of the prompt, encoded for this answer
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt, already in the KV cache
     new_tokens: int = 0
     first_token_seconds: float = 0.0
-    token_seconds: float | None = None  # mean of the tokens after the first
+    token_seconds: float | None = None  # time per token: mean of the tokens after the first
     finish_reason: str = ""  # stop, length or cancelled
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None when there was only one."""
+        """Throughput of the tokens after the first; None when there was only one."""
         return 1 / self.token_seconds if self.token_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Statistics:
 
 
 class TextStream:
-    """Tokens of one answer -> its text as far as it is certain: no lead, no white space around it, nothing after a stop string."""
+    """Tokens of one answer -> its text once it is certain, without lead, outer white space, and text from a stop string on."""
 
     def __init__(
         self, tokenizer: Tokenizer, template: Template, stop_strings: Sequence[str] = (), *, skip_special_tokens: bool = True
@@ -71,9 +71,9 @@ class TextStream:
         self.stopped = False  # at a stop string
 
     def add(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """The text that this token makes certain."""
         self._ids.append(token)
-        if self._lead:  # everything so far may be the lead; without one it comes out at the end
+        if self._lead:  # all tokens so far may be the lead; if not, end() returns them
             if self._ids[-len(self._lead) :] == self._lead:
                 self._lead, self._ids = [], []
             return ""
@@ -81,7 +81,7 @@ class TextStream:
         return self._say(end=False)
 
     def end(self) -> str:
-        """What was held back, once there are no more tokens."""
+        """The text that was held back, once there are no more tokens."""
         if not self.stopped:
             whole = whole_answer(self._tokenizer, self._ids, self._template, skip_special_tokens=self._skips)
             self._text = whole if whole.startswith(self._text.strip()) else self._text
@@ -106,24 +106,24 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def whole_answer(tokenizer: Tokenizer, ids: Sequence[int], template: Template, *, skip_special_tokens: bool = True) -> str:
-    """New token ids -> the answer: lead and special tokens left out, cut at the stop token, without outer white space."""
+    """New token ids -> the answer: without lead and special tokens, cut at the stop token, without outer white space."""
     own = after_lead([*ids], lead_ids(tokenizer, template)) if template.lead else ids
     return tokenizer.decode(own, skip_special_tokens=skip_special_tokens).split(template.stop_token)[0].strip()
 
 
 def lead_ids(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The tokens that a model writes before an answer; none for most."""
+    """The tokens of the template's lead; none for most models."""
     return tokenizer.encode(template.lead, add_special_tokens=False) if template.lead else []
 
 
 def after_lead(ids: list[int], lead: list[int]) -> list[int]:
-    """The tokens behind the last lead among them, all of them where there is none."""
+    """The tokens after the last lead in `ids`; all of them where there is none."""
     starts = [n for n in range(len(ids) - len(lead) + 1) if ids[n : n + len(lead)] == lead] if lead else []
     return ids[starts[-1] + len(lead) :] if starts else ids
 
 
 def count_token(statistics: Statistics) -> None:
-    """Read the clock for one more token."""
+    """Update count and times for one more token."""
     now = time.perf_counter() - statistics.started
     before = statistics.new_tokens
     if not before:
@@ -146,8 +146,8 @@ def stream_text(
 ) -> Generator[str, None, None]:
     """Run `tokens(progress)` in a thread and yield the text as it comes.
 
-    Ends when the answer does or soon after `cancelled` is set; calls `cancel` when it is closed early. Errors of `tokens` are
-    raised here. `statistics` and `kept`, the new token ids without the one that stops, are filled by the way.
+    Ends with the answer, or soon after `cancelled` is set; calls `cancel` when it is closed early. Errors of `tokens` are raised
+    here. Fills `statistics`, and `kept` with the new token ids except the one that ends the answer.
     """
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     failed: list[BaseException] = []
@@ -163,7 +163,7 @@ def stream_text(
             progress(stage, done, total)
 
     def read() -> str:
-        """Read the tokens to their end; why they end."""
+        """Read the tokens to their end; returns the finish reason."""
         with closing(tokens(check)) as found:  # type: ignore[type-var]
             for token in found:
                 count_token(statistics)
@@ -180,10 +180,10 @@ def stream_text(
     def work() -> None:
         try:
             statistics.finish_reason = read()
-            emit(text.end())  # what an unfinished character still owes
+            emit(text.end())  # text held back, like an incomplete character
         except Cancelled:
             pass
-        except BaseException as error:  # carried to the thread that reads
+        except BaseException as error:  # re-raised in the thread that reads
             failed.append(error)
         finally:
             pieces.put(None)

@@ -1,6 +1,6 @@
-"""One turn of a dialogue: what is asked, and what became of it.
+"""One turn of a conversation: a question and its answer.
 
-A question with its pictures and video is opened, cut into tiles and given its marks here. Knows no tokens and no model.
+Opens the pictures and video of a question, cuts them into tiles and inserts their marks. Knows no tokens and no model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from runtime.media.tiles import PictureTiles, Tiling
 from runtime.media.video import DEFAULT_SEGMENTS, Bound, read_frames
 from runtime.progress import Progress
 
-MARK_NAME = re.compile(r"(Image-\d+|Frame\d+): ?$", re.IGNORECASE)  # before a mark
+MARK_NAME = re.compile(r"(Image-\d+|Frame\d+): ?$", re.IGNORECASE)  # the name before a mark
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what it is about.
+    """A question with its pictures and video.
 
-    `images` are what runtime.media.document.open_pictures takes, PDFs page by page, cut into at most `max_tiles` tiles each (and
-    a thumbnail). They stand at the `<image>` marks of the text, or before it. Of `video`, `num_segments` frames of its seconds
-    `bound` stand before that, one tile each. `allow_urls` off refuses web addresses. `answer_prefix` is what the answer begins
-    with, given to the model as if it had written it. The boxes of the things in `locate` ("the red car") are asked for, behind the
-    text if there is one.
+    `images` are what runtime.media.document.open_pictures takes, PDFs page by page, cut into at most `max_tiles` tiles each (plus a
+    thumbnail). They replace the `<image>` marks of the text, or come before the text. `num_segments` frames of `video`, within its
+    seconds `bound`, come first, one tile each. `allow_urls` off refuses web addresses. `answer_prefix` begins the answer, as
+    if the model had written it. `locate` names things ("the red car") whose boxes are asked for, after the text if there is one.
     """
 
     text: str = ""
@@ -48,9 +47,9 @@ class Question:
     locate: str | Sequence[str] = ()
 
     def pictures(self, config: InternVLConfig, progress: Progress | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
-        """The frames of the video and the pictures, as they were given, upright.
+        """The frames of the video and the pictures, as given, upright.
 
-        `progress` hears of the frames. Raises PictureError, VideoError, OptionError.
+        `progress` reports the frames. Raises PictureError, VideoError, OptionError.
         """
         tiling = Tiling.of(config).at_most(self.max_tiles)
         frames = [] if self.video is None else read_frames(self.video, self.num_segments, self.bound, progress)
@@ -61,21 +60,21 @@ class Question:
     def open(self, config: InternVLConfig, progress: Progress | None = None) -> Turn:
         """The turn without its answer: the pictures opened and cut, and a mark in the question for each.
 
-        `locate` is written into the text by ChatCore.open_turn. `progress` hears of the frames. Raises PictureError, VideoError,
+        ChatCore.open_turn writes `locate` into the text. `progress` reports the frames. Raises PictureError, VideoError,
         PromptError, OptionError.
         """
         check_question(self.text)
         return self.about(*self.cut(config, progress))
 
     def cut(self, config: InternVLConfig, progress: Progress | None = None) -> tuple[list[PictureTiles], list[PictureTiles]]:
-        """The frames and the pictures, opened and cut. Raises PictureError, VideoError, OptionError."""
+        """The frames and the pictures, opened and cut into tiles. Raises PictureError, VideoError, OptionError."""
         tiling = Tiling.of(config).at_most(self.max_tiles)
         frames, pictures = self.pictures(config, progress)
         shown = [PictureTiles.of_picture(frame, tiling.at_most(1)) for frame in frames]
         return shown, [PictureTiles.of_picture(picture, tiling) for picture in pictures]
 
     def about(self, frames: list[PictureTiles], pictures: list[PictureTiles]) -> Turn:
-        """The turn about what was cut. Raises PromptError."""
+        """The turn about frames and pictures that are cut. Raises PromptError."""
         marks = picture_marks(len(pictures)) if pictures and IMAGE_MARK not in self.text else ""
         pieces = typed(frame_marks(len(frames)), marks=True) + typed(marks + self.text, marks=bool(pictures))
         return Turn.of(pieces, self.answer_prefix, [*frames, *pictures])
@@ -85,10 +84,10 @@ class Question:
 class Turn:
     """One turn: the question with its picture marks, the answer, and the pictures of the marks in order.
 
-    An answer of the turn that is asked is the prefix of the one that comes.
-    `tokens` are those that the model wrote as the answer; where the answer is edited they count no more. `marks` are the parts of
-    the question that are ours, with their places: all else is text, whatever it looks like. Without them, or where the question
-    was edited, these are its `<image>` marks, if there are pictures. A turn that is `unasked` has an answer alone.
+    In the turn being asked, `answer` is the answer prefix. `tokens` are the generated tokens of the answer; they are ignored once
+    the answer is edited. `marks` are the parts of the question that are not typed, with their positions: all else is plain text.
+    Without `marks`, or once the question is edited, its `<image>` marks are these, if there are pictures. An `unasked` turn has no
+    question.
     """
 
     question: str
@@ -100,7 +99,7 @@ class Turn:
 
     @classmethod
     def of(cls, pieces: Sequence[str], answer: str, pictures: list[PictureTiles]) -> Turn:
-        """The turn of a question in pieces; what is not Typed is ours. Raises PromptError when marks and pictures do not fit."""
+        """The turn of a question in pieces; untyped pieces are marks. Raises PromptError when marks and pictures do not match."""
         places = accumulate(map(len, pieces), initial=0)
         marks = tuple((at, str(piece)) for at, piece in zip(places, pieces, strict=False) if not isinstance(piece, Typed))
         made = cls("".join(pieces), answer, pictures, marks=marks, unasked=not pieces)
@@ -108,7 +107,7 @@ class Turn:
         return made
 
     def pieces(self) -> list[str]:
-        """The question, in which what somebody wrote is Typed. Raises PromptError when marks and pictures do not fit."""
+        """The question in pieces, with typed text as Typed. Raises PromptError when marks and pictures do not match."""
         pieces = typed(self.question, marks=bool(self.pictures))
         if self.marks is not None and all(self.question.startswith(mark, at) for at, mark in self.marks):
             pieces, before = [], 0
@@ -125,10 +124,10 @@ class Turn:
 
 
 def picture_names(turns: Sequence[Turn]) -> tuple[dict[str, int], str]:
-    """The names of all pictures of a dialogue, in lower case, with their index; and the last question without its marks.
+    """The names of all pictures of a conversation, in lower case, with their index; and the last question without its marks.
 
-    A name stands before a mark ("Image-2: <image>"); the last picture that has it is meant. Pictures that are no frames are
-    numbered through for those that have no name of their own.
+    A name comes before a mark ("Image-2: <image>"), and means the last picture with it. All pictures except frames are also
+    numbered, for those without a name.
     """
     names: dict[str, int] = {}
     shown: list[int] = []

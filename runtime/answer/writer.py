@@ -1,8 +1,8 @@
-"""Many answers at once, each after a prompt of its own: begun as there is room, a token of all in every step.
+"""Many answers at once, each with its own prompt: one starts when there is room, and each step decodes a token of all.
 
-Continuous batching (Yu et al. 2022, Orca) over the pages of one language part. Knows prompts, decodings and a chat core; not who
-asks, nor from where. Where the language part has no pages, and past the length from which positions depend on it, answers are
-written one after the other.
+Continuous batching (Yu et al. 2022, Orca) over the pages of one language part. Knows prompts, decodings and a chat core; not where
+requests come from. Without pages, and past the length at which rotary positions depend on it, answers are written one after the
+other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from runtime.answer.stream import TextStream
 from runtime.errors import InternVLError, NumericsError
 from runtime.parts.kv_cache import PREFILL_AT_ONCE
 
-MOST_ROWS = 32  # written at once
-WORTH_WAITING = 32  # tokens that another prompt has in common, for which a prompt waits until that one is read
+MOST_ROWS = 32  # largest batch
+WORTH_WAITING = 32  # shared tokens for which a prompt waits until another prompt is prefilled
 NO_NUMBERS = (
     "the language part gave logits that are not numbers: its activations overflow on this device; "
     "open the model with precision accuracy (--precision accuracy)"
@@ -31,35 +31,35 @@ NO_NUMBERS = (
 
 @dataclass(eq=False)
 class Writing:
-    """An answer: what it is asked by, and what is written of it. `tag` is the asker's."""
+    """An answer: its prompt, and what is written so far. `tag` is for the caller."""
 
     prompt: Prompt
     decoding: Decoding
     tag: Any = None
     text: str = ""
-    tokens: list[int] = field(default_factory=list)  # without the one that ends it
+    tokens: list[int] = field(default_factory=list)  # without the one that ends the answer
     finish_reason: str = ""  # stop or length
     error: InternVLError | None = None
 
 
 @dataclass(eq=False)
 class _Row:
-    """An answer that is being written."""
+    """An answer that is being written, and its row of the cache."""
 
     writing: Writing
     keys: np.ndarray  # of the prompt
-    number: int  # among the cache's rows
-    read: int  # tokens of the prompt
+    number: int  # row of the cache
+    read: int  # prompt tokens in the cache when it joined
     sampler: Sampler
     stream: TextStream
 
 
 class Writer:
-    """Writes answers; `add` takes them, `step` goes on with all and returns those that are over. One thread at a time."""
+    """Writes answers: `add` queues them, `step` advances all and returns the finished ones. For one thread at a time."""
 
     def __init__(self, model: OpenedModel, cache_bytes: int, most: int = MOST_ROWS):
         model.wait_until_packed()
-        model.language_part.take_second()  # many answers are to come
+        model.language_part.take_second()  # many answers will follow
         self._model, self._most = model, most
         self._rows = model.language_part.new_rows(cache_bytes)
         self._waiting: deque[Writing] = deque()
@@ -67,27 +67,27 @@ class Writer:
 
     @property
     def is_hungry(self) -> bool:
-        """Whether more answers could be begun than are here."""
+        """Whether the batch has room for more answers than are queued."""
         return len(self._waiting) + len(self._running) < self._most
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left to write."""
+        """Whether no answer is queued or running."""
         return not self._waiting and not self._running
 
     def add(self, writing: Writing) -> None:
-        """One more answer, which is begun when there is room."""
+        """Queue an answer, to start when there is room."""
         self._waiting.append(writing)
 
     def step(self) -> list[Writing]:
-        """Begin what there is room for, and write a token of every answer; returns the answers that are over."""
+        """Start the answers that there is room for, and decode a token of every answer; returns the finished ones."""
         over = self._begin()
         if self._running:
             over += self._go_on()
         return over
 
     def _begin(self) -> list[Writing]:
-        """Read prompts until none waits that has room. Returns answers that are over with their first token."""
+        """Prefill queued prompts while there is room. Returns answers that end with their first token."""
         over: list[Writing] = []
         while self._waiting and len(self._running) < self._most:
             writing = self._waiting[0]
@@ -107,7 +107,7 @@ class Writer:
         return plain is not None and len(writing.prompt.ids) + writing.decoding.max_new_tokens > plain
 
     def _together(self) -> list[_Row]:
-        """Prompts from the head of the queue that are read in one run: those that share much with one of them come after it."""
+        """Prompts from the head of the queue to prefill in one run; one that shares much with another waits for the next run."""
         assert self._rows is not None
         rows: list[_Row] = []
         left = PREFILL_AT_ONCE
@@ -130,7 +130,7 @@ class Writer:
         return rows
 
     def _read(self, rows: Sequence[_Row]) -> list[Writing]:
-        """Read the prompts of some rows, a long one in pieces, and choose their first tokens."""
+        """Prefill the prompts of these rows, a long one in chunks, and choose their first tokens."""
         assert self._rows is not None
         model = self._model
         embeds = []
@@ -155,7 +155,7 @@ class Writer:
         return self._choose(rows, logits)
 
     def _choose(self, rows: Sequence[_Row], logits: np.ndarray) -> list[Writing]:
-        """The next token of each row after its logits (V,); rows that are over leave."""
+        """Choose the next token of each row from its logits (V,); finished rows leave."""
         over = []
         for row, scores in zip(rows, logits, strict=True):
             writing = row.writing
@@ -169,7 +169,7 @@ class Writer:
         return over
 
     def _take(self, row: _Row, token: int) -> bool:
-        """Add a token to an answer; whether that was the last one."""
+        """Add a token to an answer; returns whether the answer is finished."""
         writing, decoding = row.writing, row.writing.decoding
         if token in decoding.eos_token_ids and not decoding.ignore_eos:
             writing.finish_reason = "stop"
@@ -185,7 +185,7 @@ class Writer:
         return bool(writing.finish_reason)
 
     def _write_alone(self, writing: Writing) -> None:
-        """One answer from its first to its last token, as a stateless call writes it."""
+        """One whole answer, as a stateless call writes it."""
         model = self._model
         row = _Row(writing, np.zeros(0, np.int64), 0, 0, Sampler(writing.decoding), model.text_of(writing.decoding))
         try:
@@ -201,7 +201,7 @@ class Writer:
 
 
 def _shared(keys: np.ndarray, other: np.ndarray) -> int:
-    """How many keys two prompts begin with alike."""
+    """Length of the common prefix of two prompts' keys."""
     count = min(len(keys), len(other))
     differ = np.flatnonzero(keys[:count] != other[:count])
     return int(differ[0]) if len(differ) else count

@@ -50,9 +50,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class FlashConfig:
-    """InternVL3.5-Flash: from which of the router's numbers on a tile is left with few context tokens.
+    """InternVL3.5-Flash: the thresholds on the router's probabilities above which a tile gets few context tokens.
 
-    Both in 0..1: `relative` is the share of a prompt's tiles that keep all of theirs, `absolute` the least number.
+    Both in 0..1: `relative` is the share of a prompt's tiles that keep all of theirs, `absolute` the least probability.
     """
 
     relative: float
@@ -66,7 +66,7 @@ class InternVLConfig:
     vision: VisionConfig
     language: dict[str, Any]  # llm_config as published
     template: str
-    system_message: str | None  # where it is not the template's
+    system_message: str | None  # None: the template's
     tile_size: int  # S, side of a tile in pixels
     tokens_per_tile: int  # P
     select_layer: int = -1  # which hidden state of the vision transformer feeds the projector
@@ -76,7 +76,7 @@ class InternVLConfig:
     max_tiles: int = 6
     use_thumbnail: bool = False
     dynamic_image_size: bool = False
-    flash: FlashConfig | None = None  # where a router may leave a tile with few context tokens
+    flash: FlashConfig | None = None  # None: there is no router
 
     @property
     def grid_side(self) -> int:
@@ -85,30 +85,30 @@ class InternVLConfig:
 
     @property
     def shuffle_factor(self) -> int:
-        """Patches along one side of the square that one context token stands for."""
+        """Patches along one side of the square that a context token covers."""
         return int(1 / self.downsample_ratio)
 
     @property
     def few_shuffle_factor(self) -> int:
-        """The same where a router leaves a tile with few context tokens."""
+        """The same for a tile with few context tokens."""
         return self.shuffle_factor**2
 
     @property
     def few_per_tile(self) -> int:
-        """Context tokens of such a tile."""
+        """Context tokens of a tile with few of them."""
         return (self.grid_side // self.few_shuffle_factor) ** 2
 
     @property
     def context_length(self) -> int | None:
-        """The longest sequence in tokens: that of the training, or what dynamic rope stretches it to."""
+        """The longest sequence in tokens: the length in training, or what dynamic RoPE extends it to."""
         trained = self.language.get("max_position_embeddings")
         return int(trained * self._rope.get("factor", 1.0)) if trained and self.has_dynamic_rope else trained
 
     @property
     def plain_length(self) -> int | None:
-        """The longest sequence whose rotary positions do not depend on its length; None where that is every one.
+        """The longest sequence whose rotary positions do not depend on its length; None where there is no limit.
 
-        Beyond it all of its tokens are turned in another way: Phi-3's by long factors, with dynamic rope by the length itself.
+        Longer sequences rotate all of their tokens in another way: Phi-3 by long factors, dynamic RoPE by the length itself.
         """
         if self.has_dynamic_rope:
             return self.language.get("max_position_embeddings")
@@ -122,9 +122,9 @@ class InternVLConfig:
 
     @property
     def window(self) -> int | None:
-        """How many tokens some layers look back, where that is fewer than the model reads."""
+        """Sliding attention window of some layers in tokens; None where it is off or not shorter than the context."""
         if self.language_architecture not in ("Phi3ForCausalLM", "GptOssForCausalLM"):
-            return None  # Qwen's files name a window that is switched off
+            return None  # Qwen's config.json names a window that is off
         window = self.language.get("sliding_window")
         return window if window and window < (self.context_length or math.inf) else None
 
@@ -138,12 +138,12 @@ class InternVLConfig:
 
     @property
     def language_architecture(self) -> str:
-        """Class name that the checkpoint gives for its language model, e.g. `Qwen2ForCausalLM`."""
+        """The class name of the language model in config.json, like `Qwen2ForCausalLM`."""
         return str((self.language.get("architectures") or ["(none)"])[0])
 
     @property
     def has_visual_experts(self) -> bool:
-        """Whether context tokens go through weights of their own (Mono-InternVL), which only our own runtime feeds."""
+        """Whether context tokens have expert weights of their own (Mono-InternVL); only our own runtime feeds those."""
         return self.language_architecture == "InternLM2VEForCausalLM"
 
     @classmethod
@@ -161,7 +161,7 @@ class InternVLConfig:
         if not raw.get("template"):
             raise CheckpointError("config.json has no template: the prompt of this checkpoint is unknown")
         section = raw["vision_config"]
-        if section.get("model_type") == "intern_vit_patch":  # Mono-InternVL: patches are embedded, whatever layers are named
+        if section.get("model_type") == "intern_vit_patch":  # Mono-InternVL: patch embedding alone, whatever number it names
             section = section | {"num_hidden_layers": 0}
         vision = VisionConfig(**{k: v for k, v in section.items() if k in VisionConfig.__dataclass_fields__})
         tile_size = raw.get("force_image_size") or vision.image_size
@@ -207,7 +207,7 @@ class InternVLConfig:
 
 
 def _flash(raw: dict[str, Any]) -> FlashConfig | None:
-    """The thresholds of a checkpoint with a router. Raises CheckpointError where they are missing or no shares."""
+    """The thresholds of a checkpoint with a router. Raises CheckpointError where one is missing or outside 0..1."""
     if not raw.get("flash_mode"):
         return None
     keys = ("flash_relative_threshold", "flash_absolute_threshold")
@@ -220,7 +220,7 @@ def _flash(raw: dict[str, Any]) -> FlashConfig | None:
 
 
 def _another_kind(raw: dict[str, Any]) -> str | None:
-    """What a checkpoint is that is not a chat model of this family, or None."""
+    """What the checkpoint is, where it is not a chat model of this family; else None."""
     kind = raw.get("model_type")
     code = " ".join(str(name).rpartition("--")[2] for name in (raw.get("auto_map") or {}).values())  # REPOSITORY--file.Class
     if kind in ("intern_vit_6b", "intern_vit_patch", "internvl_vision"):

@@ -1,6 +1,6 @@
 """What config.json says of InternVL-C and -G (model_type `internvl` with a `qllama_config`) and of InternViT alone.
 
-Dataclasses with the published defaults; knows nothing of weights, tokens or devices, nor of chat models, which config.py reads.
+Dataclasses with the published defaults; knows nothing of weights, tokens or devices. Chat models are read by config.py.
 Defaults of missing keys: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/
 configuration_internvl.py, and transformers' LlamaConfig for `qllama_config`, as there.
 """
@@ -14,7 +14,7 @@ from runtime.errors import CheckpointError, OptionError, UnsupportedModelError
 from runtime.folder.config import VisionConfig
 
 CHAT, CONTRASTIVE, FEATURES = "chat", "contrastive", "features"  # kinds of checkpoints and of model folders
-ANSWERS = {  # what each kind is, and what to ask of it
+ANSWERS = {  # what each kind is, and the command or class for it
     CHAT: "a chat model, which answers questions (python -m runtime chat)",
     CONTRASTIVE: "InternVL-C and -G, which compare pictures and texts (python -m runtime embed, search, classify, caption)",
     FEATURES: "InternViT alone, which gives features of pictures (runtime.OVInternViT)",
@@ -27,7 +27,7 @@ TEXT_TOKENS = 80  # of a text at most, with its first and last token
 
 
 def kind_of(raw: dict[str, Any]) -> str:
-    """Which kind of model a parsed config.json describes; whatever is neither of the others counts as chat."""
+    """Which kind of model a parsed config.json describes; chat where it is neither of the others."""
     if "qllama_config" in raw:
         return CONTRASTIVE
     return FEATURES if raw.get("model_type") in VISION_TYPES else CHAT
@@ -41,7 +41,7 @@ def check_mode(mode: str) -> None:
 
 @dataclass(frozen=True)
 class QLlamaConfig:
-    """The language model of InternVL-C and -G: Llama whose every `cross_attention_frequency`-th layer looks at a picture."""
+    """QLLaMA of InternVL-C and -G: Llama with cross-attention to a picture in every `cross_attention_frequency`-th layer."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096

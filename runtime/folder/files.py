@@ -1,7 +1,7 @@
-"""The file names of a model folder, and how one comes to be: whole or not at all.
+"""The file names of a model folder, and how a folder is written: whole or not at all.
 
-Writing happens in a hidden folder beside the final name, which is moved into place at the end. Knows the names of the files,
-not what the models in them compute. Names: huggingface/optimum-intel@e1de5bee optimum/intel/openvino/utils.py
+Files are written to a hidden folder beside the final one, which is renamed at the end. Knows the names of the files, not what
+the models in them compute. Names: huggingface/optimum-intel@e1de5bee optimum/intel/openvino/utils.py
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 TUNED_FILE = "tuned.json"  # what python -m runtime tune found, by device
 QUALITY_FILE = "quality.json"  # what the folder loses to its checkpoint, as --verify measured it
 OVERFLOWS_FILE = "overflows.json"  # which parts a device cannot compute in float16
-DECODE_FILE = "tuned_decode.xml"  # a language part for single tokens, where tune found it worth its memory
+DECODE_FILE = "tuned_decode.xml"  # a language part for decode, where tune found it worth its memory
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as the hub has it
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name on the hub
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # of a checkpoint
 
 
 def user_cache() -> Path:
-    """Where models are kept that nobody said a place for."""
+    """The folder for models that have no other place."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internvl-openvino"
 
 
 def parts_of(config: InternVLConfig) -> tuple[str, ...]:
-    """The parts of a model folder, in the order in which they are made."""
+    """The parts of a model folder, in the order of their conversion."""
     return PARTS if config.flash is None else ("text_embeddings", "vision", "router", "language")
 
 
@@ -70,7 +70,7 @@ def bytes_of(folder: Path, part: str) -> int:
 
 
 def kind_of_folder(folder: Path) -> str:
-    """Which kind of model a folder's config.json describes; chat where there is none that can be read."""
+    """Which kind of model a folder's config.json describes; chat where it cannot be read."""
     try:
         return kind_of(read_config(folder / CONFIG_FILE))
     except CheckpointError:
@@ -78,7 +78,7 @@ def kind_of_folder(folder: Path) -> str:
 
 
 def check_folder(folder: Path, kind: str = CHAT) -> None:
-    """Raise ModelFolderError unless `folder` holds all parts of its kind; for a checkpoint, it says how to convert it."""
+    """Raise ModelFolderError unless `folder` is of this kind and has all of its parts; for a checkpoint, say how to convert it."""
     found = kind_of_folder(folder)
     missing = [name for name in [*(PART_FILES[part] for part in PARTS_OF[found]), CONFIG_FILE] if not (folder / name).exists()]
     if not missing and found != kind:
@@ -98,7 +98,7 @@ def check_folder(folder: Path, kind: str = CHAT) -> None:
 
 
 def check_target(folder: Path, *, force: bool) -> None:
-    """Refuse a target that exists (unless `force`) or that is not ours to replace; raises ModelFolderError."""
+    """Raise ModelFolderError for a target that exists (unless `force`), or that is not a model folder to replace."""
     if not folder.exists() and not folder.is_symlink():
         return
     if not force:
@@ -128,7 +128,7 @@ def new_folder(final: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would lock other users out of the finished folder
-        check_target(final, force=force)  # it may have appeared meanwhile
+        check_target(final, force=force)  # another program may have made it meanwhile
         _move(work, final)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -158,7 +158,7 @@ def save_model(model: ov.Model, path: Path) -> None:
     try:
         ov.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as error:
-        if "iostream" not in str(error):  # all that OpenVINO says of a write that fails
+        if "iostream" not in str(error):  # OpenVINO says no more when a write fails
             raise
         raise OSError(errno.ENOSPC, "the write failed", str(path)) from None
 

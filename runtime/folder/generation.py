@@ -1,6 +1,6 @@
-"""generation_config.json: how a model's makers have its answers written, by transformers' names.
+"""generation_config.json: the decoding options that a model is published with, by transformers' names.
 
-Reads the file; which values are possible is the decoding's to say.
+Reads the file; runtime/answer/decode.py checks the values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ APPLIED = {  # by runtime.answer.decode
     "prompt_lookup_num_tokens",
     "eos_token_id",
 }
-NEUTRAL = {  # change no token here, or are transformers' bookkeeping
+NEUTRAL = {  # have no effect on tokens here, or are transformers' bookkeeping
     "pad_token_id",
     "bos_token_id",
     "decoder_start_token_id",
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_generation_config(file: Path) -> dict[str, Any]:
-    """The values that are applied here; {} without a file. What is not applied is told once. Raises ModelFolderError."""
+    """The values that are applied here; {} without a file. One warning names those that are not. Raises ModelFolderError."""
     if not file.exists():
         return {}
     try:

@@ -1,7 +1,7 @@
-"""The tokenizer of InternVL-C and -G: texts to token ids and back, by the SentencePiece model that the checkpoint brings.
+"""The tokenizer of InternVL-C and -G: texts to token ids and back, by the checkpoint's own SentencePiece model.
 
-SentencePiece itself, because many of the model's Chinese pieces have the same score, and which of them wins is its own rule. Knows
-nothing of prompts.
+Uses SentencePiece itself: many Chinese pieces of the model have equal scores, and SentencePiece breaks ties by a rule of its own.
+Knows nothing of prompts.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Sentences:
 
     @property
     def size(self) -> int:
-        """How many ids there are."""
+        """Number of token ids."""
         return self._pieces.vocab_size()
 
     def encode(self, text: str, *, end: bool) -> list[int]:
-        """The first token of every text and the text's own; with `end` also the last."""
+        """The BOS token and the tokens of the text; with `end` also the EOS token."""
         return [self._config.bos_token_id, *self._pieces.encode(text), *([self._config.eos_token_id] if end else [])]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without control tokens and without spaces around it."""
+        """The text of token ids, without special tokens and surrounding spaces."""
         return str(self._pieces.decode([i for i in ids if i < self.size])).strip()

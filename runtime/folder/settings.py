@@ -1,8 +1,8 @@
-"""What was found out about a model folder on this machine: what `python -m runtime tune` measured, in its `tuned.json`, and which
-parts overflowed in float16, in its `overflows.json`; by device.
+"""What is known of a model folder on this machine, by device: the settings that `python -m runtime tune` found (`tuned.json`), and
+the parts that overflow in float16 (`overflows.json`).
 
-What was measured counts only on the processor and the OpenVINO on which it was. Knows how to read, write and forget it, and how
-many tiles it allows; measures nothing.
+Tuned settings apply only to the processor and the OpenVINO version they were measured on. Reads, writes and removes them, and
+derives the number of tiles; measures nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from runtime.errors import OptionError
 from runtime.folder.config import InternVLConfig
 from runtime.folder.files import DECODE_FILE, OVERFLOWS_FILE, TUNED_FILE
 
-BEST = "auto"  # the device that stands for the best one of each part; OpenVINO's AUTO chooses another way
+BEST = "auto"  # the device name for the best device of each part; OpenVINO's AUTO chooses differently
 
 
 def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | None:
-    """What was found for this device, if it was on this processor and this OpenVINO: {"parts", "decode", "seconds", ...}."""
+    """The tuned settings of a device, if measured on this processor and OpenVINO version: {"parts", "decode", "seconds", ...}."""
     try:
         found = json.loads((folder / TUNED_FILE).read_text(encoding="utf-8"))[device]
         return found if found["machine"] == machine(core, device) else None
@@ -32,7 +32,7 @@ def settings_of(folder: Path, core: ov.Core, device: str) -> dict[str, Any] | No
 
 
 def reset(folder: Path) -> bool:
-    """Forget what was found, of all devices; False when there was nothing."""
+    """Remove the tuned settings and overflows of all devices; False when there were none."""
     there = (folder / TUNED_FILE).exists() or (folder / OVERFLOWS_FILE).exists()
     for file in (folder / TUNED_FILE, folder / OVERFLOWS_FILE, folder / DECODE_FILE, (folder / DECODE_FILE).with_suffix(".bin")):
         file.unlink(missing_ok=True)
@@ -40,10 +40,10 @@ def reset(folder: Path) -> bool:
 
 
 def tiles_within(settings: dict[str, Any], seconds: float, config: InternVLConfig) -> int:
-    """How many tiles of one picture can be looked at before a first token that comes after `seconds`: at least one.
+    """How many tiles of one picture allow a time to first token of `seconds`: at least one.
 
-    By the measured times of a tile and of a prompt token; a thumbnail counts as a tile where the model has one. Raises OptionError
-    for a time that is not positive.
+    Computed from the measured times per tile and per prompt token; the thumbnail counts as a tile where the model has one. Raises
+    OptionError for a time that is not positive.
     """
     if seconds <= 0:
         raise OptionError(f"first token after {seconds:g} s: give a positive number of seconds")
@@ -54,14 +54,14 @@ def tiles_within(settings: dict[str, Any], seconds: float, config: InternVLConfi
 
 
 def keep(folder: Path, device: str, settings: dict[str, Any]) -> None:
-    """Write what was found for a device; what was found for others stays."""
+    """Write the tuned settings of a device; those of other devices stay."""
     file = folder / TUNED_FILE
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     file.write_text(json.dumps(kept | {device: settings}, indent=1) + "\n", encoding="utf-8")
 
 
 def overflowing(folder: Path, device: str) -> list[str]:
-    """The parts that are known to overflow in float16 on a device. Raises OptionError when the file cannot be read."""
+    """The parts known to overflow in float16 on a device. Raises OptionError when the file cannot be read."""
     file = folder / OVERFLOWS_FILE
     try:
         return [*json.loads(file.read_text(encoding="utf-8")).get(device, [])]
@@ -72,7 +72,7 @@ def overflowing(folder: Path, device: str) -> list[str]:
 
 
 def remember_overflow(folder: Path, device: str, part: str) -> bool:
-    """Write down that a part overflows in float16 on a device; False where the folder cannot be written."""
+    """Record that a part overflows in float16 on a device; False where the folder cannot be written."""
     file = folder / OVERFLOWS_FILE
     try:
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -83,8 +83,8 @@ def remember_overflow(folder: Path, device: str, part: str) -> bool:
 
 
 def machine(core: ov.Core, device: str) -> dict[str, str]:
-    """What settings are good for."""
+    """What tuned settings depend on: the processor, its capabilities and the OpenVINO version."""
     names = core.available_devices if device == BEST else [device]
     able = " ".join(able for name in names for able in sorted(core.get_property(name, "OPTIMIZATION_CAPABILITIES")))
-    processor = ", ".join(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names)  # virtual ones share it
+    processor = ", ".join(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names)  # virtual CPUs share it
     return {"processor": processor, "able": able, "openvino": ov.__version__}

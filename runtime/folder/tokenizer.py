@@ -1,7 +1,7 @@
 """The tokenizer of a model folder: text to token ids and back, by the tokenizers library alone.
 
-Reads tokenizer.json and the added tokens of tokenizer_config.json; knows of prompts only which pieces people wrote. Method and
-option names are transformers'.
+Reads tokenizer.json and the added tokens of tokenizer_config.json. Of prompts it knows only which pieces a user typed. Method
+and option names are transformers'.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from runtime.errors import PromptError, TokenizerError
 from runtime.folder.files import TOKENIZER_CONFIG_FILE, TOKENIZER_JSON_FILE
 
 PLACE_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
-WRITABLE = (  # added tokens that stay tokens wherever they are written: places, thoughts and calls; none of them ends a turn
+WRITABLE = (  # added tokens that stay tokens in typed text too: boxes, thoughts and calls; none of them ends a turn
     *PLACE_TOKENS,
     *("<think>", "</think>", "<tool_call>", "</tool_call>"),
 )
-GUARDS = "\ufdd0", "\ufdd1"  # around tokens that are meant, where others are text; Unicode gives these two no meaning
+GUARDS = "\ufdd0", "\ufdd1"  # enclose special tokens of the template, where typed ones are text; Unicode noncharacters
 
 
 class Typed(str):
-    """A piece of a prompt that somebody wrote: what looks like a special token in it is text."""
+    """A piece of a prompt that a user typed: special tokens spelt in it are plain text."""
 
     __slots__ = ()
 
 
 class Tokenizer:
-    """A tokenizer of the tokenizers library; several threads may use it."""
+    """A tokenizer of the tokenizers library; safe to use from several threads."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
@@ -61,14 +61,14 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises PromptError for what is no text."""
+        """Token ids of a text. Raises PromptError for what is not text."""
         check_text(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_pieces(self, pieces: Sequence[str], add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt in pieces: of its whole text, but for the special tokens that are spelt in a Typed piece.
+        """Token ids of a prompt in pieces, as of the joined text; special tokens spelt in a Typed piece are plain text.
 
-        Raises PromptError for what is no text.
+        Raises PromptError for what is not text.
         """
         if not any(isinstance(piece, Typed) and self._reserved.search(piece) for piece in pieces):
             return self.encode("".join(pieces), add_special_tokens)
@@ -83,18 +83,18 @@ class Tokenizer:
 
     @cached_property
     def _reserved(self) -> re.Pattern[str]:
-        """Tokens that nobody writes: special ones, and others in angle brackets; some vocabularies add plain words too."""
+        """Tokens that users cannot type: special ones and those in angle brackets, but not plain words that a vocabulary adds."""
         marks = [token.content for token in self._added.values() if token.special or re.fullmatch("<.*>", token.content)]
         return _any_of({*marks} - {*WRITABLE})
 
     @cached_property
     def _twin(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """The same tokenizer, to which reserved tokens are text unless they stand between guards; and what those ids mean.
+        """The same tokenizer with reserved tokens as plain text except between guards, and the map from its ids to ours.
 
-        Made when somebody first writes a special token: a second vocabulary takes as long to read as the first.
+        Built when a user first types a special token: the second vocabulary takes as long to load as the first.
         """
         written = json.loads(self.backend.to_str())
-        if merges := written["model"].get("merges"):  # those of a SentencePiece model may put a control token together
+        if merges := written["model"].get("merges"):  # a SentencePiece model's may merge pieces into a control token
             written["model"]["merges"] = [pair for pair in merges if not self._reserved.fullmatch("".join(pair))]
         twin = tokenizers.Tokenizer.from_str(json.dumps(written))
         special = [token for token in self._added.values() if self._reserved.fullmatch(token.content)]
@@ -107,7 +107,7 @@ class Tokenizer:
         return twin, {twin.token_to_id(first + token.content + last): number for number, token in self._added.items()}
 
     def _guarded(self, piece: str) -> str:
-        """A piece with guards around the tokens that are meant."""
+        """A piece with guards around its special tokens; in a Typed piece around the writable ones alone."""
         first, last = GUARDS
         tokens = self._writable if isinstance(piece, Typed) else self._all
         return tokens.sub(lambda found: first + found[0] + last, piece.replace(first, "\ufffd").replace(last, "\ufffd"))
@@ -125,21 +125,21 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
-        """The id of one token, None where there is none."""
+        """The id of a token, None where the vocabulary lacks it."""
         return self.backend.token_to_id(token)
 
     @cached_property
     def place_ids(self) -> frozenset[int]:
-        """The tokens that stand around labels and boxes, as many as this vocabulary has."""
+        """Ids of the tokens around labels and boxes that this vocabulary has."""
         return frozenset(number for number, token in self._added.items() if token.content in PLACE_TOKENS)
 
     def decode_stream(self, skip_special_tokens: bool = True) -> TokenDecoder:
-        """What turns the tokens of one answer into text as they come."""
+        """A decoder that turns the tokens of one answer into text as they come."""
         return TokenDecoder(self.backend, skip_special_tokens)
 
 
 class TokenDecoder:
-    """Tokens of one answer, one after the other -> text, as soon as it is whole characters."""
+    """Tokens of one answer, one at a time -> text, as soon as its characters are complete."""
 
     def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool):
         self._backend, self._stream = backend, DecodeStream(skip_special_tokens=skip_special_tokens)
@@ -150,7 +150,7 @@ class TokenDecoder:
 
 
 def check_text(text: Any) -> None:
-    """Raise PromptError for what cannot be tokenised: no text at all, or half of a character."""
+    """Raise PromptError for what cannot be tokenised: a value that is not a str, or a lone surrogate."""
     if not isinstance(text, str):
         raise PromptError(f"a {type(text).__name__} is no text: give a str")
     try:
@@ -163,7 +163,7 @@ def check_text(text: Any) -> None:
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """What finds any of some texts, the longest first; nothing where there are none."""
+    """A pattern that matches any of these texts, longest first; it matches nothing where there are none."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
 
 

@@ -1,1 +1,1 @@
-"""What people hand in: a picture or a video from wherever it is, and the tiles it is cut into."""
+"""The user's input: pictures, documents and videos from any source, and the tiles they are cut into."""

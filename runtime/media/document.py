@@ -1,6 +1,6 @@
-"""A PDF from wherever it is -> its pages as pictures, as large as the tiles can show them; anything else -> one picture.
+"""A PDF from any source -> its pages as pictures, rendered at the resolution of their tiles; anything else -> one picture.
 
-The only file that knows pypdfium2. Page ranges are said as web addresses say them: paper.pdf#page=2-4.
+The only file that knows pypdfium2. Page ranges are written as in web addresses: paper.pdf#page=2-4.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runtime.media.picture import Source, is_data_url, open_picture, read_data_u
 from runtime.media.tiles import Tiling, choose_grid
 from runtime.media.web import fetch, is_web_address
 
-MOST_PAGES = 16  # of one document, where none are named
+MOST_PAGES = 16  # of one document at once
 MAGIC = b"%PDF-"
 NAMED = re.compile(r"(?P<file>.+\.pdf)(?:#page=(?P<first>\d+)(?:-(?P<last>\d+))?)?", re.IGNORECASE | re.DOTALL)
 
@@ -25,8 +25,8 @@ NAMED = re.compile(r"(?P<file>.+\.pdf)(?:#page=(?P<first>\d+)(?:-(?P<last>\d+))?
 def open_pictures(source: Source, tiling: Tiling, *, allow_urls: bool | Collection[str] = True) -> list[Image.Image]:
     """The pages of a PDF, or the one picture that `source` is: what open_picture takes, and PDFs in the same forms.
 
-    Of a PDF all pages, or those that `#page=2-4` behind its name says. Raises PictureError, and OptionError where the library that
-    renders is not installed.
+    A PDF gives all pages, or those of `#page=2-4` after its name. Raises PictureError, and OptionError where the rendering library
+    is not installed.
     """
     source = read_source(source)
     if isinstance(source, bytes) and source.startswith(MAGIC):
@@ -58,7 +58,7 @@ def open_pictures(source: Source, tiling: Tiling, *, allow_urls: bool | Collecti
 
 
 def file_of(name: str) -> str:
-    """The file of a picture's or document's name, without its pages."""
+    """The file name of a picture or document, without its page range."""
     named = NAMED.fullmatch(name)
     return named["file"] if named else name
 
@@ -92,7 +92,7 @@ def _render(source: bytes | Path, name: str, tiling: Tiling, pages: tuple[int, i
 
 
 def _page(document: Any, number: int, name: str, tiling: Tiling) -> Image.Image:
-    """One page, with as many pixels as the grid of tiles that it is cut into."""
+    """One page, rendered to cover the grid of tiles that it is cut into."""
     import pypdfium2
 
     try:
@@ -102,7 +102,7 @@ def _page(document: Any, number: int, name: str, tiling: Tiling) -> Image.Image:
             raise PictureError(f"{name}: page {number + 1} is empty")
         columns, rows = choose_grid(round(1000 * width), round(1000 * height), tiling)
         scale = max(columns * tiling.side / width, rows * tiling.side / height)
-        scale = min(scale, 8 * max(columns, rows) * tiling.side / max(width, height))  # a ribbon's long side stays bounded
+        scale = min(scale, 8 * max(columns, rows) * tiling.side / max(width, height))  # bounds the long side of a very narrow page
         return page.render(scale=scale).to_pil().convert("RGB")
     except pypdfium2.PdfiumError as error:
         raise PictureError(f"{name}: page {number + 1} cannot be rendered ({error})") from None

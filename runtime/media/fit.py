@@ -1,4 +1,4 @@
-"""A picture -> one square of pixels, as models that look at whole pictures were trained: squeezed, or its middle.
+"""A picture -> one square of pixels, as contrastive models were trained: resized to a square, or centre-cropped.
 
 Pillow and NumPy; knows nothing of models. Rules: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/
 internvl_huggingface (retrieval: resized to a square) and torchvision's Resize and CenterCrop (classification).
@@ -16,7 +16,7 @@ def squeezed(picture: Image.Image, side: int) -> np.ndarray:
 
 
 def middle(picture: Image.Image, side: int) -> np.ndarray:
-    """An RGB picture with its short side resized to S, and what is in the middle -> (S, S, 3) uint8."""
+    """An RGB picture with its short side resized to S, then centre-cropped -> (S, S, 3) uint8."""
     width, height = picture.size
     short = min(width, height)
     resized = picture.resize((int(side * width / short), int(side * height / short)), Image.Resampling.BICUBIC)

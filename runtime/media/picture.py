@@ -1,6 +1,6 @@
-"""A picture from wherever it is: path, bytes, open file, PIL, NumPy, data URL or web address -> RGB, upright, of bounded size.
+"""A picture from any source: path, bytes, open file, PIL, NumPy, data URL or web address -> RGB, upright, of bounded size.
 
-Knows nothing of tiles. Refuses what cannot be a picture with one clear line and before its pixels take memory.
+Knows nothing of tiles. Rejects what is not a picture with a one-line error, before its pixels take memory.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from runtime.media.web import MOST_BYTES, fetch, is_web_address
 
 Source = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
-MOST_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: 256 MB of RGB
+MOST_PIXELS = 89_478_485  # Pillow's limit for a warning; 256 MB of RGB
 
 
 def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -> Image.Image:
     """Return a picture as RGB, turned as its EXIF orientation says.
 
-    `source` is a path, the bytes of a picture file or a file that is open for reading them, a PIL picture, a uint8 array (H, W),
-    (H, W, 1), (H, W, 3) or (H, W, 4), a data URL, or an http(s) address. `allow_urls` off refuses addresses, as it must be wherever
-    others ask, or names the hosts that may be fetched from, also by way of redirects. Of several frames, the first.
-    Two intended differences from upstream's Image.open(...).convert("RGB"): it ignores the orientation, so that photographs lie
-    on their side, and it turns 16-bit pictures white. Raises PictureError.
+    `source` is a path, the bytes of a picture file, a file opened in binary mode, a PIL picture, a uint8 array (H, W),
+    (H, W, 1), (H, W, 3) or (H, W, 4), a data URL, or an http(s) address. `allow_urls` False refuses addresses, as a server must;
+    a collection names the hosts that may be fetched from, redirects included. Of several frames, the first is taken.
+    Two intended differences from upstream's Image.open(...).convert("RGB"): upstream ignores the orientation, so photographs lie
+    on their side, and turns 16-bit pictures white. Raises PictureError.
     """
     source = read_source(source)
     if isinstance(source, Image.Image):
@@ -56,12 +56,12 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
             return _decode(file, text)
     except FileNotFoundError:
         raise PictureError(f"{text} is not there") from None
-    except (OSError, ValueError) as error:  # a folder, no permission, an impossible name
+    except (OSError, ValueError) as error:  # a folder, no permission, an invalid name
         raise PictureError(f"{text} cannot be read as a picture ({getattr(error, 'strerror', None) or error})") from None
 
 
 def read_source(source: Any) -> Any:
-    """The bytes of a buffer or of an open file, from where it stands; anything else as it is. Raises PictureError."""
+    """The bytes of a buffer, or of an open file from its position on; anything else unchanged. Raises PictureError."""
     if isinstance(source, bytearray | memoryview):
         return bytes(source)
     if isinstance(source, Image.Image) or not callable(getattr(source, "read", None)):
@@ -84,16 +84,16 @@ def _decode(file: Any, name: str) -> Image.Image:
             return _to_rgb(picture, name)
     except PictureError:
         raise
-    except Image.DecompressionBombError:  # Pillow's own limit, twice as high
+    except Image.DecompressionBombError:  # Pillow's limit for an error, twice as high
         raise PictureError(f"{name} has more than {MOST_PIXELS / 1e6:.0f} million pixels: scale it down first") from None
     except UnidentifiedImageError:
         raise PictureError(f"{name} cannot be read as a picture (not a format that Pillow knows)") from None
-    except Exception as error:  # Pillow's readers raise many kinds on broken files, some of them by accident
+    except Exception as error:  # Pillow's readers raise many kinds of errors on broken files
         raise PictureError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from None
 
 
 def _know_heif(file: Any) -> None:
-    """Teach Pillow the pictures of iPhones, when the first one comes: a box that says ftyp begins them."""
+    """Register the HEIF format of iPhones with Pillow when the first such file comes: it begins with an ftyp box."""
     if file.read(12)[4:8] == b"ftyp" and "HEIF" not in Image.OPEN:
         import pi_heif
 
@@ -109,7 +109,7 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
         raise PictureError(f"{name} has {width} x {height} pixels: it is empty")
     picture.load()
     upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):  # 16 or 32 bits of grey, which convert() would cut off at 255
+    if upright.mode.startswith("I"):  # 16- or 32-bit grey, which convert() would clip at 255
         grey = np.asarray(upright, np.int64)
         upright = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
     return upright if upright.mode == "RGB" else upright.convert("RGB")
@@ -141,5 +141,5 @@ def read_data_url(url: str) -> bytes:
 
 
 def is_data_url(text: str) -> bool:
-    """Whether something holds its own data; schemes have no case."""
+    """Whether a text is a data URL; schemes are case-insensitive."""
     return text[:5].lower() == "data:"

@@ -1,6 +1,6 @@
 """Turn a picture into tiles (N, 3, S, S), as the InternVL training code does.
 
-Pillow and NumPy: knows nothing about prompts, tokens or devices, nor where a picture comes from.
+Pillow and NumPy: knows nothing of prompts, tokens or devices, nor of where a picture comes from.
 Grid rule: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/train/dataset.py (dynamic_preprocess, find_closest_aspect_ratio)
 """
 
@@ -20,7 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a picture is cut."""
+    """How a picture is cut into tiles."""
 
     side: int  # S, of a tile in pixels
     min_tiles: int = 1
@@ -29,13 +29,13 @@ class Tiling:
 
     @classmethod
     def of(cls, config: InternVLConfig) -> Tiling:
-        """What the checkpoint was trained with; one tile where it was trained without tiles."""
+        """The tiling that the checkpoint was trained with; one tile where it was trained without tiling."""
         if not config.dynamic_image_size:
             return cls(config.tile_size, 1, 1, thumbnail=False)
         return cls(config.tile_size, config.min_tiles, config.max_tiles, config.use_thumbnail)
 
     def at_most(self, tiles: int | None) -> Tiling:
-        """The same with another limit, the thumbnail not counted; None changes nothing. Raises OptionError below 1."""
+        """The same with another limit, not counting the thumbnail; None changes nothing. Raises OptionError below 1."""
         if tiles is None:
             return self
         if tiles < 1:
@@ -44,9 +44,9 @@ class Tiling:
 
 
 def choose_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
-    """Return (columns, rows): the grid of at most `max_tiles` whose shape is nearest to the picture's.
+    """Return (columns, rows): the grid of at most `max_tiles` whose aspect ratio is nearest to the picture's.
 
-    Among grids of exactly the same shape the larger one wins when the picture has more than half of its pixels.
+    Between grids of equal distance the larger one wins when the picture has more than half of its pixels.
     """
     grids = {
         (columns, rows)
@@ -91,7 +91,7 @@ def cut_tiles(picture: Image.Image, tiling: Tiling) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PictureTiles:
-    """The tiles of one picture, keys of their contents, and the columns and rows they were cut in, where these are known."""
+    """The tiles of one picture, a content hash of each, and the grid (columns, rows) they were cut in, where it is known."""
 
     tile_keys: tuple[bytes, ...]
     pixels: np.ndarray = field(repr=False, compare=False)  # (N, S, S, 3) uint8, or (N, 3, S, S) float32 when normalised already
@@ -100,7 +100,7 @@ class PictureTiles:
 
     @property
     def key(self) -> bytes:
-        """A key of the content of all tiles."""
+        """A hash of the content of all tiles."""
         return sha1(b"".join(self.tile_keys), usedforsecurity=False).digest()
 
     @property
@@ -115,7 +115,7 @@ class PictureTiles:
 
     @classmethod
     def of_tiles(cls, tiles: np.ndarray, grid: tuple[int, int] | None = None, size: tuple[int, int] | None = None) -> PictureTiles:
-        """Tiles that were cut already."""
+        """Tiles that are already cut."""
         keys = tuple(sha1(np.ascontiguousarray(tile).data, usedforsecurity=False).digest() for tile in tiles)
         return cls(keys, tiles, grid, size)
 

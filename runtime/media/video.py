@@ -1,4 +1,4 @@
-"""Video -> frames, of which only those that are needed are decoded.
+"""Video -> frames, decoding no more of them than needed.
 
 The only file that knows PyAV. Index rule: OpenGVLab/InternVL@2410d1d, get_index of the model cards' video example.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.progress import Progress
 
 DEFAULT_SEGMENTS = 8
-HIDDEN_FRAMES = ("vp8",)  # codecs whose packets may show nothing, so that packets do not number the frames
+HIDDEN_FRAMES = ("vp8",)  # codecs with packets that show no frame, so packets cannot be counted as frames
 logger = logging.getLogger(__name__)
 Bound = tuple[float, float]  # first and last second
 
@@ -53,12 +53,12 @@ def read_frames(
     progress: Progress | None = None,
     seconds: float | None = None,
 ) -> list[Image.Image]:
-    """The chosen frames of a video file as RGB pictures. Raises VideoError; `progress` hears of the frames passed.
+    """The chosen frames of a video file as RGB pictures. Raises VideoError; `progress` reports the frames passed.
 
-    Where others ask, `seconds` bounds how long it may take, by the clock.
+    `seconds` bounds the wall-clock time, for a server.
 
-    Only what is needed is decoded: from the keyframe before each chosen frame, where the container can seek. Where a frame cannot
-    be decoded, the nearest one that can stands in, and a warning counts them.
+    Decoding starts at the keyframe before each chosen frame, where the container can seek. The nearest frame that can be decoded
+    replaces one that cannot, and a warning counts these.
     """
     import av
 
@@ -85,7 +85,7 @@ def read_frames(
 
 
 def _clock(seconds: float | None) -> Callable[[], None]:
-    """What raises VideoError when it is called too late."""
+    """A check that raises VideoError when it is called after `seconds`; None: never."""
     deadline = None if seconds is None else monotonic() + seconds
 
     def check() -> None:
@@ -96,7 +96,7 @@ def _clock(seconds: float | None) -> Callable[[], None]:
 
 
 class _Index:
-    """What the packets of a video say, without decoding: how many frames there are, and when each of them is shown.
+    """What the packets of a video tell without decoding: the number of frames, and when each of them is shown.
 
     Raises VideoError for a file without video.
     """
@@ -116,8 +116,8 @@ class _Index:
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MOST_PIXELS:
                 raise VideoError(f"{path} has frames of {width} x {height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
-            with suppress(av.error.FFmpegError):  # a file that is cut off: what it has
-                for packet in container.demux(stream):  # what the header says is often wrong
+            with suppress(av.error.FFmpegError):  # a truncated file: what it has
+                for packet in container.demux(stream):  # headers are often wrong
                     if packet.size:
                         self.count += 1
                         check()
@@ -134,13 +134,13 @@ class _Index:
         self.can_seek = known and bool(keys) and codec not in HIDDEN_FRAMES
 
     def key_before(self, time: int) -> int | None:
-        """The last keyframe shown at a time or before it: frames stored behind one but shown before it need an earlier one."""
+        """The last keyframe shown at a time or before it: frames stored after it but shown before it need an earlier one."""
         place = bisect_right(self.keys, time)
         return self.keys[place - 1] if place else None
 
 
 def _frames(container: Any, stream: Any, check: Callable[[], None]) -> Iterator[av.VideoFrame]:
-    """The frames that can be decoded, from where the container is; damaged packets are passed over."""
+    """The frames that can be decoded, from the container's position on; damaged packets are skipped."""
     import av
 
     packets = container.demux(stream)
@@ -161,7 +161,7 @@ def _frames(container: Any, stream: Any, check: Callable[[], None]) -> Iterator[
 def _sought(
     path: str | Path, index: _Index, wanted: list[int], tell: Progress, check: Callable[[], None]
 ) -> dict[int, Image.Image] | None:
-    """The wanted frames by number, each decoded from the keyframe before it; None where seeking does not lead there."""
+    """The wanted frames by number, each decoded from the keyframe before it; None where seeking fails."""
     import av
 
     found: dict[int, Image.Image] = {}
@@ -187,7 +187,7 @@ def _sought(
                 frame = next(frames, None)
                 if frame is None or frame.pts is None:
                     break
-                if at is None and frame.pts > time:  # the keyframe is damaged, or seeking went too far
+                if at is None and frame.pts > time:  # the keyframe is damaged, or the seek overshot
                     return None
                 if frame.pts > time:
                     following = frame
@@ -205,7 +205,7 @@ def _sought(
 def _passed(
     path: str | Path, index: _Index, wanted: list[int], tell: Progress, check: Callable[[], None]
 ) -> dict[int, Image.Image]:
-    """The wanted frames by number, by decoding all frames up to the last of them, and those that are nearest to missing ones."""
+    """The wanted frames by number, decoding all frames up to the last, and the nearest neighbours of those that are missing."""
     import av
 
     found: dict[int, Image.Image] = {}
@@ -220,7 +220,7 @@ def _passed(
                 tell("frames", number, wanted[-1] + 1)
             if number in chosen:
                 found[number] = _upright(frame)
-            elif before is not None and any(before[0] < one < number for one in chosen):  # one between them is missing
+            elif before is not None and any(before[0] < one < number for one in chosen):  # a wanted frame between them is missing
                 found |= {before[0]: _upright(before[1]), number: _upright(frame)}
             before = number, frame
             if number >= wanted[-1]:
@@ -231,7 +231,7 @@ def _passed(
 
 
 def _lacks_index(path: Path) -> bool:
-    """Whether a file of the MP4 kind has no moov box, which is written last: by the lengths of its boxes."""
+    """Whether an MP4 file lacks its moov box, which is usually written last; walks the lengths of its boxes."""
     with open(path, "rb") as file:
         first = True
         while len(head := file.read(8)) == 8:

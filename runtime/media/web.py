@@ -1,7 +1,7 @@
-"""A web address -> its bytes, within limits of size and time, and from where one may fetch.
+"""A web address -> its bytes, within limits of size and time, and from allowed hosts only.
 
-Where only some hosts may be fetched from, others ask, and a name must not lead into the network of this machine: each address
-that a name has is looked at, and what was looked at is what is connected to. Knows no pictures.
+With a list of hosts, the address comes from a client, and its name must not lead into this machine's network: every IP address
+of the name is checked, and the connection goes to a checked address. Knows no pictures.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 from runtime import __version__
 from runtime.errors import PictureError
 
-MOST_BYTES = 64 << 20  # of what is fetched
+MOST_BYTES = 64 << 20  # of a download
 CONNECT_SECONDS, FETCH_SECONDS = 10, 30
 
 
 def is_web_address(text: str) -> bool:
-    """Whether something would have to be fetched."""
+    """Whether a text is an http or https address."""
     return text.lower().startswith(("http://", "https://"))
 
 
 def fetch(url: str, hosts: Collection[str] | None) -> bytes:
     """Read a web address, within limits of size and time; redirects stay with http and https.
 
-    With `hosts`, only from these, also by way of redirects, and only where their addresses are public or are themselves among
-    `hosts`; proxies are not asked then, since they look names up themselves. Raises PictureError.
+    With `hosts`, only from these, redirects included, and only where their IP addresses are public or are themselves among
+    `hosts`; proxies are not used then, since they resolve names themselves. Raises PictureError.
     """
     opener = urllib.request.OpenerDirector()
     if hosts is None:
@@ -73,9 +73,9 @@ def check_host(url: str, hosts: Collection[str]) -> None:
 
 
 def connect(host: str, port: int, timeout: float | None, hosts: Collection[str]) -> socket.socket:
-    """A connection to a host, none of whose addresses is private, unless the address is itself among `hosts`.
+    """A connection to a host whose IP addresses are all public, or are themselves among `hosts`.
 
-    The name is looked up once: a second look may find another address. Raises PictureError, OSError.
+    The name is resolved once: a second look-up may return another address. Raises PictureError, OSError.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for _, _, _, _, place in found:
@@ -95,14 +95,14 @@ def connect(host: str, port: int, timeout: float | None, hosts: Collection[str])
 
 
 def _is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet."""
+    """Whether an IP address is public."""
     found = ipaddress.ip_address(address.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
     return found.is_global and not found.is_multicast
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to some hosts only."""
+    """Follows redirects to allowed hosts only."""
 
     def __init__(self, hosts: Collection[str]):
         self._hosts = hosts

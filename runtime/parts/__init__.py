@@ -1,1 +1,1 @@
-"""What OpenVINO runs: devices, compiled parts, the KV caches. Knows arrays; no pictures, no prompts, no text."""
+"""What OpenVINO runs: devices, compiled parts, the KV caches. Knows arrays; no pictures, prompts or text."""

@@ -1,7 +1,7 @@
-"""Attention of the vision part as a CPU likes it: two products and a softmax in the place of one operation.
+"""Faster attention of the vision part on a CPU: two matrix products and a softmax instead of one attention operation.
 
-OpenVINO fuses them again, with the turning of heads before and after them, which it leaves outside of its own operation. The
-numbers are the same but for rounding; a tile takes nine tenths of the time (docs/experiments.md). Takes and gives ov.Model.
+OpenVINO fuses them again, together with the transposes of heads around them, which its attention operation leaves out. Results
+differ by rounding alone; a tile takes nine tenths of the time (docs/experiments.md). Takes and returns an ov.Model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from openvino import opset13 as opset
 
 
 def open_attention(model: ov.Model) -> ov.Model:
-    """Replace each unmasked attention operation of `model` over heads of a known size, in place."""
+    """Replace each unmasked attention operation of `model` with a static head size, in place."""
     for node in model.get_ops():
         if node.get_type_name() != "ScaledDotProductAttention" or len(node.inputs()) != 3 or node.get_attributes()["causal"]:
             continue

@@ -1,8 +1,8 @@
-"""Compiled parts, kept on the disk so that the next start is quick: which belongs to what, and that half of one never counts.
+"""The cache of compiled parts on the disk, for a quick next start: its keys, and how incomplete entries are found.
 
-OpenVINO writes and reads them, and compares the weights. Each has a folder of its own here, whose name is made of all else that it
-depends on: the part's file, OpenVINO, the device and its driver (which OpenVINO does not look at), properties. The folder gets its
-name once it is whole. Knows files; compiles nothing.
+OpenVINO writes and reads the entries, and compares the weights. Each entry is a folder, named by a hash of all else it depends on:
+the part's file, the OpenVINO version, the device and its driver (which OpenVINO ignores), and the properties. A folder gets its
+name once it is complete. Knows files; compiles nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import openvino as ov
 
 from runtime.parts.device import Core, Placement, uses
 
-WHOLE_FILE = "whole.json"  # what a compiled part was made of, and the sizes of its files
-OPENCL = {"win32": "OpenCL.dll", "linux": "libOpenCL.so.1"}  # what OpenVINO itself speaks to a GPU by
-LONGEST_SECONDS = 86_400.0  # that compiling can take
+WHOLE_FILE = "whole.json"  # what a compiled part depends on, and the sizes of its files
+OPENCL = {"win32": "OpenCL.dll", "linux": "libOpenCL.so.1"}  # the library by which OpenVINO drives a GPU
+LONGEST_SECONDS = 86_400.0  # upper bound of the time to compile
 DRIVER_VERSION, GPUS = 0x102D, 4  # CL_DRIVER_VERSION, CL_DEVICE_TYPE_GPU
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def kept_in(base: Path, core: Core, placement: Placement, xml: Path, properties: Mapping[str, Any]) -> Iterator[Path | None]:
-    """Yield the folder that OpenVINO is to keep a compiled part in, or finds it in; None where nothing can be written.
+    """Yield the folder in which OpenVINO finds or stores a compiled part; None where it cannot be written.
 
-    Says, on a GPU, that there is none yet, since compiling takes minutes there. A part that was made of an older file, by another
-    OpenVINO or for another driver goes when a new one comes.
+    Warns on a GPU when there is no entry yet, since compiling takes minutes there. A new entry replaces those of an older file,
+    another OpenVINO version or another driver.
     """
     made_of = _made_of(core, placement, xml)
     key = hashlib.sha256(
@@ -52,7 +52,7 @@ def kept_in(base: Path, core: Core, placement: Placement, xml: Path, properties:
     try:
         shutil.rmtree(final, ignore_errors=True)
         base.mkdir(parents=True, exist_ok=True)
-        for killed in base.glob(f".{final.name}.*"):  # programs that were ended while they compiled
+        for killed in base.glob(f".{final.name}.*"):  # left by programs that were killed while compiling
             if time.time() - killed.lstat().st_mtime > LONGEST_SECONDS:
                 _remove(killed)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=base))
@@ -70,7 +70,7 @@ def kept_in(base: Path, core: Core, placement: Placement, xml: Path, properties:
         yield None
         return
 
-    atexit.register(_remove, work)  # a thread that compiles does not outlive the program
+    atexit.register(_remove, work)  # a compiling thread does not outlive the program
     try:
         yield work
     except BaseException:
@@ -80,7 +80,7 @@ def kept_in(base: Path, core: Core, placement: Placement, xml: Path, properties:
 
 
 def bytes_kept(base: Path) -> int:
-    """How much the compiled parts of a folder take."""
+    """Bytes that the compiled parts of a folder take."""
     return sum(file.stat().st_size for path in base.iterdir() if not path.is_symlink() for file in path.rglob("*"))
 
 
@@ -112,7 +112,7 @@ def _identity(core: Core, device: str) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a compiled part is here as it was written; says so where it was cut short."""
+    """Whether a compiled part is complete; warns where it was cut short."""
     sizes = _read(folder / WHOLE_FILE).get("sizes") or {}
     whole = bool(sizes) and all(_size(folder / name) == size for name, size in sizes.items())
     if folder.exists() and not whole:
@@ -136,19 +136,19 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _finish(work: Path, final: Path, made_of: Mapping[str, Any]) -> None:
-    """Give a compiled part its name, and remove those that are of no use any more."""
+    """Give a compiled part its final name, and remove the entries it replaces."""
     sizes = {file.name: file.stat().st_size for file in work.glob("*.blob")}
     try:
-        if not sizes:  # OpenVINO says nothing of a write that fails
+        if not sizes:  # OpenVINO does not report a failed write
             raise OSError(errno.ENOSPC, "the disk is full")
         (work / WHOLE_FILE).write_text(json.dumps({**made_of, "sizes": sizes}), encoding="utf-8")
         work.chmod(0o755)  # mkdtemp's 0700 would lock other users out
         work.rename(final)
         with suppress(OSError):
-            work.symlink_to(final.name)  # a GPU adds kernels while it runs, and knows this name
+            work.symlink_to(final.name)  # a GPU adds kernels while it runs, under the name it was given
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        if not _is_whole(final):  # else another program was sooner
+        if not _is_whole(final):  # else another program was first
             logger.warning("%s cannot be written (%s): what was compiled is not kept", final.parent, error.strerror)
         return
     for other in final.parent.glob(f"*/{WHOLE_FILE}"):
@@ -162,7 +162,7 @@ def _finish(work: Path, final: Path, made_of: Mapping[str, Any]) -> None:
 
 
 def _drivers() -> list[str]:
-    """Versions of the GPU drivers that OpenCL sees; none where there is no OpenCL."""
+    """Versions of the GPU drivers that OpenCL lists; none without OpenCL."""
     try:
         cl = ctypes.CDLL(OPENCL.get(sys.platform, OPENCL["linux"]))
     except OSError:

@@ -1,6 +1,6 @@
 """On which device each part runs, and with which OpenVINO properties.
 
-Decides from names alone, so that it can be tried on a stand-in for a machine with a GPU; compiles nothing.
+Decides from device names and capabilities alone, so tests can stand in for a machine with a GPU; compiles nothing.
 Property names: openvinotoolkit/openvino src/inference/include/openvino/runtime/properties.hpp
 """
 
@@ -15,7 +15,7 @@ from runtime.errors import DeviceError, OptionError
 from runtime.folder.files import PART_FILES, PARTS
 from runtime.parts.gpu_access import why_no_gpu
 
-COMBINING = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices made of others, which may follow after a colon
+COMBINING = ("AUTO", "HETERO", "MULTI", "BATCH")  # devices that combine others, listed after a colon
 PRECISIONS = ("default", "accuracy")
 MODEL_CACHE = "model_cache"  # folder of compiled models, inside the model folder
 
@@ -25,7 +25,7 @@ PRECISION_HINTS = ("INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT", "KV_CACHE_
 
 
 class Core(Protocol):
-    """What is asked of ov.Core."""
+    """What is used of ov.Core."""
 
     available_devices: Sequence[str]
 
@@ -35,11 +35,11 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class ProcessorClass:
-    """What a CPU is best at, as it was measured; `needs` are capabilities by which OpenVINO tells that it belongs here.
+    """Measured defaults of a class of CPUs; a CPU belongs to it if OpenVINO reports the capabilities in `needs`.
 
-    `activation_groups`: how many activations share a scale, best first, where they are quantised to be multiplied with compressed
-    weights. `pages`: the precision of keys and values. `tokens`: properties of a second compilation of the language part, for
-    single tokens; None is one compilation for all. `guesses`: how many guessed tokens are computed beside a token for nothing.
+    `activation_groups`: sizes of the quantisation groups of activations that are multiplied with compressed weights, best first.
+    `pages`: the precision of keys and values. `tokens`: properties of a second compilation of the language part, for decode; None:
+    one compilation for all. `guesses`: how many draft tokens a decode step checks at no cost.
     """
 
     name: str
@@ -50,11 +50,11 @@ class ProcessorClass:
     guesses: int
 
 
-# The first that fits. docs/experiments.md has the measurements, under "What the defaults on a CPU rest on":
-#   AMX: prompts in bfloat16 take two thirds of their time in float32, single tokens in float32 three quarters of theirs in bfloat16
-#   (22 and 30 ms after 300 tokens, 29 and 34 after 3,380). Both read pages of 8 bits only.
-#   Others: float32, in which a second compilation would be the same one. Groups of 128 take four fifths of the time of OpenVINO's
-#   32; pages of 16 bits are exact, and read faster than 8 bits are unpacked.
+# The first match applies. docs/experiments.md has the measurements, under "What the defaults on a CPU rest on":
+#   AMX: prefill in bfloat16 takes two thirds of its time in float32, decode in float32 three quarters of its time in bfloat16
+#   (22 and 30 ms after 300 tokens, 29 and 34 after 3,380). Both precisions can read pages of 8 bits only.
+#   Others: float32, so a second compilation would be the same. Quantisation groups of 128 take four fifths of the time of
+#   OpenVINO's 32; pages of 16 bits are exact, and are read faster than pages of 8 bits are unpacked.
 PROCESSOR_CLASSES = (
     ProcessorClass("AMX", frozenset({"BF16", "FP16"}), (128, 64), "f16", {"INFERENCE_PRECISION_HINT": "f32"}, 2),
     ProcessorClass("AVX2 to AVX-512 VNNI", frozenset({"FP32", "INT8"}), (128, 64), "f16", None, 1),
@@ -62,14 +62,14 @@ PROCESSOR_CLASSES = (
 
 
 def processor_class(core: Core) -> ProcessorClass | None:
-    """The class of this machine's CPU; None for one that nobody measured, which gets OpenVINO's defaults."""
+    """The class of this machine's CPU; None for an unmeasured one, which gets OpenVINO's defaults."""
     able = {*core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")}
     return next((each for each in PROCESSOR_CLASSES if each.needs <= able), None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `--device auto` takes, and why."""
+    """The devices that `--device auto` chooses, and why."""
 
     language: str
     vision: str
@@ -81,7 +81,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class GPUKind:
-    """A kind of GPU: what OpenVINO says of it, and which of the large parts it is given. None of it was measured on one."""
+    """A kind of GPU: the properties OpenVINO reports, and whether it runs the language part. Not measured on any GPU."""
 
     name: str
     needs: frozenset[str]  # among its type and capabilities
@@ -89,7 +89,7 @@ class GPUKind:
     reason: str
 
 
-# The first that fits. No GPU was at hand: these rest on what is known of the hardware, and tune --device auto measures.
+# The first match applies. No GPU was at hand: these rules rest on knowledge of the hardware, and tune --device auto measures.
 GPU_KINDS = (
     GPUKind("Arc", frozenset({"DISCRETE"}), True, "a GPU with memory of its own"),
     GPUKind("integrated, with matrix units", frozenset({"GPU_HW_MATMUL"}), True, "a GPU with matrix units"),
@@ -112,7 +112,7 @@ def choose_devices(core: Core, found: Mapping[str, Any] | None = None) -> Choice
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one part runs, and from which file of the model folder where that is not the part's own."""
+    """The device and properties of one part, and its file in the model folder where that is not the part's own."""
 
     part: str
     device: str
@@ -126,12 +126,12 @@ class Placement:
 
     @property
     def accurate(self) -> bool:
-        """Whether nothing is to be rounded for speed."""
+        """Whether nothing may be rounded for speed."""
         return self.properties.get("EXECUTION_MODE_HINT") == "ACCURACY"
 
 
 def widened(core: Core, placement: Placement) -> Placement | None:
-    """The same part in float32, where it computes in float16 and nobody chose that."""
+    """The same part in float32, where it computes in float16 by default and not by choice; else None."""
     chosen = placement.accurate or any(name in placement.properties for name in PRECISION_HINTS)
     if chosen or not uses(core, placement.device, "GPU"):
         return None
@@ -139,7 +139,7 @@ def widened(core: Core, placement: Placement) -> Placement | None:
 
 
 def check_device(core: Core, device: str) -> None:
-    """Raise DeviceError unless `device`, like CPU, GPU.1, AUTO or HETERO:GPU,CPU, is here."""
+    """Raise DeviceError unless `device`, like CPU, GPU.1, AUTO or HETERO:GPU,CPU, exists on this machine."""
     seen = [*core.available_devices]
     families = {name.split(".")[0] for name in seen}
     kind, _, members = device.partition(":")
@@ -177,20 +177,19 @@ def place_parts(
 ) -> dict[str, Placement]:
     """The device and the properties of every part.
 
-    `wide_vision` says that the vision transformer's activations do not fit float16 (InternViT-6B). A `router` runs beside the
-    vision part, in float32: its last digits choose. `tuned` says what was found best
-    on a device and `overflowing` which parts cannot be computed in float16 there (runtime/folder/settings.py); they are not asked
-    where a precision is. A second compilation of the language part, for
-    single tokens, is placed as "decode" where it was found, else as "later" where the class of the processor wants one. `ov_config`
-    holds properties for all parts and `part_config` for single ones; both win over what is chosen here.
-    Raises DeviceError for a device that is not here, OptionError for an unknown precision or part.
+    `wide_vision`: the vision transformer's activations do not fit float16 (InternViT-6B). `router`: there is a router; it runs on
+    the device of the vision part, in float32, since its last digits decide. `tuned` gives the tuned settings of a device and
+    `overflowing` the parts that overflow in float16 there (runtime/folder/settings.py); both are ignored with `precision` accuracy.
+    A second compilation of the language part, for decode, is placed as "decode" where tune found one, else as "later" where the
+    processor class has one. `ov_config` holds properties of all parts and `part_config` of single ones; both override the choices
+    made here. Raises DeviceError for a device that does not exist, OptionError for an unknown precision or part.
     """
     if precision not in PRECISIONS:
         raise OptionError(f"precision {precision!r} is not known; known are {', '.join(PRECISIONS)}")
     unknown = set(part_config or {}) - set(PARTS)
     if unknown:
         raise OptionError(f"part_config names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
-    # Rows of the embedding table go to host memory anyway: looking them up on a GPU would only add a round trip a token.
+    # Embeddings go to host memory anyway: looking them up on a GPU would only add a round trip per token.
     devices = {"text_embeddings": "CPU", "vision": vision_device or device, "language": device}
     if router:
         devices["router"] = devices["vision"]
@@ -226,9 +225,9 @@ def place_part(
     cache_dir: str | Path | Literal[False] | None = None,
     ov_config: Mapping[str, Any] | None = None,
 ) -> Placement:
-    """The device and properties of one part of a folder that is no chat model; arguments are those of `place_parts`.
+    """The device and properties of one part of a folder that is not a chat model; arguments as in `place_parts`.
 
-    `wide` says that its activations do not fit float16. Raises DeviceError, OptionError.
+    `wide`: its activations do not fit float16. Raises DeviceError, OptionError.
     """
     if precision not in PRECISIONS:
         raise OptionError(f"precision {precision!r} is not known; known are {', '.join(PRECISIONS)}")
@@ -238,7 +237,7 @@ def place_part(
 
 
 def _single_tokens(core: Core, language: Placement) -> Placement | None:
-    """The second compilation that the processor's class wants, unless somebody says how exact the first one is to be."""
+    """The second compilation, for decode, of the processor class; None where the caller sets the precision of the first."""
     known = processor_class(core) if language.device == "CPU" else None
     if known is None or known.tokens is None or any(name in language.properties for name in PRECISION_HINTS):
         return None
@@ -248,11 +247,11 @@ def _single_tokens(core: Core, language: Placement) -> Placement | None:
 def _chosen(
     core: Core, folder: Path, part: str, device: str, precision: str, cache_dir: str | Path | Literal[False] | None, *, wide: bool
 ) -> dict[str, Any]:
-    """Properties of one part before the caller's own.
+    """Properties of one part, before the caller's own.
 
-    A GPU computes in float16, which ends at 65,504; past it the answer turns into one repeated character. The saved language part
-    tells the GPU plugin to scale its activations down (ACTIVATIONS_SCALE_FACTOR, written by convert); InternViT-6B computes in
-    float32 there.
+    A GPU computes in float16, whose largest value is 65,504; past it the answer is one repeated character. The saved language part
+    makes the GPU plugin scale activations down (ACTIVATIONS_SCALE_FACTOR, written by convert); InternViT-6B computes in float32
+    there.
     """
     gpu = uses(core, device, "GPU")
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}

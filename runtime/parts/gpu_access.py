@@ -1,6 +1,6 @@
-"""Why OpenVINO sees no Intel GPU that is in the machine: the package, group or device file that is missing, one line each.
+"""Why OpenVINO does not see the Intel GPU of a machine: the missing package, group or device file, one line each.
 
-Looks at files of Linux only, below a root that may be another one; loads no driver.
+Reads files of Linux only, below a given root; loads no driver.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-INTEL, DISPLAY_CLASS = "0x8086", "0x03"  # PCI vendor, and the first digits of the PCI class of what shows pictures
+INTEL, DISPLAY_CLASS = "0x8086", "0x03"  # PCI vendor, and the first digits of the PCI class of display controllers
 PACKAGES = {  # of the OpenCL driver, by distribution (os-release, ID and ID_LIKE)
     "debian": "apt install intel-opencl-icd",
     "ubuntu": "apt install intel-opencl-icd",
@@ -21,9 +21,9 @@ PACKAGES = {  # of the OpenCL driver, by distribution (os-release, ID and ID_LIK
 
 
 def why_no_gpu(root: Path = Path("/"), groups: list[int] | None = None) -> list[str]:
-    """What keeps an Intel GPU from being used, a line each, the first one first; empty where the kernel sees no Intel GPU.
+    """The obstacles to using an Intel GPU, one line each, in the order to fix them; empty where the kernel sees no Intel GPU.
 
-    `groups` are the ids of a person's groups, by default those of this process.
+    `groups` are the group ids of a user, by default those of this process.
     """
     if sys.platform != "linux":
         return []

@@ -1,8 +1,8 @@
-"""What a KV cache of the language part is to those who feed it, whatever holds the keys and values.
+"""The interface of a KV cache of the language part, independent of where keys and values are stored.
 
-Which tokens are kept, what a new prompt shares with them and with other caches, in which pieces a prompt is fed. Pages of our own
-(paged_cache.py) hold them on a CPU, OpenVINO's state (stateful_cache.py) elsewhere. Knows embeddings, logits and the key of each
-token; nothing of sampling, prompts or pictures.
+Decides which tokens are kept, what a new prompt shares with them and with other caches, and in which chunks a prompt is fed. Keys
+and values are in our own pages on a CPU (paged_cache.py), in OpenVINO's state elsewhere (stateful_cache.py). Knows embeddings,
+logits and a key per token; nothing of sampling, prompts or pictures.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from runtime.errors import NumericsError
 from runtime.parts.part import VISUAL_MASK
 from runtime.progress import Cancelled, Progress
 
-PREFILL_AT_ONCE = 1024  # tokens; bounds the memory of a prompt, and how long a cancelled one goes on
+PREFILL_AT_ONCE = 1024  # tokens of a chunk; bounds the memory of prefill, and the delay of a cancellation
 EVEN_WIDTH = 128
-LEAST_ADOPTED = 32  # tokens that are worth the copy: the beginning that all prompts of a template share is about so long
-_SIBLINGS = Lock()  # a set must not grow in one thread while another one reads it
-LAST_POSITION = "last_position"  # our input of the opened part: which tokens the head sees
+LEAST_ADOPTED = 32  # tokens worth a copy: about the beginning that all prompts of a template share
+_SIBLINGS = Lock()  # a set must not grow in one thread while another reads it
+LAST_POSITION = "last_position"  # an input we add to the opened part: the positions that the head sees
 
 
 class KVCache(ABC):
-    """What the tokens of one conversation, or of the rows of one batch, have left behind.
+    """Keys and values of the tokens of one conversation, or of the rows of one batch.
 
-    Each token of a single row has a key that says what it stands for, so that a new prompt can be compared. One thread at a time,
-    the one that holds `busy`. `siblings` are the caches over the same weights that can be copied from, this one too when made.
-    Runs are inside `first_runs()`, which may watch them.
+    Each token of a single row has a key that identifies its content, to compare with a new prompt. For one thread at a time, which
+    holds `busy`. `siblings` are the caches over the same weights to copy from; a new cache joins them. Each run is inside a
+    `first_runs()` context.
     """
 
-    repeatable = False  # whether single tokens are computed as in the first answer of a process, so that a seed repeats one
+    repeatable = False  # whether decode computes as in the first answer of a process, so that a seed repeats an answer
 
     def __init__(
         self,
@@ -51,24 +51,24 @@ class KVCache(ABC):
         self._siblings: WeakSet[KVCache] = WeakSet() if siblings is None else siblings
         self.busy = Lock()
         self._compiled, self._first_runs = compiled, first_runs
-        self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it wants to know context tokens
+        self._routed = any(VISUAL_MASK in port.get_names() for port in compiled.inputs)  # it takes a mask of context tokens
         self._keys = np.zeros(0, np.int64)
         self._coming = np.zeros(0, np.int64)  # keys of the prompt that is being fed
 
     def __len__(self) -> int:
-        """Tokens of a single row."""
+        """Number of tokens of a single row."""
         return len(self._keys)
 
     def shared_with(self, keys: np.ndarray) -> int:
-        """How many tokens at the beginning of a prompt with these keys (T,) are here; at least one is left to compute."""
+        """How many leading tokens of a prompt with these keys (T,) are in the cache; at least one is left to compute."""
         held = self._keys[: len(keys) - 1]
         differ = np.flatnonzero(held != keys[: len(held)])
         return int(differ[0]) if len(differ) else len(held)
 
     def keep(self, keys: np.ndarray) -> int:
-        """Keep what a prompt with these keys (T,) begins with, forget the rest, and expect its other tokens.
+        """Keep the common prefix with a prompt of these keys (T,), drop the rest, and expect the prompt's other tokens.
 
-        Where an idle sibling holds much more of the prompt, that is copied. Returns the number of tokens kept.
+        Copies from an idle sibling that holds much more of the prompt. Returns the number of tokens kept.
         """
         self._adopt(keys)
         kept = self._cut(self.shared_with(keys))
@@ -76,7 +76,7 @@ class KVCache(ABC):
         return kept
 
     def _adopt(self, keys: np.ndarray) -> None:
-        """Take over what a sibling holds of a prompt with these keys (T,), if it is worth it."""
+        """Copy what a sibling holds of a prompt with these keys (T,), if it is worth it."""
         with _SIBLINGS:
             others = [cache for cache in self._siblings if cache is not self and cache._compiled is self._compiled]
         for donor in sorted(others, key=lambda cache: -cache.shared_with(keys)):
@@ -90,7 +90,7 @@ class KVCache(ABC):
                 return
 
     def _join_siblings(self) -> None:
-        """Now that it is whole: others may ask it at once."""
+        """Called at the end of construction: others may copy from this cache at once."""
         with _SIBLINGS:
             self._siblings.add(self)
 
@@ -104,9 +104,8 @@ class KVCache(ABC):
     ) -> np.ndarray:
         """Embeddings (B, T, D) of new tokens under their mask (B, T) -> logits (B, 1, V) of the last position.
 
-        `keys` (T,) say what the tokens of a single row are; None takes those that `keep` was told. `visual` (B, T) is 1 on context
-        tokens, None where there are none; parts without visual experts do not ask. Raises NumericsError when the logits are not
-        numbers.
+        `keys` (T,) identify the tokens of a single row; None takes those given to `keep`. `visual` (B, T) is 1 on context tokens,
+        None where there are none; parts without visual experts ignore it. Raises NumericsError when the logits are not finite.
         """
         logits = self._checked(self._feed, embeds, mask, np.zeros_like(mask) if visual is None else visual, progress)
         if keys is not None:
@@ -114,7 +113,7 @@ class KVCache(ABC):
         return logits
 
     def _checked(self, run: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
-        """The logits that `run` gives. Raises Cancelled, NumericsError."""
+        """The logits that `run` returns. Raises Cancelled, NumericsError."""
         try:
             with self._first_runs():
                 logits = run(*given)
@@ -122,7 +121,7 @@ class KVCache(ABC):
             if "Infer Request was canceled" in str(error):
                 raise Cancelled from None
             raise
-        while not np.isfinite(logits[..., :64]).all():  # what is no number before the head makes no logit one
+        while not np.isfinite(logits[..., :64]).all():  # a NaN before the head makes every logit NaN
             again = self._recompute()
             if again is not None:
                 logits = again
@@ -136,75 +135,75 @@ class KVCache(ABC):
         return logits
 
     def _recompute(self) -> np.ndarray | None:
-        """The logits of the last run again, in a wider precision; None where there is none."""
+        """Recompute the logits of the last run in a wider precision; None where there is none."""
         return None
 
     def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Embeddings (1, T, D) of a token and of guesses what follows, with their ids (T,) -> logits (T, V) after each of them.
+        """Embeddings (1, T, D) of a token and the draft tokens after it, with their ids (T,) -> logits (T, V) after each of them.
 
-        All of them count as here until `drop` says how many were wrong. Only with `room_for_drafts`.
+        All of them stay in the cache until `drop` removes the rejected ones. Only with `room_for_drafts`.
         """
         logits = self._checked(self._feed_draft, embeds)
         self._remember(keys)
         return logits.reshape(len(keys), -1)
 
     def drop(self, count: int) -> None:
-        """Forget the last `count` tokens of a single row. Only with `room_for_drafts`."""
+        """Remove the last `count` tokens of a single row. Only with `room_for_drafts`."""
         self._cut(self._count() - count)
         self._keys = self._keys[: len(self._keys) - count]
 
     @property
     def room_for_drafts(self) -> int:
-        """How many tokens may be fed at once as if one by one: none where positions depend on the length."""
+        """How many tokens give the same result fed at once as one by one: none where rotary positions depend on the length."""
         return 1 << 30 if self._plain_length is None else max(0, self._plain_length - self._count())
 
     @property
     def free_guesses(self) -> int:
-        """How many guessed tokens are computed beside a token in about its time."""
+        """How many draft tokens a decode step can check in about the time of one token."""
         return 0
 
     @property
     def ids(self) -> np.ndarray:
-        """Ids of the tokens of a single row, as far as `keep` was told; negative where one stands for a picture.
+        """Ids of the tokens of a single row that have keys; negative for context tokens.
 
-        Only with `room_for_drafts`: the keys of longer prompts are no ids.
+        Only with `room_for_drafts`: the keys of longer prompts are not ids.
         """
         return self._keys
 
     def get_seq_length(self) -> int:
-        """transformers' name for how many tokens are here."""
+        """The number of tokens, by transformers' name."""
         return len(self)
 
     @abstractmethod
     def cancel(self) -> None:
-        """End what is being fed, from another thread, as soon as nothing is lost by it."""
+        """End the current run, from another thread, as soon as that leaves the cache valid."""
 
     @abstractmethod
     def reorder(self, rows: Sequence[int]) -> None:
-        """Let row i go on as row `rows[i]` did: beams."""
+        """Make row i the continuation of row `rows[i]`, as beam search needs."""
 
     @abstractmethod
     def _count(self) -> int:
-        """Tokens of a single row, those without a key too."""
+        """Number of tokens of a single row, those without a key included."""
 
     @abstractmethod
     def _cut(self, length: int) -> int:
-        """Forget all but the first tokens of a single row, or all; returns how many were kept."""
+        """Keep the first `length` tokens of a single row, or none; returns how many were kept."""
 
     @abstractmethod
     def _copy_from(self, donor: Any, keys: np.ndarray) -> None:
-        """Forget what is here, and copy what a cache of the same part holds of a prompt with these keys (T,)."""
+        """Replace the contents by what a cache of the same part holds of a prompt with these keys (T,)."""
 
     @abstractmethod
     def _feed(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, progress: Progress | None) -> np.ndarray:
-        """As `feed`, and calls `_remember_prompt` after each piece of a prompt."""
+        """As `feed`; calls `_remember_prompt` after each chunk of a prompt."""
 
     @abstractmethod
     def _feed_draft(self, embeds: np.ndarray) -> np.ndarray:
-        """Embeddings (1, T, D) of single tokens of text -> logits of all of them."""
+        """Embeddings (1, T, D) of text tokens -> logits of all of them."""
 
     def _pieces(self, past: int, count: int) -> Iterable[tuple[int, int]]:
-        """Spans in which `count` tokens are fed after `past` others: one, where rotary positions depend on the whole length."""
+        """Spans of the chunks of `count` tokens after `past` others: one span where rotary positions depend on the whole length."""
         long = self._plain_length is not None and past + count > self._plain_length
         return [(0, count)] if long else prompt_spans(count, PREFILL_AT_ONCE)
 
@@ -212,16 +211,16 @@ class KVCache(ABC):
         self._keys = np.concatenate([self._keys, keys])
 
     def _remember_prompt(self, count: int) -> None:
-        """The next `count` tokens of the prompt that `keep` was told are here now."""
+        """Record that the next `count` tokens of the prompt given to `keep` are in the cache."""
         self._remember(self._coming[:count])
         self._coming = self._coming[count:]
 
 
 def prompt_spans(total: int, most: int) -> list[tuple[int, int]]:
-    """Cut a prompt into spans [start, end) of `most` tokens and a rest, of which a multiple of `EVEN_WIDTH` is a span of its own.
+    """Cut a prompt into chunks [start, end) of `most` tokens; a long last chunk is cut again, at its last multiple of `EVEN_WIDTH`.
 
-    On AMX such widths take a sixth less time, elsewhere about a thirtieth; a second, short span costs more than that where the
-    rest is short (docs/experiments.md).
+    Such widths take a sixth less time on AMX, about a thirtieth elsewhere; below 2 * `EVEN_WIDTH` tokens a second chunk costs more
+    than that (docs/experiments.md).
     """
     starts = [*range(0, total, most)]
     even = total // EVEN_WIDTH * EVEN_WIDTH
@@ -231,9 +230,9 @@ def prompt_spans(total: int, most: int) -> list[tuple[int, int]]:
 
 
 def head_sees_positions(model: ov.Model, axis: int) -> None:
-    """Let the head see only the positions, along an axis of the hidden states, that one more input names.
+    """Add an input that names the positions, along an axis of the hidden states, for which the head computes logits.
 
-    The logits of a whole prompt are not wanted and take gigabytes.
+    The logits of a whole prompt are not needed and take gigabytes.
     """
     head = head_of(model)
     positions = opset.parameter([-1], np.int32, name=LAST_POSITION)
@@ -245,5 +244,5 @@ def head_sees_positions(model: ov.Model, axis: int) -> None:
 
 
 def head_of(model: ov.Model) -> ov.Node:
-    """The matrix multiplication that gives the logits."""
+    """The matrix product that computes the logits."""
     return model.get_results()[0].input_value(0).get_node()

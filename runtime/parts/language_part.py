@@ -1,6 +1,6 @@
 """The compiled language part: its weights, and the KV caches over them.
 
-Knows embeddings and keys of tokens, nothing of who generates with it; what a cache does is in kv_cache.py, paged_cache.py and
+Knows embeddings and keys of tokens, nothing of generation; the caches are in kv_cache.py, paged_cache.py and
 stateful_cache.py.
 """
 
@@ -29,15 +29,15 @@ from runtime.parts.stateful_cache import StatefulCache, Turns
 
 PAGES = "KV_CACHE_PRECISION"
 IDLE_CACHES = 2  # KV caches kept for stateless calls
-IDLE_SECONDS, GLANCE_SECONDS = 0.3, 0.05  # after which weights are packed before somebody asks, and how soon an end is seen
-ANSWERS_BEFORE = 4  # single tokens are compiled apart
+IDLE_SECONDS, GLANCE_SECONDS = 0.3, 0.05  # idle time before weights are packed, and how often it is checked
+ANSWERS_BEFORE = 4  # decode is compiled apart
 
 
 class LanguagePart:
-    """The part as it is placed, of `width` D; with `decode` compiled a second time, for single tokens.
+    """The part as it is placed, of `width` D; with `decode`, compiled a second time for decode.
 
-    `later` is compiled for them after `ANSWERS_BEFORE` answers, in a quiet moment if there is one, else before the next: it takes
-    the time that some hundred tokens gain, which who asks one question would only wait for. `reuse` off computes every prompt
+    `later` is compiled for decode after `ANSWERS_BEFORE` answers, while idle if possible, else before the next answer: compiling
+    takes the time that some hundred tokens gain, which a single question would not win back. `reuse` off computes every prompt
     anew. Several threads may use it at once, each with a cache of its own.
     """
 
@@ -79,9 +79,9 @@ class LanguagePart:
             self._cache_options["guesses"] = lambda: guesses[self._second is not None]
         elif (wider := widened(core, placement)) is not None:
             self._cache_options["wider"] = partial(self._wider, core, folder, wider)
-        self._is_wide = False  # compiled anew, after an overflow
+        self._is_wide = False  # compiled again, after an overflow
         self._idle: list[KVCache] = []  # least recently used first
-        self._lock = threading.RLock()  # a conversation may end, and give its cache back, anywhere
+        self._lock = threading.RLock()  # a conversation may end, and return its cache, in any thread
         self._most_idle = IDLE_CACHES if reuse else 0
         self._placed = [placed for placed in (placement, decode, later) if placed is not None]
         self._folder, self._width = folder, width
@@ -91,37 +91,37 @@ class LanguagePart:
         self._answers = 0
 
     def pack(self) -> None:
-        """Run a prompt and a token, unless that was done: devices pack weights when they first run."""
+        """Run a prompt and a token, unless that is done: devices pack weights on their first runs."""
         if self._runs_to_pack:
             cache = self.new_cache()
             for count in (2, 1):
                 cache.feed(np.zeros((1, count, self._width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
 
     def pack_when_idle(self) -> None:
-        """Pack in a thread, if nobody asks for some moments: two parts that run at once on few cores take longer than in turn."""
+        """Pack in a thread once there is no request for a moment: two parts at once on few cores take longer than in turn."""
         self._when_idle(self.pack)
 
     def rest(self) -> None:
-        """An answer is over."""
+        """Called at the end of an answer."""
         self._answers += 1
         if self._later is not None and self._answers >= ANSWERS_BEFORE:
             self._when_idle(self.take_second)
 
     def take_second(self) -> None:
-        """Compile single tokens apart now, where that is to be."""
+        """Compile `later` now, if there is one that is not compiled yet."""
         with self._lock:
             later, self._later = self._later, None
         if later is None:
             return
         try:
             self._second = later()
-        except DeviceError:  # single tokens go on as before
+        except DeviceError:  # decode goes on as before
             return
         self._runs_to_pack = 2
         self.pack()
 
     def _when_idle(self, work: Callable[[], None]) -> None:
-        """Do something in a thread, once nobody asks for some moments; not any more when the program ends."""
+        """Run `work` in a thread once there is no request for `IDLE_SECONDS`; not when the program ends before."""
         self._asked.clear()
         done: Future[None] = Future()
         self._background = done
@@ -141,7 +141,7 @@ class LanguagePart:
         threading.Thread(target=wait_and_work, name="idle").start()
 
     def settle(self) -> None:
-        """Somebody asks: nothing runs in the background until the answer is over. Raises what went wrong there."""
+        """Called before an answer: end background work and raise its error, then compile `later` if it is due."""
         self._asked.set()
         if self._background is not None:
             self._background.result()
@@ -149,7 +149,7 @@ class LanguagePart:
             self.take_second()
 
     def _first_runs(self) -> AbstractContextManager[None]:
-        """What a cache runs in: weights are packed by a prompt and by a token, while their file leaves memory."""
+        """The context of a cache's runs: the first prompt and the first token pack the weights, while their file leaves memory."""
         return self._packing() if self._runs_to_pack else nullcontext()
 
     @contextmanager
@@ -161,7 +161,7 @@ class LanguagePart:
         self._runs_to_pack = max(0, self._runs_to_pack - 1)
 
     def _wider(self, core: ov.Core, folder: Path, placement: Placement, wanting: Turns) -> Turns | None:
-        """The part in float32, for all caches from now on; None where that is the one that was found wanting."""
+        """The part in float32, for all caches from now on; None where that one overflowed."""
         with self._lock:
             if wanting is self._base:
                 if self._is_wide:
@@ -173,23 +173,23 @@ class LanguagePart:
 
     @property
     def threads(self) -> int:
-        """How many it computes with."""
+        """Number of threads it computes with."""
         return threads_of(self._compiled)
 
     def new_cache(self) -> KVCache:
-        """An empty KV cache; it takes memory only for the tokens it comes to hold."""
+        """An empty KV cache, whose memory grows with its tokens."""
         return self._cache_kind(self._base, **self._cache_options)
 
     def new_rows(self, limit: int) -> PagedRows | None:
-        """Pages of at most `limit` bytes for many rows at once; None where OpenVINO's state holds keys and values."""
+        """Pages of at most `limit` bytes for a batch of rows; None where keys and values are in OpenVINO's state."""
         return PagedRows(self._base, limit, **self._cache_options) if self._cache_kind is PagedCache else None
 
     @contextmanager
     def lend_cache(self, keys: np.ndarray) -> Iterator[KVCache]:
-        """A cache for one stateless call: the idle one that shares most of a prompt with these keys, or an empty one."""
+        """A cache for one stateless call: the idle one that shares most with a prompt of these keys, or an empty one."""
         with self._lock:
             cache = max(self._idle, key=lambda cache: cache.shared_with(keys), default=None)
-            if cache is not None and 2 * cache.shared_with(keys) < len(cache):  # another dialogue's: leave it while there is room
+            if cache is not None and 2 * cache.shared_with(keys) < len(cache):  # another conversation's: leave it if there is room
                 cache = self._idle[0] if len(self._idle) >= self._most_idle else None
             if cache is not None:
                 self._idle.remove(cache)
@@ -201,23 +201,23 @@ class LanguagePart:
             self.give_back(cache)
 
     def give_back(self, cache: KVCache) -> None:
-        """Somebody needs a cache no more: keep it among the idle ones, whose prompts may come again."""
+        """Return a cache to the idle ones, whose prompts may come again."""
         with self._lock:
             if len(cache) and self._most_idle:
                 self._idle = [*self._idle, cache][-self._most_idle :]
 
     def forget(self) -> None:
-        """Drop the idle caches."""
+        """Delete the idle caches."""
         with self._lock:
             self._idle.clear()
 
 
 def _paged_properties(core: ov.Core, placement: Placement, decode: Placement | None) -> dict[str, Any]:
-    """Properties of the part where its attention is paged.
+    """Properties of the part with paged attention.
 
-    Keys and values are kept as the processor's class says: in 16 bits, which OpenVINO makes bfloat16 where it computes in that. Its
-    own choice, 8 bits, is all that compilations of two precisions can both read. A compiled part is not kept: OpenVINO cannot read
-    one with paged attention again, and would write it each time.
+    The processor class sets the precision of keys and values: 16 bits, which OpenVINO makes bfloat16 where it computes in that.
+    OpenVINO's default, 8 bits, is the only one that compilations of two precisions can both read. The compiled part is not cached
+    on the disk: OpenVINO cannot read one with paged attention back, and would write it each time.
     """
     properties = {name: value for name, value in placement.properties.items() if name != "CACHE_DIR"}
     known = None if placement.accurate else processor_class(core)
@@ -228,14 +228,14 @@ def _paged_properties(core: ov.Core, placement: Placement, decode: Placement | N
 
 
 def _free_guesses(core: ov.Core, tokens: Placement) -> int:
-    """How many guessed tokens cost nothing beside a token, as it is compiled: none in bfloat16, where each costs a tenth."""
+    """How many draft tokens are free in a decode step as compiled: none in bfloat16, where each costs a tenth of a step."""
     known = processor_class(core)
     in_float32 = "f32" in (tokens.properties.get("INFERENCE_PRECISION_HINT"), core.get_property("CPU", "INFERENCE_PRECISION_HINT"))
     return known.guesses if known is not None and in_float32 else 0
 
 
 def _compile_decode(core: ov.Core, folder: Path, placement: Placement, width: int, prefill: ov.CompiledModel) -> ov.CompiledModel:
-    """The paged part for single tokens, over pages as `prefill` lays them out. Raises DeviceError."""
+    """The paged part for decode, over pages laid out as those of `prefill`. Raises DeviceError."""
     model = PagedCache.adapt(read_part(core, folder, placement, width))
     pages = {PAGES: prefill.get_property(PAGES)}
     compiled = compile_part(core, folder, model, replace(placement, properties=_paged_properties(core, placement, None) | pages))

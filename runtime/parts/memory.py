@@ -1,6 +1,6 @@
-"""How much memory the process has used, and giving it back: large blocks are freed all the time and must not be kept.
+"""Peak memory of the process, and returning freed memory to the system: large blocks are freed all the time.
 
-The only file that knows of operating systems.
+The only file that calls the operating system about memory.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 LARGE_BLOCK = 1 << 20
-LEAVE_SECONDS = 0.1  # in which a device packs some 30 MB of weights
+LEAVE_SECONDS = 0.1  # a device packs some 30 MB of weights in this time
 MADV_DONTNEED, MADV_PAGEOUT = 4, 21  # asm-generic/mman-common.h; the second from Linux 5.4 on
 
 
 def return_freed_memory() -> None:
-    """Make the C library give large freed blocks back at once.
+    """Make the C library return large freed blocks to the system at once.
 
-    glibc raises this threshold to 32 MB by itself as soon as large blocks are freed, and then keeps the holes: measured, the
-    trace of a 300M vision transformer left 600 MB of them behind. Other C libraries have nothing to set.
+    glibc raises this threshold to 32 MB by itself as soon as large blocks are freed, and then keeps the holes: tracing a 300M
+    vision transformer left 600 MB of them. Other C libraries have nothing to set.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -34,9 +34,9 @@ def return_freed_memory() -> None:
 
 
 def page_out(array: np.ndarray) -> None:
-    """Let the system drop the pages of an array that will hardly be read again; mapped from a file, they come back if it is.
+    """Let the system page out an array that is unlikely to be read again; it can still be read.
 
-    Only whole pages inside the array, and only where the system knows the request: without it, memory is merely kept longer.
+    Affects whole pages inside the array, and only on Linux 5.4 or later; elsewhere memory is merely kept longer.
     """
     if sys.platform != "linux":
         return
@@ -47,9 +47,9 @@ def page_out(array: np.ndarray) -> None:
 
 
 def leave_mapped(file: Path) -> None:
-    """Let the pages of a file that is mapped to be read leave this process; those that are read again come back from the file.
+    """Drop the pages of a file mapped read-only from this process; pages read again come back from the file.
 
-    Linux alone; other systems do so by themselves when memory is short.
+    Linux only; other systems do so by themselves when memory is short.
     """
     if sys.platform != "linux":
         return
@@ -62,13 +62,13 @@ def leave_mapped(file: Path) -> None:
 
 
 def leaving_mapped(file: Path) -> AbstractContextManager[None]:
-    """Let the pages of a mapped file leave this process while the block reads through it, and once more at its end."""
+    """Drop the pages of a mapped file repeatedly while the block reads through it, and once more at its end."""
     return leaving(lambda: leave_mapped(file))
 
 
 @contextmanager
 def leaving(leave: Callable[[], None]) -> Iterator[None]:
-    """Call `leave`, which lets pages go, again and again while the block reads through them, and once more at its end."""
+    """Call `leave`, which drops pages, repeatedly while the block reads through them, and once more at its end."""
     done = threading.Event()
 
     def watch() -> None:
@@ -86,7 +86,7 @@ def leaving(leave: Callable[[], None]) -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         import psutil
 
@@ -98,7 +98,7 @@ def peak_bytes() -> int:
 
 
 def of_machine() -> tuple[int, int]:
-    """Bytes of memory that this machine has, and those that a process can still get."""
+    """Total memory of this machine and what is available to processes, in bytes."""
     import psutil
 
     memory = psutil.virtual_memory()

@@ -1,8 +1,8 @@
-"""A KV cache of pages in our own memory, over the language part with paged attention: what a CPU has.
+"""A KV cache of pages in our own memory, over the language part with paged attention: for a CPU.
 
-The attention of the saved part is turned into paged attention when it is opened: measured on the 1B shape, a prompt of 3,380 tokens
-takes two thirds of the time and half of the memory of the state, a cache that holds more than a new prompt wants is simply
-shortened, and one that holds less copies pages of another one.
+The attention of the saved part becomes paged attention when the part is opened. On the 1B shape, a prompt of 3,380 tokens takes two
+thirds of the time and half of the memory of OpenVINO's state. A cache that holds more than a new prompt shares is cut, and one that
+holds less copies pages of another.
 Pages: Kwon et al. 2023, arXiv:2309.06180; inputs as openvinotoolkit/openvino src/core/src/op/paged_attention.cpp names them.
 """
 
@@ -23,16 +23,15 @@ FIRST_PAGES = 32
 
 
 class PagedCache(KVCache):
-    """Pages of keys and values in our own memory, and a table of pages a row; rows share pages that are full.
+    """Pages of keys and values in our own memory, and a page table per row; rows share full pages.
 
-    Where `decode` is given, or from when `second` gives one, steps of one token a row and guesses run there, over the same pages:
-    the part compiled another way, since a prompt and a single token are not fastest in the same one. `guesses` says how many
-    guessed tokens are free.
+    Decode steps and draft tokens run on `decode`, or on `second` once it returns one, over the same pages: a second compilation of
+    the part, since prefill and decode are not fastest in the same one. `guesses` returns how many draft tokens are free.
     """
 
     @staticmethod
     def adapt(model: ov.Model) -> ov.Model:
-        """Turn attention into paged attention, and let the head see the positions of one more input only."""
+        """Turn attention into paged attention, and add the input of `head_sees_positions`."""
         from openvino._offline_transformations import paged_attention_transformation
 
         paged_attention_transformation(model)
@@ -58,14 +57,14 @@ class PagedCache(KVCache):
         self._tables: list[list[int]] = [[]]
         self._lengths = [0]
         self._free: list[int] = []
-        self._uses: list[int] = []  # rows that a page belongs to
-        self._layouts: dict[ov.InferRequest, tuple[Any, dict[str, np.ndarray]]] = {}  # what each request has been given
+        self._uses: list[int] = []  # number of rows that use a page
+        self._layouts: dict[ov.InferRequest, tuple[Any, dict[str, np.ndarray]]] = {}  # what each request was given last
         self._grow(FIRST_PAGES)
         self._join_siblings()
 
     @cached_property
     def _prefill(self) -> ov.InferRequest:
-        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
+        """Created on first use: creation waits for a run in progress, as while weights are packed."""
         return self._over_pages(self._compiled)
 
     @property
@@ -88,11 +87,11 @@ class PagedCache(KVCache):
         return request
 
     def _requests(self) -> list[ov.InferRequest]:
-        """Those that were made."""
+        """The requests created so far."""
         return [each for each in (vars(self).get("_prefill"), self._decoding) if each is not None]
 
     def cancel(self) -> None:
-        for request in self._requests():  # pages count only once they are written
+        for request in self._requests():  # the cache counts pages only once they are written
             request.cancel()
 
     def reorder(self, rows: Sequence[int]) -> None:
@@ -104,7 +103,7 @@ class PagedCache(KVCache):
         for table in self._tables:
             self._release(table)
         for table, length in zip(tables, lengths, strict=True):
-            if length % self._page and self._uses[table[-1]] > 1:  # the next token is written into a page of its own
+            if length % self._page and self._uses[table[-1]] > 1:  # each row writes its next token into its own page
                 copy = self._take()
                 self._copy_page(table[-1], copy)
                 self._release(table[-1:])
@@ -123,7 +122,7 @@ class PagedCache(KVCache):
         return length
 
     def _copy_from(self, donor: PagedCache, keys: np.ndarray) -> None:
-        """Whole pages only: a page's scales are those of all of its tokens."""
+        """Copies full pages only: all tokens of a page share its scales."""
         count = donor.shared_with(keys) // self._page
         self._cut(0)
         table = [self._take() for _ in range(count)]
@@ -141,7 +140,7 @@ class PagedCache(KVCache):
         if count == 1:
             return self._one_each(embeds[:, 0], visual)
         logits, total, done = [], int(mask.sum()), 0
-        for row in range(rows):  # padding is left out
+        for row in range(rows):  # without padding
             tokens, theirs = embeds[row][mask[row] == 1], visual[row][mask[row] == 1]
             for start, end in self._pieces(self._lengths[row], len(tokens)):
                 if progress is not None:
@@ -154,14 +153,14 @@ class PagedCache(KVCache):
         return np.concatenate(logits)
 
     def _one_each(self, embeds: np.ndarray, visual: np.ndarray) -> np.ndarray:
-        """One token (R, D) of every row -> logits (R, 1, V)."""
+        """One token of every row (R, D) -> logits (R, 1, V)."""
         rows = range(len(embeds))
         if self._plain_length is not None and len(rows) > 1 and max(self._lengths) >= self._plain_length:
             alone = [self._step([row], embeds[row : row + 1], [1], visual[row : row + 1]).copy() for row in rows]
-            return np.concatenate(alone)  # together, the longest row would say how the positions of all are turned
+            return np.concatenate(alone)  # in one batch, the longest row would set the rotary positions of all
         logits = self._step(rows, embeds, [1] * len(rows), visual)
         if len(rows) == 1:
-            self._remember_prompt(1)  # a prompt of which only the last token was new
+            self._remember_prompt(1)  # a prompt with only its last token new
         return logits
 
     def _feed_draft(self, embeds: np.ndarray) -> np.ndarray:
@@ -171,7 +170,7 @@ class PagedCache(KVCache):
     def _step(
         self, rows: Sequence[int], embeds: np.ndarray, counts: list[int], visual: np.ndarray, every: bool = False
     ) -> np.ndarray:
-        """Tokens (T, D) of these rows, `counts` each -> logits (R, 1, V) of each row's last, or with `every` (T, 1, V) of all."""
+        """Tokens (T, D) of these rows, `counts` per row -> logits (R, 1, V) of the last ones, or with `every` (T, 1, V) of all."""
         past = [self._lengths[row] for row in rows]
         lengths = [length + count for length, count in zip(past, counts, strict=True)]
         tables = [self._tables[row] for row in rows]
@@ -187,10 +186,10 @@ class PagedCache(KVCache):
         if self._routed:
             inputs[VISUAL_MASK] = visual.reshape(-1, 1)
         single = max(counts) == 1
-        request = self._decode if every or single else self._prefill  # guesses are to be what single steps give
+        request = self._decode if every or single else self._prefill  # draft tokens must match decode steps
         layout = (counts, [[*table] for table in tables], every)
         told, given = self._layouts.get(request, (None, {}))
-        if told == layout and single:  # most tokens take no new page: nothing is handed over, which would take 0.2 ms
+        if told == layout and single:  # most tokens need no new page: write in place, since new inputs cost 0.2 ms
             for name, values in inputs.items():
                 given[name][...] = values
             inputs = {}
@@ -203,8 +202,8 @@ class PagedCache(KVCache):
                 "block_indices_begins": np.cumsum([0, *map(len, tables)]).astype(np.int32),
             }
             if single:
-                inputs = {name: np.array(values, order="C") for name, values in inputs.items()}  # to be written to
-            self._layouts[request] = (layout, inputs)  # the request reads these arrays until it is given others
+                inputs = {name: np.array(values, order="C") for name, values in inputs.items()}  # written in place later
+            self._layouts[request] = (layout, inputs)  # the request reads these arrays until it gets others
         infer(request, inputs)
         for row, length in zip(rows, lengths, strict=True):
             self._lengths[row] = length
@@ -242,7 +241,7 @@ class PagedCache(KVCache):
 
 
 def page_shapes(compiled: ov.CompiledModel) -> dict[str, tuple[ov.Type, list[int]]]:
-    """Type and shape of a page of each cache input of a paged part."""
+    """Type and shape of a page, for each cache input of a paged part."""
     ports = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
     return {name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()}
 

@@ -1,7 +1,7 @@
-"""Rows that come and go over one set of pages: many answers are written at once, each after a prompt of its own.
+"""Rows that join and leave one set of pages, for continuous batching: each row has its own prompt.
 
-What a row's prompt has in common with another row's is there already, by whole pages that both use. Knows embeddings, logits and
-keys of tokens, as a KV cache does; which token comes next, and which prompt, is somebody else's.
+Rows share the full pages of a common prompt prefix. Knows embeddings, logits and keys of tokens, as a KV cache does; the caller
+chooses tokens and prompts.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ import openvino as ov
 
 from runtime.parts.paged_cache import FIRST_PAGES, PagedCache
 
-REMEMBERED = 8  # rows that have left, whose prompts may come again
+REMEMBERED = 8  # rows that have left whose prompts are kept for reuse
 
 
 class PagedRows(PagedCache):
-    """A paged cache whose rows are named by numbers; `limit` bounds its pages in bytes, unless one row alone takes more."""
+    """A paged cache of numbered rows; `limit` bounds its pages in bytes, unless a single row takes more."""
 
     def __init__(self, compiled: ov.CompiledModel, limit: int, **options: Any):
-        super().__init__(compiled, **options | {"siblings": None})  # nobody copies from rows
+        super().__init__(compiled, **options | {"siblings": None})  # no cache copies from rows
         self._tables, self._lengths = [], []
         self._most_pages = max(FIRST_PAGES, limit // _bytes_of_page(self._shapes))
-        self._prompts: dict[int, np.ndarray] = {}  # keys of the prompts of rows, as far as they were read
-        self._left: deque[tuple[np.ndarray, list[int]]] = deque()  # of rows that have left: keys of whole pages, and these
-        self._promised: dict[int, int] = {}  # pages that a row may come to need
+        self._prompts: dict[int, np.ndarray] = {}  # keys of the prompt of each row, as far as it is prefilled
+        self._left: deque[tuple[np.ndarray, list[int]]] = deque()  # of rows that have left: keys and page numbers of full pages
+        self._promised: dict[int, int] = {}  # pages reserved for each row
 
     @property
     def plain_length(self) -> int | None:
-        """How many tokens a row may come to have; None: as many as the model reads."""
+        """Longest row in tokens, prompt and answer; None: the context length of the model."""
         return self._plain_length
 
     def pieces(self, past: int, count: int) -> Iterable[tuple[int, int]]:
-        """Spans in which `count` tokens of a prompt are read after `past` others."""
+        """Spans of the chunks of `count` prompt tokens after `past` others."""
         return self._pieces(past, count)
 
     def has_room(self, tokens: int) -> bool:
-        """Whether one more row of so many tokens, those to be written too, fits beside the others."""
+        """Whether another row of `tokens` tokens, prompt and answer, fits beside the others."""
         return not self._promised or sum(self._promised.values()) + self._count_of(tokens) <= self._most_pages
 
     def shared_now(self, keys: np.ndarray) -> int:
-        """How many tokens of a prompt with these keys (T,) would be there already."""
+        """How many tokens of a prompt with these keys (T,) are in the cache."""
         return self._best(keys)[0]
 
     def join(self, keys: np.ndarray, tokens: int) -> tuple[int, int]:
-        """A row for a prompt with these keys (T,) that may come to have so many tokens -> its number, and tokens that are there."""
+        """Add a row for a prompt with these keys (T,), of at most `tokens` tokens -> its number, and the tokens in the cache."""
         shared, pages = self._best(keys)
         table = pages[: shared // self._page]
         for page in table:
@@ -58,9 +58,9 @@ class PagedRows(PagedCache):
         return row, shared
 
     def read(self, rows: Sequence[int], keys: Sequence[np.ndarray], embeds: np.ndarray, visual: np.ndarray) -> np.ndarray:
-        """What is new of the prompts of some rows: keys (t,) of each, embeddings (T, D) and context tokens (T,) of all.
+        """Prefill the new tokens of these rows' prompts: keys (t,) of each, embeddings (T, D) and context token mask (T,) of all.
 
-        Returns the logits (R, V) of the last token of each, which are not numbers where something overflowed.
+        Returns the logits (R, V) of the last token of each row, which are not finite where activations overflowed.
         """
         with self._first_runs():
             logits = self._step(rows, embeds, [len(each) for each in keys], visual)[:, 0]
@@ -69,12 +69,12 @@ class PagedRows(PagedCache):
         return logits
 
     def write(self, rows: Sequence[int], embeds: np.ndarray) -> np.ndarray:
-        """One token (R, D) of each of these rows -> logits (R, V)."""
+        """Decode one token (R, D) of each of these rows -> logits (R, V)."""
         with self._first_runs():
             return self._step(rows, embeds, [1] * len(rows), np.zeros(len(rows), np.int64))[:, 0]
 
     def leave(self, row: int) -> None:
-        """A row is over; its prompt stays for a while."""
+        """Remove a row; the full pages of its prompt stay for reuse."""
         keys, table = self._prompts.pop(row), self._tables[row]
         whole = len(keys) // self._page
         self._left.append((keys[: whole * self._page], table[:whole]))
@@ -85,7 +85,7 @@ class PagedRows(PagedCache):
             self._forget_oldest()
 
     def _best(self, keys: np.ndarray) -> tuple[int, list[int]]:
-        """The most tokens, in whole pages, that some row has of a prompt with these keys (T,), and its pages."""
+        """The longest prefix, in full pages, that a row has in common with a prompt of these keys (T,), and that row's pages."""
         held = [(prompt, self._tables[row]) for row, prompt in self._prompts.items()]
         shared = [(_shared(keys, prompt) // self._page * self._page, table) for prompt, table in [*held, *self._left]]
         return max(shared, key=lambda one: one[0], default=(0, []))
@@ -106,7 +106,7 @@ class PagedRows(PagedCache):
 
 
 def _shared(keys: np.ndarray, held: np.ndarray) -> int:
-    """How many keys two prompts begin with alike; one is left to compute."""
+    """Length of the common prefix of two prompts' keys, of which at least one is left to compute."""
     held = held[: len(keys) - 1]
     differ = np.flatnonzero(held != keys[: len(held)])
     return int(differ[0]) if len(differ) else len(held)

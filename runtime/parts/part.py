@@ -1,6 +1,6 @@
-"""One part of a model folder: read, compiled where it was placed, run.
+"""One part of a model folder: read, compiled for its device, run.
 
-What goes wrong in OpenVINO on the way is told in one line; knows nothing of what a part computes.
+Turns errors of OpenVINO into one line; knows nothing of what a part computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtime.parts.memory import leaving_mapped
 ACTIVATION_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 STORED_KINDS = ("u4", "i4", "u8", "i8")
 VISUAL_MASK = "visual_token_mask"  # an input (B, T) int64 of language parts with visual experts: 1 on context tokens
-PATCHES = "patch_hidden_state"  # a tensor (N, side * side, C) inside of vision parts, and the input of a router
+PATCHES = "patch_hidden_state"  # a tensor (N, side * side, C) inside vision parts, and the input of a router
 CACHE = "CACHE_DIR"
 THREADS = "INFERENCE_NUM_THREADS"
 
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> ov.Model:
-    """Read one part, its weights mapped from the file; raises ModelFolderError when it cannot be read.
+    """Read one part, with its weights memory-mapped. Raises ModelFolderError when it cannot be read.
 
-    Also when its embeddings are not `width` wide, as config.json says: then its file is another model's.
+    Also raises it when the width of its embeddings is not `width` of config.json: then the file is another model's.
     """
     file = folder / placement.file
     try:
@@ -53,9 +53,9 @@ def read_part(core: ov.Core, folder: Path, placement: Placement, width: int) -> 
 
 
 def compile_part(core: ov.Core, folder: Path, model: ov.Model, placement: Placement) -> ov.CompiledModel:
-    """Compile a part of a folder where it was placed. Raises DeviceError when its device refuses it or one of its properties.
+    """Compile a part of a folder as it is placed. Raises DeviceError when its device refuses it or one of its properties.
 
-    With the property CACHE_DIR it is kept there, or taken from there.
+    The property CACHE_DIR names the folder that caches the compiled part.
     """
     properties = activation_groups(core, model, placement) | placement.properties
     base = properties.pop(CACHE, None)
@@ -72,7 +72,7 @@ def compile_part(core: ov.Core, folder: Path, model: ov.Model, placement: Placem
 
 
 def compile_wider(core: ov.Core, folder: Path, model: ov.Model, placement: Placement) -> ov.CompiledModel:
-    """Compile a part that overflowed in float16 as it is placed now, say so, and remember it in the folder. Raises DeviceError."""
+    """Compile a part that overflowed in float16 as it is placed now, warn, and record it in the folder. Raises DeviceError."""
     logger.warning(
         "the %s part overflows in float16 on %s: it is compiled anew in float32%s",
         placement.part,
@@ -83,9 +83,9 @@ def compile_wider(core: ov.Core, folder: Path, model: ov.Model, placement: Place
 
 
 def activation_groups(core: Core, model: ov.Model, placement: Placement) -> dict[str, Any]:
-    """In which groups a processor with 8-bit products quantises activations before it multiplies them with compressed weights.
+    """The quantisation group of activations that are multiplied with compressed weights, on a processor with 8-bit products.
 
-    More than share a scale of the weights would mean none at all.
+    A group larger than that of the weights would turn quantisation off.
     """
     known = None if placement.device != "CPU" or placement.accurate else processor_class(core)
     if known is None:
@@ -96,7 +96,7 @@ def activation_groups(core: Core, model: ov.Model, placement: Placement) -> dict
 
 
 def _shared_scale(product: ov.Node) -> list[int]:
-    """How many weights of a row share a scale, where a matrix product has compressed ones."""
+    """The quantisation group of the weights of a matrix product; empty where they are not compressed."""
     node = product.input_value(1).get_node()
     while node.get_type_name() in ("Convert", "Reshape", "Multiply", "Subtract"):
         node = node.input_value(0).get_node()
@@ -105,15 +105,15 @@ def _shared_scale(product: ov.Node) -> list[int]:
 
 
 def threads_of(compiled: ov.CompiledModel) -> int:
-    """How many threads a compiled part computes with; 0 on devices that have none."""
+    """Number of threads a compiled part computes with; 0 on devices without the property."""
     return compiled.get_property(THREADS) if THREADS in compiled.get_property("SUPPORTED_PROPERTIES") else 0
 
 
 def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
     """Run a compiled part on these inputs by name; outputs stay in the request until its next run.
 
-    OpenVINO's own dispatch of inputs and its copy of outputs take half a millisecond, which counts once a token. An input that
-    is left out is the one of the run before, whose array must still be there.
+    OpenVINO's own dispatch of inputs and copy of outputs take half a millisecond, which matters per token. An input that is left
+    out keeps its array of the run before, which must still exist.
     """
     tensors = {name: ov.Tensor(np.asarray(array, order="C"), shared_memory=True) for name, array in inputs.items()}
     for name, tensor in tensors.items():
@@ -122,20 +122,20 @@ def infer(request: ov.InferRequest, inputs: Mapping[str, np.ndarray]) -> None:
 
 
 def leaving_file(folder: Path, placement: Placement) -> AbstractContextManager[None]:
-    """Let a part's file leave memory while it runs for the first time: a device packs the weights into memory of its own then."""
+    """Drop the pages of a part's file during its first run, in which the device packs the weights into its own memory."""
     return leaving_mapped((folder / placement.file).with_suffix(".bin"))
 
 
 def equal_spans(total: int, most: int) -> list[tuple[int, int]]:
-    """Cut a long run into as few spans [start, end) of at most `most` as there can be, about equally long.
+    """Cut `total` items into as few spans [start, end) of at most `most` as possible, of about equal length.
 
-    A short rest is slower for its size, and its shape has to be prepared for as well.
+    A short last span is slower for its size, and its shape needs preparation of its own.
     """
     count = -(-total // most)
     return [(total * n // count, total * (n + 1) // count) for n in range(count)]
 
 
 def last_line(error: Exception) -> str:
-    """The line of an OpenVINO error that says what is wrong; the others are places in its sources."""
+    """The line of an OpenVINO error that says what is wrong; the others are positions in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

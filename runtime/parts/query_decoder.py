@@ -1,6 +1,6 @@
-"""QLLaMA, the decoder of InternVL-C and -G: texts, queries and captions over one compiled part, so that its weights are there once.
+"""QLLaMA, the decoder of InternVL-C and -G: texts, queries and captions over one compiled part, with its weights in memory once.
 
-Knows embeddings, biases of attention and states of its cache; nothing of words or pictures.
+Knows embeddings, attention biases and the states of its cache; nothing of words or pictures.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import openvino as ov
 from runtime.parts.device import Placement
 from runtime.parts.part import compile_part, infer, leaving_file, read_part, threads_of
 
-HIDDEN = np.finfo(np.float32).min  # the bias of what is not seen
+HIDDEN = np.finfo(np.float32).min  # the attention bias of a masked position
 
 
 class QueryDecoder:
-    """The part as it is placed: `width` D of its embeddings, `image_width` C of the pictures it looks at."""
+    """The part as it is placed: `width` D of its embeddings, `image_width` C of the picture tokens it attends to."""
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int, image_width: int):
         self._compiled = compile_part(core, folder, read_part(core, folder, placement, width), placement)
@@ -28,11 +28,11 @@ class QueryDecoder:
 
     @property
     def threads(self) -> int:
-        """How many it computes with."""
+        """Number of threads it computes with."""
         return threads_of(self._compiled)
 
     def encode_texts(self, embeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Embeddings (B, T, D) of texts whose padding stands before them, mask (B, T) of tokens -> text embeddings (B, E)."""
+        """Embeddings (B, T, D) of left-padded texts, mask (B, T) of tokens -> text embeddings (B, E)."""
         bias = causal_bias(mask)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         with self._lock:
@@ -40,7 +40,7 @@ class QueryDecoder:
             return np.array(self._request.get_tensor("text_embeds").data)
 
     def encode_queries(self, embeds: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Queries (B, Q, D), which see each other, and tokens of pictures (B, N, C) -> their hidden states (B, Q, D)."""
+        """Queries (B, Q, D), which attend to each other, and picture tokens (B, N, C) -> their hidden states (B, Q, D)."""
         count = embeds.shape[1]
         bias = np.zeros((len(embeds), 1, count, count), np.float32)
         positions = np.tile(np.arange(count), (len(embeds), 1))
@@ -49,7 +49,7 @@ class QueryDecoder:
             return np.array(self._request.get_tensor("last_hidden_state").data)
 
     def new_caption(self) -> CaptionCache:
-        """The cache of some captions that are written side by side."""
+        """The KV cache of captions that are written in one batch."""
         return CaptionCache(self, self._compiled.create_infer_request())
 
     def _run(
@@ -62,7 +62,7 @@ class QueryDecoder:
         looking: int,
         rows: np.ndarray | None = None,
     ) -> None:
-        """Feed embeddings (B, T, D), the first `looking` columns of which look at the picture; `rows` None forgets all before."""
+        """Feed embeddings (B, T, D), of which the first `looking` columns attend to the picture; `rows` None resets the state."""
         if rows is None:
             request.reset_state()
         inputs = {
@@ -76,13 +76,13 @@ class QueryDecoder:
         if self._packed:
             infer(request, inputs)
             return
-        with leaving_file(self._folder, self._placement):  # weights are packed by the first run
+        with leaving_file(self._folder, self._placement):  # the first run packs the weights
             infer(request, inputs)
         self._packed = True
 
 
 class CaptionCache:
-    """What is kept of some captions: the calls that decoding needs of a KV cache."""
+    """The KV cache of a batch of captions, with the calls that decoding needs."""
 
     room_for_drafts = free_guesses = 0
     ids = np.zeros(0, np.int64)
@@ -92,9 +92,9 @@ class CaptionCache:
         self._rows, self._length = np.zeros(0, np.int64), 0
 
     def begin(self, embeds: np.ndarray, queries: int, image: np.ndarray) -> np.ndarray:
-        """Queries and a prompt (B, T, D), tokens of pictures (B, N, C) -> logits (B, 1, V) of what comes after the prompt.
+        """Queries and a prompt (B, T, D), picture tokens (B, N, C) -> logits (B, 1, V) after the prompt.
 
-        Each of the first `queries` columns sees all of them; the prompt sees what is before it.
+        The first `queries` columns attend to each other; the prompt attends to what is before it.
         """
         count, self._length = embeds.shape[:2]
         bias = causal_bias(np.ones((count, self._length), bool))
@@ -105,11 +105,11 @@ class CaptionCache:
         return self._logits()
 
     def reorder(self, rows: list[int]) -> None:
-        """Let row i go on as row `rows[i]` did."""
+        """Make row i the continuation of row `rows[i]`."""
         self._rows = self._rows[rows]
 
     def feed(self, embeds: np.ndarray, mask: np.ndarray, keys: np.ndarray | None) -> np.ndarray:
-        """Embeddings (B, 1, D) of a new token each -> logits (B, 1, V)."""
+        """Embeddings (B, 1, D) of one new token per row -> logits (B, 1, V)."""
         self._length += 1
         bias = np.zeros((len(embeds), 1, 1, self._length), np.float32)
         positions = np.full((len(embeds), 1), self._length - 1)
@@ -118,11 +118,11 @@ class CaptionCache:
         return self._logits()
 
     def check_draft(self, embeds: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Nothing is guessed here."""
+        """Captions have no draft tokens."""
         raise NotImplementedError
 
     def drop(self, count: int) -> None:
-        """Nothing is guessed here."""
+        """Captions have no draft tokens."""
         raise NotImplementedError
 
     def _logits(self) -> np.ndarray:
@@ -130,7 +130,7 @@ class CaptionCache:
 
 
 def causal_bias(mask: np.ndarray) -> np.ndarray:
-    """Mask of tokens (B, T) -> bias (B, 1, T, T): each sees itself, and tokens before it; padding sees itself alone."""
+    """Mask of tokens (B, T) -> bias (B, 1, T, T): each attends to itself and the tokens before it, left padding to itself alone."""
     count = mask.shape[1]
     seen = np.tril(np.ones((count, count), bool)) & mask.astype(bool)[:, None] | np.eye(count, dtype=bool)
     return np.where(seen, np.float32(0), HIDDEN)[:, None]

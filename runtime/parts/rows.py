@@ -1,7 +1,7 @@
-"""Compressed matrices of a language part written anew as rows of 8 bits, one scale each.
+"""Compressed matrices of a language part, requantised to int8 with one scale per row.
 
-A processor without instructions for low precision unpacks each weight before it multiplies, and then groups, zero points and halves
-of a byte cost more time than they save in reading. Takes and gives ov.Model; knows nothing of folders or of who runs it.
+A processor without low-precision instructions unpacks each weight before it multiplies; then groups, zero points and 4-bit values
+cost more time than they save in reading. Takes and returns an ov.Model; knows nothing of folders or of who runs it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-ROWS_AT_ONCE = 1 << 12  # of a matrix that is unpacked: a vocabulary matrix takes half a gigabyte in float32
+ROWS_AT_ONCE = 1 << 12  # unpacked at once: a vocabulary matrix takes half a gigabyte in float32
 MOST = 127
 
 
 def to_int8_rows(model: ov.Model) -> int:
-    """Replace each compressed matrix (N, K) of `model` by int8 values and a scale a row, symmetric; returns how many.
+    """Replace each compressed matrix (N, K) of `model` by symmetric int8 values with one scale per row; returns how many.
 
-    A weight changes by at most half of a 127th of the largest one in its row. Stacks of matrices (experts) stay as they are.
+    A weight changes by at most half of a 127th of the largest one in its row. Stacked matrices (experts) stay as they are.
     """
     changed = 0
     for node in model.get_ops():
@@ -35,7 +35,7 @@ def to_int8_rows(model: ov.Model) -> int:
 
 
 def _compressed(node: ov.Node) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]] | None:
-    """Integers, zero points and scales of a matrix, as they broadcast, and its shape; None where `node` is something else."""
+    """Integers, zero points and scales of a matrix, which broadcast, and its shape; None where `node` is something else."""
     shape = [*node.get_output_shape(0)]
     while node.get_type_name() in ("Convert", "Reshape"):
         node = node.input_value(0).get_node()
@@ -52,7 +52,7 @@ def _compressed(node: ov.Node) -> tuple[np.ndarray, np.ndarray, np.ndarray, tupl
 
 
 def _values(node: ov.Node | None, kind: type) -> np.ndarray | None:
-    """Of a constant, behind conversions of its type or not."""
+    """The values of a constant, through type conversions; None where `node` is something else."""
     while node is not None and node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
     return node.get_data(dtype=kind) if node is not None and node.get_type_name() == "Constant" else None
@@ -66,7 +66,7 @@ def _rows(integers: np.ndarray, points: np.ndarray, scales: np.ndarray, shape: t
         part = slice(start, start + ROWS_AT_ONCE)
         exact = ((integers[part] - points[part]) * scales[part]).reshape(-1, shape[1])
         wanted = np.maximum(np.abs(exact).max(1, keepdims=True) / MOST, np.finfo(np.float16).smallest_subnormal)
-        rounded = wanted.astype(np.float16)  # up, or the largest weight would be cut
+        rounded = wanted.astype(np.float16)  # rounded up, or the largest weight would be clipped
         found[part] = np.where(rounded < wanted, np.nextafter(rounded, np.float16(np.inf)), rounded)
         values[part] = np.clip(np.rint(exact / found[part].astype(np.float32)), -MOST, MOST)
     return values, found

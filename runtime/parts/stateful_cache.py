@@ -1,7 +1,7 @@
-"""A KV cache in OpenVINO's state of the language part: what a GPU has, and devices made of others.
+"""A KV cache in OpenVINO's state of the language part: for a GPU, and for devices that combine others.
 
-A state is one row of slots, in the order in which they were written. It can be read and written whole, which is how it is made
-shorter, copied, and put aside while another cache has its turn.
+A state is a sequence of slots in the order of writing. It is read and written whole to shorten it, to copy it, and to set it aside
+while another cache runs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from runtime.parts.part import VISUAL_MASK, infer
 from runtime.progress import Progress
 
 SLOTS_AXIS = 2  # of a state (B, heads, slots, head width)
-DEAD_SLOTS = 4  # a state is made shorter when one slot in so many is dead: the copy of all then costs less than it spares
+DEAD_SLOTS = 4  # a state is shortened when one slot in so many is dead: then the copy costs less than it saves
 
 
 class Turns:
-    """The one request over a compiled part in which caches take turns; each puts its states aside for the next.
+    """The single request over a compiled part, shared by its caches; the states of a cache are set aside for the next one.
 
-    The GPU plugin (2026.4) takes a run whose inputs have the shapes of the run before for its continuation, whatever became of the
-    states in between, and its answer is wrong then; requests of their own do not help. So whoever comes after another, or begins
-    anew, is preceded by a short run of another length.
+    The GPU plugin (2026.4) treats a run with the input shapes of the run before as its continuation, even if the states were
+    replaced in between, and then gives wrong results; separate requests do not help. So a short run of another length comes before
+    a cache that follows another one or starts empty.
     """
 
     def __init__(self, compiled: ov.CompiledModel):
@@ -39,11 +39,11 @@ class Turns:
 
     @cached_property
     def _request(self) -> ov.InferRequest:
-        """Made when it is needed: that waits for a run which is going on, as when weights are packed."""
+        """Created on first use: creation waits for a run in progress, as while weights are packed."""
         return self.compiled.create_infer_request()
 
     def run(self, cache: StatefulCache, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """The logits of new tokens of a cache, after what its states hold."""
+        """The logits of new tokens of a cache, computed after the tokens in its states."""
         count = inputs["inputs_embeds"].shape[1]
         with self.lock:
             before = None if self._whose is None else self._whose()
@@ -51,7 +51,7 @@ class Turns:
                 if before is not None and before is not cache and before.begun:
                     before.aside = self._copies()
                 self._between(count)
-                if cache.aside:  # a GPU takes no state right after it was reset
+                if cache.aside:  # a GPU accepts no state right after a reset
                     for state in self._request.query_state():
                         state.state = cache.aside[state.name]
                 else:
@@ -62,14 +62,14 @@ class Turns:
             return self._request.get_tensor("logits").data.copy()
 
     def states_of(self, cache: StatefulCache) -> dict[str, ov.Tensor]:
-        """The states of a cache, put aside for it too."""
+        """The states of a cache, which are then set aside in it."""
         with self.lock:
             if self._whose is not None and self._whose() is cache:
                 cache.aside, self._whose = self._copies(), None
             return cache.aside
 
     def leave(self, cache: StatefulCache) -> None:
-        """What the request holds of a cache is wanted no more."""
+        """Discard what the request holds of a cache."""
         with self.lock:
             if self._whose is not None and self._whose() is cache:
                 self._whose = None
@@ -78,7 +78,7 @@ class Turns:
         return {state.name: part_of(state.state) for state in self._request.query_state()}
 
     def _between(self, count: int) -> None:
-        """Run tokens of no meaning, as many as neither the last run had nor the next one has; their states are to be replaced."""
+        """Run dummy tokens, of a number that neither the last run had nor the next one has; their states are replaced next."""
         own = next(number for number in (2, 3, 4) if number not in (count, self._last_count))
         given = {
             "inputs_embeds": np.zeros((1, own, self.compiled.input("inputs_embeds").partial_shape[-1].get_length()), np.float32),
@@ -94,16 +94,16 @@ class Turns:
 
 
 class StatefulCache(KVCache):
-    """Slots of the state, and which of them stand for tokens.
+    """Slots of the state, and which of them hold tokens.
 
-    What is no longer wanted is masked out, and the tokens after it are given the positions that they would have without it, until
-    it is worth a copy of the state without those slots. `wider` gives the part in a wider precision than the one that was found
-    wanting, or None. Where it is given, what was fed is remembered, to be computed again.
+    Dropped tokens are masked out, and later tokens get the positions that they would have without them, until a copy of the state
+    without the dead slots pays off. `wider` returns the part in a wider precision than the one that overflowed, or None. With
+    `wider`, inputs are stored so that they can be computed again.
     """
 
     @staticmethod
     def adapt(model: ov.Model) -> ov.Model:
-        """Let the head see the positions (B, T, D) of one more input only."""
+        """Add the input of `head_sees_positions`, for hidden states (B, T, D)."""
         head_sees_positions(model, 1)
         return model
 
@@ -115,25 +115,25 @@ class StatefulCache(KVCache):
     ):
         super().__init__(turns.compiled, **options)
         self._turns, self._wider = turns, wider
-        self.aside: dict[str, ov.Tensor] = {}  # states, while another cache has its turn
+        self.aside: dict[str, ov.Tensor] = {}  # states, while another cache uses the request
         self._clear()
         self._join_siblings()
 
     @property
     def begun(self) -> bool:
-        """Whether something is in its states."""
+        """Whether its states hold anything."""
         return self._slots > 0
 
     def _clear(self) -> None:
         self.aside = {}
         self._slots = 0
-        self._mask = np.zeros((1, 256), np.int64)  # (B, room), 1 where a token stands
+        self._mask = np.zeros((1, 256), np.int64)  # (B, capacity), 1 where a slot holds a token
         self._order = np.zeros(1, np.int32)
-        self._fed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # embeddings (B, T, D), visual (B, T), rows they are of
-        self._last = (0, False)  # how many slots the last step wrote, and whether the logits of all were wanted
+        self._fed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # embeddings (B, T, D), visual (B, T), their row indices
+        self._last = (0, False)  # slots that the last step wrote, and whether it computed the logits of all
 
     def cancel(self) -> None:
-        """Nothing: a state that is left in the middle is lost, and the next piece or token is soon there."""
+        """Does nothing: an interrupted run would lose the state, and the next chunk or token comes soon."""
 
     def reorder(self, rows: Sequence[int]) -> None:
         order = np.asarray(rows)
@@ -148,7 +148,7 @@ class StatefulCache(KVCache):
         self._mask[0, : self._slots] = 0
         self._mask[0, standing] = 1
         dead = self._slots - length
-        # A window counts slots, the dead ones too.
+        # A sliding window counts dead slots too.
         if dead and (self._window or dead * DEAD_SLOTS > self._slots):
             shortened = length > 0 and self._shorten(standing)
             if not shortened and (self._window or not length):
@@ -157,7 +157,7 @@ class StatefulCache(KVCache):
         return length
 
     def _shorten(self, slots: np.ndarray) -> bool:
-        """Go on with these slots of a single row; False where a device keeps its state to itself."""
+        """Continue with these slots of the single row; False where the device does not expose its state."""
         try:
             self._take_over(self, slots)
         except RuntimeError:
@@ -165,7 +165,7 @@ class StatefulCache(KVCache):
         return True
 
     def _take_over(self, donor: StatefulCache, slots: np.ndarray) -> None:
-        """Go on with these slots of a cache's single row."""
+        """Continue with these slots of another cache's single row, or of its own."""
         taken = {name: part_of(state, slots) for name, state in self._turns.states_of(donor).items()}
         self._turns.leave(self)
         self.aside = taken
@@ -181,13 +181,13 @@ class StatefulCache(KVCache):
         return [(embeds[:, slots], visual[:, slots], np.zeros(1, np.int64))]
 
     def _all_fed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (B, slots, D) and visual (B, slots) of what the rows are now."""
+        """Embeddings (B, slots, D) and visual (B, slots) of the present rows."""
         embeds, visual = zip(*((embeds[of], visual[of]) for embeds, visual, of in self._fed), strict=True)
         return np.concatenate(embeds, 1), np.concatenate(visual, 1)
 
     def _copy_from(self, donor: StatefulCache, keys: np.ndarray) -> None:
         slots = np.flatnonzero(donor._mask[0, : donor._slots])[: donor.shared_with(keys)]
-        with suppress(RuntimeError):  # a device that keeps its state to itself
+        with suppress(RuntimeError):  # the device does not expose its state
             self._take_over(donor, slots)
             self._keys = keys[: len(slots)].copy()
 
@@ -220,7 +220,7 @@ class StatefulCache(KVCache):
         return logits
 
     def _step(self, embeds: np.ndarray, mask: np.ndarray, visual: np.ndarray, every: bool = False) -> np.ndarray:
-        """Tokens (B, T, D) of all rows -> logits (B, 1, V) of the last, or with `every` (B, T, V) of all."""
+        """Tokens (B, T, D) of all rows -> logits (B, 1, V) of the last position, or with `every` (B, T, V) of all."""
         rows, count = mask.shape
         end = self._slots + count
         if self._slots == 0:
@@ -241,7 +241,7 @@ class StatefulCache(KVCache):
         try:
             logits = self._turns.run(self, inputs)
         except BaseException:
-            self._clear()  # how far the state came is not known
+            self._clear()  # what the state holds is unknown
             self._keys = self._keys[:0]
             raise
         if self._wider is not None:
@@ -252,7 +252,7 @@ class StatefulCache(KVCache):
 
 
 def part_of(state: ov.Tensor, slots: np.ndarray | None = None) -> ov.Tensor:
-    """A copy of these slots of a state, or of all, whatever its type."""
+    """A copy of these slots of a state, or of all slots, for any element type."""
     shape = [*state.shape]
     slots = np.arange(shape[SLOTS_AXIS]) if slots is None else slots
     copy = ov.Tensor(state.element_type, ov.Shape([*shape[:SLOTS_AXIS], len(slots), *shape[SLOTS_AXIS + 1 :]]))

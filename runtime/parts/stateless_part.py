@@ -1,4 +1,4 @@
-"""A part without memory of its own: the text embeddings, the vision part, a router.
+"""A part without state: the text embeddings, the vision part, a router.
 
 One input, one or more outputs, called with NumPy arrays; knows nothing of what they mean.
 """
@@ -20,9 +20,9 @@ from runtime.parts.part import compile_part, compile_wider, infer, leaving_file,
 
 
 class StatelessPart:
-    """One part without memory of its own, with one input, that several threads may call.
+    """One part without state, with one input; several threads may call it.
 
-    `more` are names of tensors inside that become outputs behind its own.
+    `more` names inner tensors that become further outputs, after its own.
     """
 
     def __init__(self, folder: Path, core: ov.Core, placement: Placement, width: int, more: Sequence[str] = ()):
@@ -44,7 +44,7 @@ class StatelessPart:
         return self.run(values, [0])[0]
 
     def run(self, values: np.ndarray, outputs: Sequence[int]) -> list[np.ndarray]:
-        """Those of its outputs, by their numbers."""
+        """The outputs of these numbers."""
         with self._lock:
             with self._packing():
                 infer(self._request, {self._input: values})
@@ -66,10 +66,10 @@ class StatelessPart:
 
     @property
     def threads(self) -> int:
-        """How many it computes with."""
+        """Number of threads it computes with."""
         return threads_of(self._compiled)
 
     def release(self) -> None:
-        """Give back the memory of intermediate results until the next call."""
+        """Release the memory of intermediate results until the next call."""
         with self._lock:
             self._compiled.release_memory()
