@@ -44,7 +44,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 TUNED_FILE = "tuned.json"  # what python -m runtime tune found, by device
-QUALITY_FILE = "quality.json"  # what the folder loses to its checkpoint, as --verify measured it
+QUALITY_FILE = "quality.json"  # its loss against the checkpoint, as --verify measured it
 OVERFLOWS_FILE = "overflows.json"  # which parts a device cannot compute in float16
 DECODE_FILE = "tuned_decode.xml"  # a language part for decode, where tune found it worth its memory
 

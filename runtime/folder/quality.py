@@ -1,6 +1,6 @@
-"""What a model folder says of its own quality: what convert measured, as lines for people.
+"""The quality of a model folder as convert measured it, as lines to print.
 
-Reads quality.json; knows nothing of how it is measured.
+Reads quality.json; knows nothing of the measurement.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from runtime.folder.files import QUALITY_FILE
 
-WHOLE = "all"  # of the parts: all together
+WHOLE = "all"  # the key of all parts together
 
 
 def read_quality(folder: Path) -> dict[str, str]:
-    """Lines by name; none where nothing was measured."""
+    """The lines by name; {} where nothing was measured."""
     file = folder / QUALITY_FILE
     if not file.exists():
         return {}
