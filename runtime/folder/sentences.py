@@ -43,5 +43,5 @@ class Sentences:
         return [self._config.bos_token_id, *self._pieces.encode(text), *([self._config.eos_token_id] if end else [])]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens and surrounding spaces."""
+        """The text of token ids, without control tokens and surrounding spaces."""
         return str(self._pieces.decode([i for i in ids if i < self.size])).strip()

@@ -1,4 +1,4 @@
-"""A picture -> one square of pixels, as contrastive models were trained: resized to a square, or centre-cropped.
+"""A picture -> one square of pixels, as models without tiling were trained: resized to a square, or centre-cropped.
 
 Pillow and NumPy; knows nothing of models. Rules: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/
 internvl_huggingface (retrieval: resized to a square) and torchvision's Resize and CenterCrop (classification).

@@ -28,8 +28,8 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
     """Return a picture as RGB, turned as its EXIF orientation says.
 
     `source` is a path, the bytes of a picture file, a file opened in binary mode, a PIL picture, a uint8 array (H, W),
-    (H, W, 1), (H, W, 3) or (H, W, 4), a data URL, or an http(s) address. `allow_urls` False refuses addresses, as a server must;
-    a collection names the hosts that may be fetched from, redirects included. Of several frames, the first is taken.
+    (H, W, 1), (H, W, 3) or (H, W, 4), a data URL, or an http(s) address. `allow_urls` limits addresses, as a server must: False
+    refuses all, a collection names the hosts that may be fetched from, redirects included. Of several frames, the first is taken.
     Two intended differences from upstream's Image.open(...).convert("RGB"): upstream ignores the orientation, so photographs lie
     on their side, and turns 16-bit pictures white. Raises PictureError.
     """

@@ -83,7 +83,7 @@ def compile_wider(core: ov.Core, folder: Path, model: ov.Model, placement: Place
 
 
 def activation_groups(core: Core, model: ov.Model, placement: Placement) -> dict[str, Any]:
-    """The quantisation group of activations that are multiplied with compressed weights, on a processor with 8-bit products.
+    """The property that sets the quantisation group of activations, for products with compressed weights on a CPU; {} for none.
 
     A group larger than that of the weights would turn quantisation off.
     """

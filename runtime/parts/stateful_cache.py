@@ -28,8 +28,8 @@ class Turns:
     """The single request over a compiled part, shared by its caches; the states of a cache are set aside for the next one.
 
     The GPU plugin (2026.4) treats a run with the input shapes of the run before as its continuation, even if the states were
-    replaced in between, and then gives wrong results; separate requests do not help. So a short run of another length comes before
-    a cache that follows another one or starts empty.
+    replaced in between, and then gives wrong results; separate requests do not help. So a short run of another length precedes a
+    cache that follows another one or starts empty.
     """
 
     def __init__(self, compiled: ov.CompiledModel):
@@ -165,7 +165,7 @@ class StatefulCache(KVCache):
         return True
 
     def _take_over(self, donor: StatefulCache, slots: np.ndarray) -> None:
-        """Continue with these slots of another cache's single row, or of its own."""
+        """Continue with these slots of a cache's single row, its own or another's."""
         taken = {name: part_of(state, slots) for name, state in self._turns.states_of(donor).items()}
         self._turns.leave(self)
         self.aside = taken
