@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     allowed.add_argument(
         "--max-requests", type=int, default=64, metavar="N", help="requests at once, waiting ones included (default: %(default)s)"
     )
-    allowed.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="time of one answer (default: %(default)g)")
-    allowed.add_argument("--max-body", type=int, default=64, metavar="MB", help="size of one request (default: %(default)s)")
+    allowed.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit of one answer (default: %(default)g)")
+    allowed.add_argument("--max-body", type=int, default=64, metavar="MB", help="limit of one request (default: %(default)s)")
     allowed.add_argument(
         "--allowed-media-domains", metavar="HOSTS", default="", help="comma-separated hosts to fetch pictures from (default: none)"
     )

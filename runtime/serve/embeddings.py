@@ -22,7 +22,7 @@ from runtime.serve.protocol import ImagePart, MediaRules, TextPart
 from runtime.serve.protocol import Request as Body
 from runtime.serve.reception import Metrics, Reception, Rules, base_app
 
-MOST_INPUTS = 2048  # a request; OpenAI's limit
+MOST_INPUTS = 2048  # per request; OpenAI's limit
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=TEXT_TOKENS)]
 One = str | TextPart | ImagePart
 
@@ -39,7 +39,7 @@ class EmbeddingRequest(Body):
 
     @property
     def inputs(self) -> list[One | list[int]]:
-        """All inputs, as a list when there is one too."""
+        """All inputs as a list, even a single one."""
         single = not isinstance(self.input, list) or isinstance(self.input[0], int)
         return [self.input] if single else self.input  # type: ignore[list-item,return-value]
 
