@@ -76,7 +76,7 @@ def ask(model: ChatModel, question: Question, *, max_tiles: int | None = None, n
 
 
 def evaluate(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
-    """-> {"questions", "right", "accuracy", "tasks": {task: {"questions", "right", "accuracy"}}, "mistakes": the first ones}."""
+    """-> {"questions", "right", "accuracy", "tasks": {task: {"questions", "right", "accuracy"}}, "mistakes": all of them}."""
     counts = {task: [0, 0] for task in TASKS}
     mistakes = []
     for index in tqdm(range(options.limit), unit="question", mininterval=1):

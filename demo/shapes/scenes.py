@@ -36,7 +36,7 @@ from demo.shapes.texts import (
 )
 from runtime.answer.boxes import locate_question
 
-SIDE = 112  # of a tile, in pixels: pictures are whole numbers of tiles
+SIDE = 112  # of a tile, in pixels; pictures are whole numbers of tiles, except those of `find`
 
 SPLITS = {"train": range(2, 10), "test": range(0, 1), "held_out": range(1, 2)}  # by the checksum's remainder
 CHECKSUMS = 10
@@ -544,7 +544,7 @@ class Maker:
         return [canvas], [[Turn("page", self.say("page"), " ".join(texts))]]
 
     def chart(self) -> Made:
-        """Two to five coloured bars of whole heights from 1 to 9 before a ruled ground."""
+        """Two to five coloured bars of whole heights from 1 to 9 on a ruled background."""
         while True:
             count = self.rng.randint(2, self.upto(3, 5))
             colours = self.rng.sample(list(COLOURS), count)

@@ -1,4 +1,4 @@
-"""python -m runtime search INDEX [TEXT]: the pictures of an index that are nearest to words or to a picture."""
+"""python -m runtime search INDEX [TEXT]: the pictures of an index that are nearest to a text or a picture."""
 
 from __future__ import annotations
 

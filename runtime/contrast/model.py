@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Later(Generic[T]):
-    """A part that is opened on first use: pictures in mode C need no QLLaMA, which is half of a 14B."""
+    """A part that is opened on first use: pictures in mode C need no QLLaMA, half of a 14B."""
 
     def __init__(self, open_it: Callable[[], T]):
         self._open, self._lock = open_it, threading.Lock()
