@@ -1,6 +1,6 @@
 """Connections with limits: a client that sends the head of a request too slowly, or one that is too long, is disconnected.
 
-uvicorn alone waits for bytes for ever. Knows no routes; app.py limits the time of a body.
+uvicorn alone waits for bytes for ever. Knows no routes; reception.py limits the time of a body.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """/v1/embeddings over a folder of InternVL-C and -G: texts and pictures to unit vectors, in OpenAI's form.
 
-Keys, limits, errors and metrics are app.py's. Besides OpenAI's texts and token ids, an input may be an `image_url` or `text` part.
+Keys, limits, errors and metrics are reception.py's. An input may also be an `image_url` or `text` part, not only text or token ids.
 """
 
 from __future__ import annotations
