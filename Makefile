@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What makes a GPU that a CPU computes, where it is at hand.
+# The script that sets up a GPU emulated on the CPU, if it is present.
 IGPU := ../shared/igpu/setup
-# Its compiler fails on the largest registers; where it crashes all the same (128 and more), that says nothing of this project.
+# Its compiler fails on AVX-512; a crash in spite of this (exit code 128 and more) is no failure of this project.
 STANDS_IN := CL_CONFIG_CPU_TARGET_ARCH=core-avx2 build/igpu/run
 
 .PHONY: setup check test test-fast test-igpu ray clients quickstart docs notebook bench soak clean
@@ -31,22 +31,22 @@ test: setup check notebook  ## everything that CI runs
 	@if test -x $(IGPU) && $(IGPU) build/igpu > /dev/null 2>&1; then $(STANDS_IN) $(BIN)/python -m pytest tests/igpu -m quick || test $$? -gt 127; \
 	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
 
-test-fast: setup check  ## answering, without the tests that convert first: for the daily loop
+test-fast: setup check  ## the tests of answering, without those that convert first; for the daily loop
 	$(BIN)/python -m pytest tests/runtime tests/test_layers.py -m "not converts and not clients"
 
-test-igpu: setup  ## all tests on a GPU that OpenVINO sees; where there is none they say how to make one
+test-igpu: setup  ## the GPU tests on a GPU that OpenVINO sees; without one they say how to set one up
 	$(BIN)/python -m pytest tests/igpu -rs
 
 ray: setup  ## a job on a Ray cluster of two local nodes, one of which is killed; installs Ray
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
 	$(BIN)/python -m pytest -m ray tests/runtime/job
 
-clients: setup  ## programs of others against the server; node's is skipped where there is no npm
+clients: setup  ## clients of others against the server; the one for node is skipped without npm
 	$(BIN)/python -m pip install --quiet -e '.[clients]'
 	mkdir -p build/clients
 	! command -v npm || npm install --silent --no-fund --no-audit --prefix build/clients 'openai@^6.49'
 	$(PYTHON) -m venv build/clients/lmms-eval
-	build/clients/lmms-eval/bin/python -m pip install --quiet 'lmms-eval>=0.7.3,<0.8' 'filelock<3.25'  # it reaches into filelock
+	build/clients/lmms-eval/bin/python -m pip install --quiet 'lmms-eval>=0.7.3,<0.8' 'filelock<3.25'  # it uses internals of filelock
 	$(BIN)/python -m pytest -m clients tests/clients
 
 quickstart: setup  ## the main job offline: convert the built-in model to int4 and ask it about a picture
@@ -60,10 +60,10 @@ notebook: setup  ## run the tutorial from top to bottom, offline, on the built-i
 	mkdir -p build
 	$(BIN)/jupyter execute notebooks/internvl_openvino.ipynb --output=$(CURDIR)/build/internvl_openvino.ipynb
 
-bench: setup  ## conversion and answers at full size beside openvino_genai and optimum-intel (an hour on two cores, 4 GB of disk)
+bench: setup  ## conversion and answers at full size, compared with openvino_genai and optimum-intel (an hour on two cores, 4 GB of disk)
 	$(BIN)/python -m tests.bench --json docs/benchmark.json --plot docs/benchmark.svg
 
-soak: setup  ## an hour of eight clients, and what the server keeps of them
+soak: setup  ## an hour of eight clients, and what the server still holds after it
 	$(BIN)/python -m convert demo/shapes/checkpoint build/shapes-int4 --force
 	$(BIN)/python -m tests.soak --minutes 60
 

@@ -1,1 +1,1 @@
-"""What a person meets first: a chatbot over a model folder. Only calls `runtime` and `convert`."""
+"""A chatbot and a search page over model folders, and two small models. Calls `runtime` and `convert` only."""

@@ -28,23 +28,23 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="model folder, as python -m convert writes it")
     p.add_argument(
-        "--checkpoint", metavar="SOURCE", help="convert this first: a hub id, like OpenGVLab/InternVL2-1B, or a folder (to FOLDER)"
+        "--checkpoint", metavar="SOURCE", help="convert this first, to FOLDER: a hub id, like OpenGVLab/InternVL2-1B, or a folder"
     )
     p.add_argument(
         "--index",
         metavar="INDEX",
         type=Path,
-        help="of a folder of InternVL-C and -G: the pictures to search (python -m runtime embed)",
+        help="with a folder of InternVL-C and -G: index of pictures to search, from python -m runtime embed",
     )
     p.add_argument("--device", default="CPU", help="OpenVINO device, like CPU, GPU or AUTO (default: %(default)s)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    p.add_argument("--port", type=int, metavar="N", help=f"port to listen on (default: {PORT}, or the next that is free)")
-    p.add_argument("--share", action="store_true", help="also through a public link of Gradio's, for a week")
+    p.add_argument("--port", type=int, metavar="N", help=f"port to listen on (default: {PORT}, or the next free one)")
+    p.add_argument("--share", action="store_true", help="also open a public Gradio link, for a week")
     return p
 
 
 def folder_of(folder: Path | None, checkpoint: str | None) -> Path:
-    """The model folder to open, converted first where that was asked for or nothing was; what is there is kept."""
+    """The model folder to open: as given, or converted from `checkpoint` or the built-in one; an existing folder is reused."""
     if checkpoint is None and folder is not None:
         return folder
     if folder is None:
@@ -60,13 +60,13 @@ def folder_of(folder: Path | None, checkpoint: str | None) -> Path:
 
 
 def built_in_folder() -> Path:
-    """Where the built-in model is kept once it is converted: in the user's cache, by its weights."""
+    """The folder of the converted built-in model: in the user's cache, named after its weights."""
     weights = hashlib.sha1((BUILT_IN / "model.safetensors").read_bytes(), usedforsecurity=False).hexdigest()
     return user_cache() / f"shapes-{weights[:8]}-{WEIGHT_FORMAT}"
 
 
 def free_port(host: str, wanted: int | None) -> int:
-    """The port to listen on: the one that was asked for, or the first that is free. Raises OptionError."""
+    """The port to listen on: the requested one, or the first free one. Raises OptionError."""
     for port in range(PORT, PORT + PORTS) if wanted is None else [wanted]:
         try:
             socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0]).close()
@@ -86,7 +86,7 @@ def chat_page(folder: Path, device: str) -> Any:
 
 
 def search_page(folder: Path, index: Path | None, device: str) -> Any:
-    """The page of InternVL-C and -G over an index. Raises OptionError without one, or for another model's."""
+    """The page of InternVL-C and -G over an index. Raises OptionError without an index, or for one of another model."""
     if index is None:
         raise OptionError(f"{folder} searches pictures: write an index with python -m runtime embed, and give it with --index")
     from demo.search import make_search

@@ -1,7 +1,7 @@
-"""A Gradio page over an opened model: one chat box for questions, pictures and videos, answers streamed, a stop that stops.
+"""A Gradio page over an opened model: one chat box for questions, pictures and videos; answers stream and can be stopped.
 
-Knows the page; prompts, tiles and generation are the runtime's. Each browser tab has a conversation of its own, whose turns are
-those that the page shows, so that undo, retry and edit work.
+Knows the page; prompts, tiles and generation are the runtime's. Each browser tab has its own conversation, whose turns are
+those on the page, so that undo, retry and edit work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT_NEW_TOKENS = 512
 MOST_TILES = 12
 MOST_FILES = 16  # a question
 EXAMPLES = Path(__file__).parent / "examples"
-QUESTIONS = [  # with their pictures; the built-in model answers them right
+QUESTIONS = [  # with their pictures; the built-in model answers them correctly
     ("Which shape is purple?", "shapes.png"),
     ("How high is the red bar?", "chart.png"),
     ("Read the text on the right.", "print.png"),
@@ -44,13 +44,13 @@ History = list[dict[str, Any]]  # Gradio's messages
 
 
 def whole(text: str) -> str:
-    """A text in which halves of characters, as broken pages send them, are replaced: nobody could show them."""
+    """A text with lone surrogates, as broken pages send them, replaced: they cannot be shown."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def parts_of(content: Any) -> tuple[str, list[str]]:
-    """Text and files of one message as Gradio keeps it: a string, or a list of parts: texts, files (of its clients, their paths
-    alone) and components."""
+    """Text and files of one message as Gradio keeps it: a string, or a list of texts, files (from API clients a path alone) and
+    components."""
     parts = content if isinstance(content, list) else [content]
     texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
     held = [part.get("file") or part for part in parts if isinstance(part, dict)]
@@ -61,7 +61,7 @@ def parts_of(content: Any) -> tuple[str, list[str]]:
 def turns_of(history: History) -> tuple[list[tuple[str, list[str], str]], list[str]]:
     """Gradio's messages -> (question, files, answer) a turn, and the files that wait for their question.
 
-    What was asked and never answered is left out. Messages with a title are the page's own: statistics and errors.
+    Unanswered questions are left out. Messages with a title are the page's own: statistics and errors.
     """
     turns = []
     asked: tuple[str, list[str]] = ("", [])
@@ -98,14 +98,14 @@ def told(statistics: Statistics) -> str:
 
 @dataclass
 class Tab:
-    """What one browser tab has asked: its conversation, and the question and files of each of its turns."""
+    """One browser tab: its conversation, and the question and files of each turn."""
 
     conversation: Conversation
     system: str
     asked: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def show(self, shown: list[tuple[str, list[str], str]], model: ChatModel, most_tiles: int) -> None:
-        """Make the conversation's turns those that the page shows; turns that it has already are not opened again."""
+        """Set the conversation's turns to those on the page; turns that it already has are not opened again."""
         known = self.conversation.turns
         turns: list[Turn] = []
         for n, (text, files, said) in enumerate(shown):
@@ -118,7 +118,7 @@ class Tab:
         self.asked = [(text, files) for text, files, _ in shown]
 
     def boxes(self, model: ChatModel, most_tiles: int) -> list[tuple[Image.Image, list[Box]]]:
-        """The pictures that the last answer has boxes in, and these boxes; only these are opened again."""
+        """The pictures that have boxes of the last answer, and the boxes; only these pictures are opened again."""
         found = self.conversation.boxes
         drawn, first = [], 0
         for turn, (text, files) in zip(self.conversation.turns, self.asked, strict=True):
@@ -144,7 +144,7 @@ class Chatbot:
         self._html = {"type": "component", "component": "html", "constructor_args": {}, "props": props}
 
     def tab(self, name: str, system: str) -> Tab:
-        """The tab of this name; its conversation starts anew with another system message or on another device."""
+        """The tab of this name; another system message or device starts a new conversation."""
         if name not in self._tabs or self._tabs[name].system != system:
             self._tabs[name] = Tab(self.model.start_conversation(system), system)
         return self._tabs[name]
@@ -162,7 +162,7 @@ class Chatbot:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio finds it by this
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield the answer so far and the tiles it was given for; in the end also what it took."""
+        """Yield the answer so far; at the end also its statistics, boxes and tiles."""
         options: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "do_sample": temperature > 0}
         if temperature > 0:
             options |= {"temperature": temperature, "top_p": top_p}
@@ -191,7 +191,7 @@ class Chatbot:
         except InternVLError as error:
             yield gr.ChatMessage(str(error), metadata={"title": "Not answered"}), gr.skip()
             return
-        if not text:  # the model ended at once
+        if not text:  # the model ended without text
             yield gr.ChatMessage("The model gave no answer.", metadata={"title": "Not answered"}), gr.skip()
             return
         assert conversation.statistics is not None
@@ -217,7 +217,7 @@ class Chatbot:
 
 
 class ChatInterface(gr.ChatInterface):
-    """Gradio's, with a question apart from its pictures: its page cannot edit a message that has both (gradio 6.31)."""
+    """Gradio's, with question and pictures in separate messages: its page cannot edit a message that has both (gradio 6.31)."""
 
     def _message_as_message_dict(self, message: Any, role: Any) -> list[Any]:
         if isinstance(message, str):
@@ -231,7 +231,7 @@ class ChatInterface(gr.ChatInterface):
 
 
 def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
-    """The page, to launch. `tokenizer` is taken because the tutorial hands one over; the model's own is used."""
+    """The page, ready to launch. `tokenizer` is ignored: the tutorial passes one, and the model's own is used."""
     bot = Chatbot(model)
     most = min(MOST_TILES, model.config.max_tiles if model.config.dynamic_image_size else 1)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True) as page:
@@ -240,7 +240,7 @@ def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
             right = gr.Column(scale=1, min_width=280)
         with right:  # made first, because the chat needs its settings
             gr.HTML(STYLE)
-            gr.Markdown("What the model saw last")  # above the pictures: a label of the gallery's own lies over them
+            gr.Markdown("What the model saw last")  # above the pictures: the gallery's own label would cover them
             seen = gr.Gallery(show_label=False, columns=1, object_fit="contain", height=320, interactive=False)
             gr.Checkbox(True, label="Boxes in the chat", elem_id=SWITCH, interactive=True)
             tiles = gr.Slider(1, MOST_TILES, value=most, step=1, label="Tiles a picture")

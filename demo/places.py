@@ -1,7 +1,7 @@
-"""The boxes of an answer over its picture, as HTML for the page: labelled outlines; a click or Tab on one shows its numbers too.
+"""The boxes of an answer over its picture, as HTML for the page: labelled outlines; a click or Tab on one shows its edges too.
 
-Plain HTML and CSS, no script; what a model wrote is escaped, and the browser has fonts for its scripts. For people; nothing is
-computed from it.
+Plain HTML and CSS, no script; the model's labels are escaped, and the browser has fonts for their scripts. For display only:
+nothing is computed from it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ body:has(#{SWITCH} input:not(:checked)) .boxes {{ display: none }}
 
 
 def show_boxes(picture: Image.Image, boxes: Sequence[Box]) -> str:
-    """A picture with its boxes, in pixels of it, to be clicked."""
+    """A picture with clickable boxes, whose edges are in its pixels."""
     long = max(picture.size)
     width, height = (max(1, round(side * max(long, SHOWN[0]) / long)) for side in picture.size)
     sent = picture.copy()
@@ -52,7 +52,7 @@ def show_boxes(picture: Image.Image, boxes: Sequence[Box]) -> str:
 
 
 def _area(box: Box, size: tuple[int, int], colour: str) -> str:
-    """What is clicked, and behind it what is shown then."""
+    """One clickable box, then the text that a click shows."""
     left, right = 100 * box.x1 / size[0], 100 * box.x2 / size[0]
     top, bottom = 100 * box.y1 / size[1], 100 * box.y2 / size[1]
     label = html.escape(box.label[:MOST_LETTERS])

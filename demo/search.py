@@ -1,4 +1,4 @@
-"""A Gradio page over InternVL-C and -G and an index: type words or give a picture, and see the pictures that are nearest.
+"""A Gradio page over InternVL-C and -G and an index: type words or give a picture, and see the nearest pictures.
 
 Knows the page; vectors and their comparison are the runtime's.
 """
@@ -19,7 +19,7 @@ from runtime.media.picture import open_picture
 
 TITLE = "InternVL on OpenVINO: search"
 SHOWN, MOST_SHOWN = 12, 60
-THUMBNAIL = 384  # pixels; small copies are shown, so that the page needs no way to the files
+THUMBNAIL = 384  # pixels; the page gets thumbnails, so it needs no access to the files
 STYLE = (
     "<style>.grid-container { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important; }</style>"  # as many as fit
 )
@@ -32,7 +32,7 @@ class Search:
         self.model, self.index = model, index
 
     def find(self, text: str, picture: str | None, count: float) -> list[tuple[Image.Image, str]]:
-        """The nearest pictures with name and score; files that are gone are left out. Nothing where nothing is asked."""
+        """The nearest pictures with name and score; files that are gone are left out. Empty without a query."""
         if not text.strip() and picture is None:
             return []
         try:
@@ -51,7 +51,7 @@ class Search:
 
 
 def make_search(model: OpenedInternVL, index: Index) -> gr.Blocks:
-    """The page, to launch."""
+    """The page, ready to launch."""
     search = Search(model, index)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True) as page, gr.Tab("Search"):
         with gr.Row():

@@ -1,6 +1,6 @@
-"""What the model saw of a picture, as a picture: its tiles apart from each other, the thumbnail beside them.
+"""Draw what the model saw of a picture: its tiles with gaps between them, the thumbnail beside them.
 
-For people; nothing is computed from it.
+For display only: nothing is computed from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GAP = 0.04  # between tiles, as a share of their side
 
 
 def draw_tiles(picture: PictureTiles, side: int = 224) -> Image.Image:
-    """The tiles of a picture that was opened here, `side` pixels each, row by row as they were cut."""
+    """The tiles of a picture whose grid is known, `side` pixels each, row by row as they were cut."""
     assert picture.grid is not None
     columns, rows = picture.grid
     step = side + round(GAP * side)

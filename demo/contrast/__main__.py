@@ -26,12 +26,12 @@ def parser() -> argparse.ArgumentParser:
     v.add_argument("--seed", type=int, default=1, help="of the scenes (default: %(default)s)")
     v.add_argument("--split", choices=["test", "held_out"], default="test", help="(default: %(default)s)")
 
-    v = verbs.add_parser("train", help="train, or go on where an interrupted run stopped")
+    v = verbs.add_parser("train", help="train, or resume an interrupted run")
     v.add_argument("run", metavar="RUN", type=Path, help="folder of the run: its state and its log")
     v.add_argument("output", metavar="CHECKPOINT", type=Path, help="checkpoint to write")
-    v.add_argument("--steps", type=int, help="of the optimisers")
+    v.add_argument("--steps", type=int, help="steps of the optimisers")
     v.add_argument("--batch", type=int, help="scenes a step")
-    v.add_argument("--rate", type=float, help="learning rate at its highest")
+    v.add_argument("--rate", type=float, help="highest learning rate")
 
     v = verbs.add_parser("draw", help="draw test scenes into a folder, with their descriptions as a .tsv file of pairs")
     v.add_argument("output", metavar="FOLDER", type=Path)

@@ -1,4 +1,4 @@
-"""The exam of the small InternVL-C and -G: recall over unseen scenes, and captions that name what is there.
+"""The exam of the small InternVL-C and -G: recall over unseen scenes, and captions that name what a scene shows.
 
 Asks a model folder, or the PyTorch reference of a checkpoint. Knows no command line.
 """
@@ -22,7 +22,7 @@ CAPTION_TOKENS = 60  # of three things at most
 
 
 class Asked(Protocol):
-    """What is asked."""
+    """What the exam needs of a model."""
 
     def encode_images(self, pictures: Sequence[Image.Image], mode: str) -> np.ndarray: ...
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray: ...
@@ -98,7 +98,7 @@ def open_source(source: Path) -> Asked:
 
 
 def evaluate(asked: Asked, scenes: int = 500, seed: int = 1, split: str = "test") -> dict[str, Any]:
-    """Recall at 1 of pictures by descriptions and back, in both modes and languages, and the share of captions that are right.
+    """Recall at 1 of pictures by descriptions and the reverse, in both modes and languages, and the share of right captions.
 
     Scenes are of a split that training never draws, and no two show the same. A caption is right if it names the colour and the
     shape of each thing, and no other thing.

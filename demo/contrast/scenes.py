@@ -1,6 +1,6 @@
 """Drawn scenes with a description in English and one in Chinese: one to three coloured shapes of demo/shapes.
 
-Scene `index` of a seed is always the same; what it shows decides its split, as there. Knows nothing of models or tokens.
+Scene `index` of a seed is always the same; what it shows decides its split, as in demo/shapes. Knows nothing of models or tokens.
 """
 
 # ruff: noqa: RUF001 - descriptions are in Chinese too
@@ -47,7 +47,7 @@ def make_described(seed: int, split: str, index: int) -> Described:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A few words that somebody may search by, like "a red star" or the Chinese for a colour; an empty field is not asked for."""
+    """A few search words, like "a red star" or the Chinese for a colour; an empty field fits everything."""
 
     text: str
     colour: str
@@ -76,7 +76,7 @@ def chinese_words() -> list[str]:
 
 
 def unseen(seed: int, count: int, split: str = "test") -> list[Described]:
-    """The first `count` scenes of a split of which no two show the same: only then one description is the right one."""
+    """The first `count` different scenes of a split: each description fits one of them only."""
     found: dict[tuple[Item, ...], Described] = {}
     index = 0
     while len(found) < count:
@@ -93,7 +93,7 @@ def things_of(text: str) -> list[tuple[str, str]]:
 
 
 def sentences() -> Iterator[str]:
-    """What the tokenizer is made of: every word in its place, in both languages."""
+    """The training text of the tokenizer: every word in its place, in both languages."""
     for language, texts in TEXTS.items():
         for colour, (chinese, _) in COLOURS.items():
             for shape, form in SHAPES.items():

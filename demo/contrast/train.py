@@ -1,7 +1,7 @@
 """Training of the small InternVL-C and -G: contrast of pictures and descriptions in both modes, and captions.
 
-A run is determined by its options, saves its state, and goes on from it. The vision transformer starts as that of demo/shapes,
-which has seen drawn scenes before; QLLaMA, its queries and both pools start from nothing. Knows no command line.
+A run is determined by its options, saves its state, and resumes from it. The vision transformer starts with the weights of
+demo/shapes, which has seen drawn scenes; QLLaMA, its queries and both pools start from random values. Knows no command line.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from runtime.media.tiles import normalise
 
 TEACHER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 STATE_FILE, LOG_FILE, TOKENIZER = "state.pt", "log.jsonl", "tokenizer.model"
-BYTES, PIECES = 256 + 3, 200  # of the vocabulary: bytes with the three control tokens, and pieces of its own
+BYTES, PIECES = 256 + 3, 200  # of the vocabulary: bytes with the three control tokens, and learnt pieces
 WARM_STEPS = 100
-SHORT_TEXTS = 32  # of a step: words that fit several pictures
+SHORT_TEXTS = 32  # of a step: each fits one or more pictures
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -46,9 +46,9 @@ class TrainOptions:
     steps: int = 260
     batch: int = 160
     rate: float = 3e-3
-    vision_rate: float = 0.3  # of the rate, for what was trained before
+    vision_rate: float = 0.3  # share of the rate, for pretrained weights
     caption: float = 0.5  # weight of the captions' loss
-    decay: float = 0.4  # share of the steps in which the rate goes down to zero
+    decay: float = 0.4  # share of the steps, the last ones, in which the rate falls to zero
     average: float = 0.99
     seed: int = 1
 
@@ -75,7 +75,7 @@ def train_tokenizer(folder: Path) -> Path:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         pad_id=-1,
-        user_defined_symbols=chinese_words(),  # or whole phrases become pieces
+        user_defined_symbols=chinese_words(),  # otherwise whole phrases become pieces
         minloglevel=2,
     )
     prefix.with_suffix(".vocab").unlink()
@@ -119,14 +119,14 @@ def config_json(vocabulary: int) -> dict[str, Any]:
 
 
 class Words:
-    """Texts to ids."""
+    """Texts -> token ids."""
 
     def __init__(self, file: Path):
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
         self.prompt = [1, *self.pieces.encode(CAPTION_PROMPT)]
 
     def compared(self, text: str) -> list[int]:
-        """As it is compared with pictures."""
+        """A text that is compared with pictures."""
         return [1, *self.pieces.encode(TEXT_PREFIX + text), 2]
 
     def caption(self, text: str) -> list[int]:
@@ -135,7 +135,7 @@ class Words:
 
 
 def padded(rows: list[list[int]]) -> Tensor:
-    """Ids with 0 behind their ends, (B, T)."""
+    """Ids, right-padded with 0 to (B, T)."""
     made = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in zip(made, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
@@ -166,7 +166,7 @@ class Steps(Dataset):
 
 
 class Run:
-    """A training run: its state, and one step after the other."""
+    """A training run: its state and its steps."""
 
     def __init__(self, folder: Path, options: TrainOptions):
         torch.manual_seed(options.seed)
@@ -193,7 +193,7 @@ class Run:
         transformer.load_state_dict({name: known["vision_model." + name].float() for name in transformer.state_dict()})
 
     def load(self) -> None:
-        """Take up the state of an earlier process, where there is one."""
+        """Resume from the state of an earlier process, if there is one."""
         if not (self.folder / STATE_FILE).exists():
             return
         state = torch.load(self.folder / STATE_FILE)
@@ -216,7 +216,7 @@ class Run:
         os.replace(self.folder / "state.new", self.folder / STATE_FILE)
 
     def losses(self, pixels: Tensor, texts: Tensor, captions: Tensor, short: Tensor, fits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of mode C, of mode G, of captions."""
+        """The losses of mode C, of mode G and of captions."""
         model, count = self.model, self.model.config.queries
         tokens, of_c = model.vision(pixels)
         read, mask = captions[:, :-1], captions[:, :-1] != 0
@@ -282,7 +282,7 @@ class Run:
 
 
 def train(folder: Path, output: Path, options: TrainOptions) -> Run:
-    """Train until all steps are done, from where an earlier process stopped; export at the end, and at each saved state."""
+    """Train until all steps are done, resuming an earlier process; export at the end, and at each saved state."""
     run = Run(folder, options)
     run.load()
     loader = DataLoader(Steps(options, run.words), batch_size=None, sampler=range(run.step, options.steps), num_workers=1)

@@ -1,1 +1,1 @@
-"""A small InternVL that really sees: drawn scenes, the training on them, the shipped checkpoint, and its exam."""
+"""A small InternVL that sees: drawn scenes, the training on them, the shipped checkpoint, and its exam."""

@@ -1,4 +1,4 @@
-"""The exams: unseen questions put through conversations; answers compared exactly, accuracy a task, or boxes by what they share.
+"""The exams: unseen questions in conversations; exact answers and accuracy per task, or boxes by intersection over union.
 
 Takes a model folder or a checkpoint and asks both the same way. Knows nothing of training.
 Rule for boxes: OpenGVLab/InternVL@2410d1d internvl_chat/eval/refcoco/evaluate_grounding.py.
@@ -22,12 +22,12 @@ from runtime.folder.files import PART_FILES
 
 NEW_TOKENS = 128  # the longest description has about 60
 LEAST_SHARED = 0.5  # intersection over union of a right box
-PLACE_TILES = 12  # of a picture to find things in
+PLACE_TILES = 12  # of a picture in the exam of boxes
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is asked, and how the pictures are spoilt to see whether they matter."""
+    """The questions, and how the pictures are degraded, to see whether they matter."""
 
     limit: int = 1000
     seed: int = 1
@@ -45,7 +45,7 @@ def open_model(folder: Path, device: str = "CPU") -> ChatModel:
     from convert.checkpoint import Checkpoint
     from convert.reference.model import InternVLChatModel
 
-    torch.set_num_threads(1)  # at such widths a second thread costs the PyTorch path more than it gives
+    torch.set_num_threads(1)  # at such widths a second thread makes the PyTorch path slower
     return InternVLChatModel.from_checkpoint(Checkpoint(folder), device=device.lower())
 
 
@@ -76,7 +76,7 @@ def ask(model: ChatModel, question: Question, *, max_tiles: int | None = None, n
 
 
 def evaluate(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
-    """-> {"questions", "right", "accuracy", "tasks": {task: {"questions", "right", "accuracy"}}, "mistakes": the first ones}."""
+    """-> {"questions", "right", "accuracy", "tasks": {task: {"questions", "right", "accuracy"}}, "mistakes": all of them}."""
     counts = {task: [0, 0] for task in TASKS}
     mistakes = []
     for index in tqdm(range(options.limit), unit="question", mininterval=1):
@@ -97,9 +97,9 @@ def evaluate(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
 
 
 def evaluate_places(model: ChatModel, options: EvaluateOptions) -> dict[str, Any]:
-    """Ask for single boxes; the first of an answer is right where it shares half with the true one.
+    """Ask for single boxes; an answer's first box is right if its intersection over union with the true one is at least 0.5.
 
-    -> what `evaluate` gives, with "mean_iou" everywhere; "tasks" are the sizes of pictures, each with small and large things.
+    -> what `evaluate` returns, with "mean_iou" everywhere; "tasks" are the sizes of pictures, each with small and large things.
     """
     shared: dict[str, list[float]] = {f"{w} x {h} {size}": [] for w, h in FRAMES for size in ("small", "large")}
     mistakes = []

@@ -36,7 +36,7 @@ from demo.shapes.texts import (
 )
 from runtime.answer.boxes import locate_question
 
-SIDE = 112  # of a tile, in pixels: pictures are whole numbers of tiles
+SIDE = 112  # of a tile, in pixels; pictures are whole numbers of tiles, except those of `find`
 
 SPLITS = {"train": range(2, 10), "test": range(0, 1), "held_out": range(1, 2)}  # by the checksum's remainder
 CHECKSUMS = 10
@@ -47,16 +47,16 @@ KINDS = {
     **{"page": 0.25, "forms": 0.4, "find": 1.0},
 }
 
-LATER = 5.3  # level from which these shares are others: rows and charts are learnt, what needs two looks is not
+LATER = 5.3  # level from which these shares change: rows and charts are learnt, tasks of two steps are not
 LATER_KINDS = {"grid": 0.25, "row": 0.05, "chart": 0.04, "compare": 0.35, "motion": 0.3, "page": 0.2, "forms": 0.2}
 
 LAST = 5.77  # level from which clips and print, the last to be learnt, have these shares, and every clip holds two shapes
 LAST_KINDS = LATER_KINDS | {"text": 0.45, "small_text": 0.12, "compare": 0.15, "motion": 0.5, "page": 0.25, "forms": 0.15}
 
-COUNTING = 7.73  # level from which scenes of many alike shapes are frequent, and what is most frequent in them is asked for
+COUNTING = 7.73  # level from which scenes of many alike shapes are frequent, and questions count the most frequent kind
 COUNTING_KINDS = LAST_KINDS | {"grid": 0.45, "forms": 0.3, "motion": 0.35, "page": 0.2, "small_text": 0.15}
 
-FINDING = 9.6  # level from which boxes are asked for, half of the scenes; what was learnt before goes on, so that it stays
+FINDING = 9.6  # level from which half of the scenes ask for boxes; earlier tasks go on, so that they are not forgotten
 FINDING_KINDS = COUNTING_KINDS | {"page": 0.05, "forms": 0.1, "find": 1.8}
 
 CHANGES = ((FINDING, FINDING_KINDS), (COUNTING, COUNTING_KINDS), (LAST, LAST_KINDS), (LATER, LATER_KINDS))
@@ -72,12 +72,12 @@ STARTS = {
     "find": 9.6,
 }  # level from which a kind is drawn
 
-SURE = 1.4  # level from which printed words are seldom real ones, so that reading pays and guessing from the first letter does not
+SURE = 1.4  # level from which few printed words are real ones, so that guessing from the first letter does not pay
 
 DRILL = 4.4  # level from which scenes of shapes carry exercises
 
-TOLD = ("describe", "exercise", "find_several")  # turns that tell what other turns ask
-LATE = 2.335  # level from which a description mostly comes last: answers after it can be copied from it without a look
+TOLD = ("describe", "exercise", "find_several")  # turns that contain the answers of others
+LATE = 2.335  # level from which a description mostly comes last: answers after it can be copied without looking
 
 # Kinds of scene that a task of the exam is asked on.
 TASKS = {
@@ -90,7 +90,7 @@ TASKS = {
 
 Corners = tuple[float, float, float, float]  # x1, y1, x2, y2 of a box in pixels, the edges of what it holds
 
-# Width and height of the pictures that the exam of boxes has, so that each axis has its own scale, and tile limits of training.
+# Width and height of pictures in the exam of boxes, whose axes have different scales, and tile limits of training.
 FRAMES = ((112, 112), (112, 336), (336, 112), (4000, 300))
 FRAME_TILES = (1, 12)
 
@@ -164,7 +164,7 @@ def in_split(text: str, split: str) -> bool:
 class Maker:
     """Makes one scene: choices come from `rng`, words from `language`, difficulty from `level` (0 easy, 1 full)."""
 
-    size: tuple[int, int] | None = None  # of the picture to find things in; drawn where nobody says it
+    size: tuple[int, int] | None = None  # of the picture to find things in; random if None
 
     def __init__(self, rng: random.Random, split: str, language: str, level: float):
         self.rng, self.split, self.language, self.level = rng, split, language, level
@@ -272,7 +272,7 @@ class Maker:
         return canvas
 
     def draw_text(self, canvas: Canvas, label: Label, area: tuple[float, float, float, float], sizes: tuple[int, int]) -> None:
-        """Print a label somewhere in `area`, as large as the dice say and the area allows."""
+        """Print a label somewhere in `area`, in a random size that the area allows."""
         left, top, right, bottom = area
         size, name = self.rng.randint(*sizes), self.rng.choice(FONTS)
         while True:
@@ -367,7 +367,7 @@ class Maker:
         return Turn("count", self.say("count"), str(len(items)))
 
     def find(self) -> Made:
-        """One to five shapes anywhere in a picture of any form, to be told by their boxes."""
+        """One to five shapes anywhere in a picture of any form, to be answered with boxes."""
         while True:
             items = self.items(self.rng.randint(1, 5), list(range(5)))
             if in_split(repr(items), self.split):
@@ -388,7 +388,7 @@ class Maker:
         return (long, short) if self.rng.random() < 0.5 else (short, long)
 
     def find_items(self, items: list[Item], width: int, height: int) -> Made:
-        """The picture of these items, sizes grow with its longer side, and its questions; from left to right."""
+        """The picture of these items, whose sizes grow with its longer side, and its questions, from left to right."""
         short = min(width, height)
         unit = short / SIDE * min(2.6, (max(width, height) / short) ** 0.5)
         spots: list[tuple[Item, float, float, float]] = []
@@ -462,7 +462,7 @@ class Maker:
         return [self.draw_grid(items)], [group for group in groups if group[0].answer]
 
     def exercise(self, key: str, values: dict[str, str]) -> list[Turn]:
-        """Names in random order, each followed at once by its value: the shortest way to learn looking a value up by its name."""
+        """Names in random order, each followed at once by its value: the shortest exercise in looking a value up by its name."""
         said = EXERCISES[self.language]
         names = self.rng.sample(list(values), len(values))
         return [Turn("exercise", said[key], self.join([said["pair"].format(name=name, value=values[name]) for name in names]))]
@@ -544,7 +544,7 @@ class Maker:
         return [canvas], [[Turn("page", self.say("page"), " ".join(texts))]]
 
     def chart(self) -> Made:
-        """Two to five coloured bars of whole heights from 1 to 9 before a ruled ground."""
+        """Two to five coloured bars of whole heights from 1 to 9 on a ruled background."""
         while True:
             count = self.rng.randint(2, self.upto(3, 5))
             colours = self.rng.sample(list(COLOURS), count)
@@ -753,7 +753,7 @@ def make_scene(
     level: float = 1.0,
     size: tuple[int, int] | None = None,
 ) -> Scene:
-    """The scene number `index`; kind, language and the size of a picture to find things in are drawn unless given."""
+    """The scene number `index`; kind, language and the size of a picture to find things in are random unless given."""
     rng = random.Random(f"{seed}/{split}/{index}")
     known = [name for name in KINDS if level >= STARTS.get(name, 0)]
     shares = KINDS | next((kinds for start, kinds in CHANGES if level >= start), {})
@@ -795,7 +795,7 @@ def dialogue(scene: Scene, rng: random.Random, most: int, level: float) -> list[
 
 @dataclass(frozen=True)
 class Question:
-    """One question of the exam: the last turn counts, a turn before it is asked first."""
+    """One question of the exam: the last turn counts, turns before it are asked first."""
 
     task: str
     scene: Scene

@@ -175,7 +175,7 @@ TEXTS: dict[str, dict[str, tuple[str, ...]]] = {
         "it_digits": ("它有几个数字？",),
     },
 }
-# Exercises: asked in training only, and not in what the tokenizer was made of.
+# Exercises: asked in training only, and not part of the training text of the tokenizer.
 EXERCISES = {
     "en": {
         "colours": "What colour are the shapes?",

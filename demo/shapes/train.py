@@ -1,8 +1,8 @@
 """Train the small InternVL on drawn scenes and save it in the published layout.
 
 Vision transformer, projector and language model are the reference's own modules, so that the tensors have the published names.
-A run is a pure function of its options: sample i is scene i of the seed, and a run that was interrupted goes on from its state
-file to the same weights. Knows nothing of OpenVINO.
+A run is a pure function of its options: sample i is scene i of the seed, and an interrupted run resumes from its state file and
+reaches the same weights. Knows nothing of OpenVINO.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SPECIAL_TOKENS = [
     *["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"],
     *["<ref>", "</ref>", "<box>", "</box>"],
 ]
-# How Qwen2 cuts text before its merges: huggingface/transformers@v5.5.4 src/transformers/models/qwen2/tokenization_qwen2.py
+# How Qwen2 splits text before its merges: huggingface/transformers@v5.5.4 src/transformers/models/qwen2/tokenization_qwen2.py
 QWEN2_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = "Hermes-2"
 WHATS = [*LETTERS, *DIGITS, *SHAPES, *COLOURS]  # classes of the auxiliary head
@@ -73,8 +73,8 @@ class TrainOptions:
     """One training run."""
 
     samples: int = 576_000  # scenes, with several questions each
-    start: str | None = None  # checkpoint to go on from, with optimisers that remember nothing; None: random values
-    first: int = 0  # scenes that it has seen: the recipe goes on behind them, and warms up again
+    start: str | None = None  # checkpoint to start from, with new optimiser states; None: random values
+    first: int = 0  # scenes that it has seen: the recipe continues after them, with a new warm-up
     seed: int = 1
     preset: str = "cpu"
     batch: int = 32  # scenes a step
@@ -82,11 +82,11 @@ class TrainOptions:
     turns: int = 8  # questions a scene, about
     rate: float = 3e-3
     warmup: int = 3_200  # scenes
-    settle: int = 50_000  # scenes from which the rate goes down as one over their root, so that a run may be stopped anywhere
+    settle: int = 50_000  # scenes from which the rate falls as their inverse square root, so that a run may stop anywhere
     decay: float = 0.25  # share of the run, at its end, in which the rate falls to zero
-    easy: int = 60_000  # scenes until the scenes are at their full difficulty
+    easy: int = 60_000  # scenes until full difficulty
     look: float = 0.5  # weight of the auxiliary loss: what stands where, from the patches alone
-    average: float = 0.998  # of the weights that are saved, a step
+    average: float = 0.998  # decay a step of the averaged weights, which are saved
 
     @property
     def steps(self) -> int:
@@ -94,7 +94,7 @@ class TrainOptions:
 
     @property
     def look_weight(self) -> float:
-        """Of the auxiliary losses: none after a start from a checkpoint, which has not their heads."""
+        """The weight of the auxiliary losses: 0 after a start from a checkpoint, which lacks their heads."""
         return 0.0 if self.start else self.look
 
     def rate_at(self, step: int) -> float:
@@ -239,8 +239,8 @@ Batch = dict[str, Tensor]
 
 
 def collate(samples: list[tuple[list[int], list[int], np.ndarray, np.ndarray]], pad: int, even: bool = False) -> Batch:
-    """Pad on the right: under a causal mask nothing real sees what comes after it. Each token of an answer weighs 1 or, where
-    `even`, one over the root of the answer's tokens, so that descriptions do not drown the short answers."""
+    """Pad on the right, where a causal mask hides the padding. Each token of an answer weighs 1 or, if `even`, one over the
+    square root of the answer's length, so that descriptions do not outweigh short answers."""
     longest = max(len(ids) for ids, *_ in samples)
     ids = torch.full((len(samples), longest), pad)
     labels = torch.full((len(samples), longest), IGNORED)
@@ -261,7 +261,7 @@ def collate(samples: list[tuple[list[int], list[int], np.ndarray, np.ndarray]], 
 
 
 class Steps(Dataset):
-    """Item `step` is what one optimiser step learns from: scenes sorted by length and cut into micro-batches."""
+    """Item `step` is the data of one optimiser step: scenes sorted by length and cut into micro-batches."""
 
     def __init__(self, options: TrainOptions, encoder: Encoder, pad: int):
         self.options, self.encoder, self.pad = options, encoder, pad
@@ -289,7 +289,7 @@ class Steps(Dataset):
 
 
 class Student(nn.Module):
-    """The trained modules, and an auxiliary head that is not saved."""
+    """The trained modules, and auxiliary heads that are not saved."""
 
     def __init__(self, config: InternVLConfig, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
@@ -316,7 +316,7 @@ class Student(nn.Module):
             elif "embed" in name and "patch" not in name:
                 parameter.normal_(std=0.2)
             elif name.endswith(("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight", "lm_head.weight")):
-                parameter.zero_()  # every residual branch starts silent
+                parameter.zero_()  # every residual branch starts at zero
             else:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
 
@@ -330,7 +330,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> logits (M, V) at the M labelled positions, their labels; auxiliary logits of patches (N, patches, classes) and of
-        context embeddings (N, P, words): how much each is like the embedding of the word for what stands there."""
+        context embeddings (N, P, words): their similarity to the embeddings of the classes' words."""
         c = self.config
         patches = self.vision.vision_model(batch["tiles"], self.vision.layers_run)[:, 1:]
         features = self.vision.mlp1(pixel_shuffle(patches, c.grid_side, c.shuffle_factor, c.ps_version))
@@ -345,7 +345,7 @@ class Student(nn.Module):
         return logits.float(), batch["labels"][:, 1:][labelled], self.look(patches).float(), alike.float()
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """-> weighted sum of the losses of the answers' tokens, mean loss of what is seen where."""
+        """-> weighted sum of the losses of the answers' tokens, mean auxiliary loss."""
         logits, labels, looks, alike = self(batch)
         known = batch["looks"][:, 0, 0] >= 0
         expected = batch["looks"][known].float()  # (tiles, patches, classes)
@@ -417,7 +417,7 @@ def optimisers(student: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
 
 
 class Run:
-    """A training run in a folder: model, averaged weights, optimisers, step; saved and taken up again as one file."""
+    """A training run in a folder: model, averaged weights, optimisers, step; saved and resumed as one file."""
 
     def __init__(self, folder: Path, options: TrainOptions, device: str = "cpu"):
         self.folder, self.options, self.device = folder, options, device
@@ -441,7 +441,7 @@ class Run:
         self.seconds = 0.0
 
     def load(self) -> None:
-        """Go on from the state file, if there is one."""
+        """Resume from the state file, if there is one."""
         if not (self.folder / STATE_FILE).exists():
             return
         state = torch.load(self.folder / STATE_FILE, map_location=self.device)
@@ -480,7 +480,7 @@ class Run:
             return answers.item(), look.item(), found
 
         said = looked = 0.0
-        for answers, look, found in self.pool.map(gradients, reversed(batches)):  # summed in this order, whoever is done first
+        for answers, look, found in self.pool.map(gradients, reversed(batches)):  # summed in this order, whichever ends first
             said, looked = said + answers, looked + look
             for parameter, gradient in zip(parameters, found, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -499,7 +499,7 @@ class Run:
 
     @torch.no_grad()
     def quiz(self, questions: int = 280) -> dict[str, float]:
-        """Share of exam questions whose answer tokens are all the likeliest ones, with averaged weights: quick, for watching."""
+        """Share of exam questions whose answer tokens are all the likeliest ones, with averaged weights: a quick check."""
         trained = {name: parameter.detach().clone() for name, parameter in self.student.named_parameters()}
         self.student.load_state_dict(self.average)
         right: dict[str, list[bool]] = {task: [] for task in TASKS}
@@ -549,7 +549,7 @@ def open_run(folder: Path) -> Run:
 
 
 def _stay(_: int) -> None:
-    """A signal to the whole group, as service managers send it, is for the process that saves; its workers end with it."""
+    """Ignore SIGTERM, which service managers send to the whole group: the process that saves handles it and ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

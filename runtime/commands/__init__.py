@@ -1,1 +1,1 @@
-"""The commands of python -m runtime, a file each: arguments, one call, what is printed."""
+"""The commands of python -m runtime, one file each: arguments, one call, the printed result."""

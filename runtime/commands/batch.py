@@ -1,4 +1,4 @@
-"""python -m runtime batch FOLDER REQUESTS ANSWERS: thousands of questions, answered in a job that goes on when it was ended."""
+"""python -m runtime batch FOLDER REQUESTS ANSWERS: answer thousands of questions in a job that can be resumed."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON lines (the Batch API's, or id, image and question), a parquet or Arrow file, or a folder of pictures",
     )
     parser.add_argument(
-        "answers", metavar="ANSWERS", type=Path, help="file to write or to go on with: JSON lines, or parquet by its name"
+        "answers", metavar="ANSWERS", type=Path, help="file to write or to resume: JSON lines, or parquet by its name"
     )
-    parser.add_argument("--question", metavar="TEXT", default="", help="what to ask where a row has no question")
-    parser.add_argument("--max-tiles", type=int, metavar="N", help="tiles a picture at most (default: the model's, often 12)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", default=512, help="of an answer (default: %(default)s)")
-    parser.add_argument("--schema", metavar="FILE", type=Path, help="a JSON schema that every answer fits")
-    parser.add_argument("--retry-failed", action="store_true", help="ask again what ended with an error")
+    parser.add_argument("--question", metavar="TEXT", default="", help="question of rows without one")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles a picture (default: the model's, often 12)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", default=512, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--schema", metavar="FILE", type=Path, help="JSON schema that every answer follows")
+    parser.add_argument("--retry-failed", action="store_true", help="ask failed rows again")
     parser.add_argument("--strict", action="store_true", help="end at the first bad row")
-    parser.add_argument("--cache-size", type=float, metavar="GB", default=2, help="keys and values (default: %(default)g)")
+    parser.add_argument("--cache-size", type=float, metavar="GB", default=2, help="KV cache (default: %(default)g)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", default=1, help="processes, each on cores of its own (default: %(default)s)"
+        "--workers", type=int, metavar="N", default=1, help="processes, each with its own cores (default: %(default)s)"
     )
     parser.add_argument(
-        "--ray", metavar="ADDRESS", nargs="?", const="auto", help="on the nodes of a Ray cluster (default of ADDRESS: the one here)"
+        "--ray", metavar="ADDRESS", nargs="?", const="auto", help="use nodes of a Ray cluster (default of ADDRESS: the local one)"
     )
 
 
 def run(folder: Path, requests: Path, answers: Path, question: str, retry_failed: bool, strict: bool, **options: Any) -> None:
-    """Answer what the file does not hold yet, and print a summary as a line of JSON. Raises InternVLError kinds."""
+    """Answer the rows that the file lacks, and print a summary as a line of JSON. Raises InternVLError kinds."""
     from runtime.job.answers import AnswerFile, check_parquet
     from runtime.job.ask import Asking
     from runtime.job.requests import Requests
@@ -71,7 +71,7 @@ def run(folder: Path, requests: Path, answers: Path, question: str, retry_failed
 
 
 def _answering(folder: Path, asking: Any, source: Any, options: dict[str, Any]) -> Any:
-    """Who answers: this process, several, or a cluster."""
+    """The function that answers: in this process, in several, or on a cluster."""
     from runtime.job import ask, cluster, workers
 
     cache_bytes = int(options["cache_size"] * (1 << 30))
@@ -84,12 +84,12 @@ def _answering(folder: Path, asking: Any, source: Any, options: dict[str, Any]) 
     if options["ray"] is not None:
         cluster.connect(options["ray"])  # before rows are read
         return partial(cluster.answers, options["ray"], opening, asking, cache_bytes, source)
-    workers.shares_of_cores(options["workers"])  # too many are told at once
+    workers.shares_of_cores(options["workers"])  # too many are reported at once
     return partial(workers.answers, options["workers"], opening, asking, cache_bytes)
 
 
 def _shown() -> Callable[[Progress], None]:
-    """Who hears how far the job is, and shows it as a line: a bar, failures, rates, the time that is left."""
+    """A callback for the progress of the job, which shows it as a line: a bar, failures, rates, the time left."""
     last = 0.0
 
     def show(progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""python -m runtime benchmark FOLDER: first token, time a token, second turn, memory, measured."""
+"""python -m runtime benchmark FOLDER: measure first token, time per token, second turn, memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
     add_flash(parser)
     parser.add_argument("--image", metavar="FILE", type=Path, help="picture to ask about (default: a random one of 1000 x 750)")
-    parser.add_argument("--max-tiles", type=int, metavar="N", help="tiles at most (default: the model's, often 12)")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles of the picture (default: the model's, often 12)")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of each answer (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=1, metavar="N", help="runs before them (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=1, metavar="N", help="unmeasured runs before them (default: %(default)s)")
 
 
 def run(**options: Any) -> None:

@@ -1,4 +1,4 @@
-"""python -m runtime caption FOLDER PICTURES...: what InternVL-G writes under pictures."""
+"""python -m runtime caption FOLDER PICTURES...: captions that InternVL-G writes for pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.commands.options import add_device, add_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     parser.add_argument(
-        "pictures", metavar="PICTURE", nargs="+", help="picture file or URL; of several, each caption stands behind its name"
+        "pictures", metavar="PICTURE", nargs="+", help="picture file or URL; with several, each caption follows its name"
     )
     add_device(parser)
 

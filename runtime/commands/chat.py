@@ -37,7 +37,7 @@ COMMANDS = """/image FILE    a picture or PDF for the next question; may be said
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
     add_flash(parser)
-    parser.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask; <image> marks where a picture stands")
+    parser.add_argument("question", metavar="QUESTION", nargs="?", help="question; <image> marks the place of a picture")
     parser.add_argument(
         "--image",
         metavar="FILE",
@@ -45,17 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="picture, PDF (paper.pdf#page=2-4) or URL; may be given several times",
     )
-    parser.add_argument("--video", metavar="FILE", help="video, of which some frames are shown to the model")
+    parser.add_argument("--video", metavar="FILE", help="video; the model sees some of its frames")
     parser.add_argument(
-        "--max-tiles", type=tiles_or_auto, metavar="N", help="tiles a picture at most, or auto (default: the model's, often 12)"
+        "--max-tiles", type=tiles_or_auto, metavar="N", help="most tiles a picture, or auto (default: the model's, often 12)"
     )
     parser.add_argument(
         "--first-token", type=float, default=5, metavar="SECONDS", help="with --max-tiles auto, after tune (default: %(default)g)"
     )
-    parser.add_argument("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="of the video (default: %(default)s)")
-    parser.add_argument("--seconds", type=seconds, metavar="A-B", help="of the video, like 2-5 (default: all)")
-    parser.add_argument("--answer-prefix", metavar="TEXT", default="", help="what every answer begins with; \\n is a new line")
-    parser.add_argument("--schema", metavar="FILE", type=Path, help="a JSON schema that the answer fits")
+    parser.add_argument("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="video frames (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, metavar="A-B", help="part of the video, like 2-5 (default: all)")
+    parser.add_argument("--answer-prefix", metavar="TEXT", default="", help="text that every answer begins with; \\n is a new line")
+    parser.add_argument("--schema", metavar="FILE", type=Path, help="JSON schema that the answer follows")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
     parser.add_argument("--thinking", action="store_true", help="think first, in <think> marks (InternVL3.5)")
     parser.add_argument(
@@ -69,23 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--boxes",
         metavar="OUT",
         type=Path,
-        help="picture to write (boxes.png): the one asked about, the answer's boxes drawn into it",
+        help="picture to write, like boxes.png: the one asked about, with the answer's boxes",
     )
     parser.add_argument("--json", action="store_true", help="print the answer, its boxes and its statistics as one JSON object")
     writing = parser.add_argument_group("how it writes")
     most = f"(default: {DEFAULT_NEW_TOKENS}, {THINKING_TOKENS} with --thinking)"
     writing.add_argument("--max-new-tokens", type=int, metavar="N", help=most)
-    writing.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
-    writing.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
-    writing.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: 50)")
-    writing.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids what was said (default: 1)")
+    writing.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default: 0)")
+    writing.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens adding up to P (default: all)")
+    writing.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: 50)")
+    writing.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids repetition (default: 1)")
     writing.add_argument(
         "--prompt-lookup",
         type=int,
         metavar="N",
-        help="guess up to N tokens from what was said before: faster where it repeats; greedy, CPU (default: what costs nothing)",
+        help="up to N draft tokens, copied from earlier text that matches; greedy, CPU (default: as many as cost nothing)",
     )
-    writing.add_argument("--seed", type=int, metavar="N", help="make draws repeatable")
+    writing.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
 
 
 def seconds(text: str) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def tiles_or_auto(text: str) -> int | str:
 
 
 def show_progress(stage: str, done: int, total: int) -> None:
-    """Say what is being read."""
+    """Show what is being read."""
     show_line(f"reading {stage}: {done} of {total} ")
 
 
@@ -124,7 +124,7 @@ def writing_options(
     thinking: bool = False,
     **_: Any,
 ) -> dict[str, Any]:
-    """The command line's options of how it writes, by transformers' names. Raises OptionError."""
+    """The command line's decoding options, by transformers' names. Raises OptionError."""
     from runtime.answer.decode import Decoding
 
     given = {
@@ -137,7 +137,7 @@ def writing_options(
         "seed": seed,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    decoding = Decoding.of({}, options)  # before a model is opened
+    decoding = Decoding.of({}, options)  # checked before a model is opened
     if not decoding.temperature and (top_p is not None or top_k is not None):
         raise OptionError("--top-p and --top-k choose among draws: give a --temperature above 0 too")
     return options
@@ -159,7 +159,7 @@ def read_schema(file: Path) -> str:
 
 @dataclass
 class Drawing:
-    """The picture that boxes are drawn into, and the questions whose pictures these may be."""
+    """The file that boxes are drawn into, and the questions so far, whose pictures the boxes are in."""
 
     file: Path
     questions: list[Question] = field(default_factory=list)
@@ -181,13 +181,13 @@ class Drawing:
             raise OptionError(f"--boxes {self.file} cannot be written: name another file")
 
     def note(self, question: str, options: dict[str, Any]) -> None:
-        """A question was answered."""
+        """Remember a question that was answered."""
         from runtime.answer.conversation import question_of
 
         self.questions.append(question_of(question, options)[0])
 
     def write(self, boxes: Sequence[Box]) -> None:
-        """Draw into every picture that has boxes; those after the first get its number in their name. Raises OptionError."""
+        """Draw into every picture that has boxes; those after the first have their number in the file name. Raises OptionError."""
         from runtime.answer.drawing import draw_boxes
 
         if not boxes:
@@ -205,7 +205,7 @@ class Drawing:
 
 
 def table(boxes: Sequence[Box]) -> str:
-    """Boxes as lines: label, number of the picture, from 1, edges in pixels."""
+    """Boxes as lines: label, picture number from 1, edges in pixels."""
     labels = ["".join(letter for letter in box.label if letter.isprintable())[:40] for box in boxes]
     wide = max(map(len, ["label", *labels]))
     lines = [f"{'label':<{wide}} {'picture':>8} {'x1':>8} {'y1':>8} {'x2':>8} {'y2':>8}"]
@@ -218,7 +218,7 @@ def table(boxes: Sequence[Box]) -> str:
 def say(conversation: Conversation, question: str, drawing: Drawing | None = None, **options: Any) -> None:
     """Write the answer to standard output as it comes, then its statistics to standard error.
 
-    With a `drawing` also the table of its boxes, and the picture.
+    With a `drawing`, also print the table of boxes and write the picture.
     """
     begun, turns = False, len(conversation.turns)
     try:
@@ -250,7 +250,7 @@ def run(question: str | None, image: list[str], video: str | None, max_tiles: in
     if options["locate"]:
         from runtime.answer.boxes import locate_question
 
-        locate_question(options["locate"])  # what is wrong with it is told before a model is opened
+        locate_question(options["locate"])  # its errors are reported before a model is opened
         question = question or ""
     if question is None and options["json"]:
         raise OptionError("--json answers one question: give it")
@@ -290,7 +290,7 @@ def run(question: str | None, image: list[str], video: str | None, max_tiles: in
 
 
 def affordable_tiles(folder: Path, device: str, vision_device: str | None, first_token: float, **_: Any) -> int:
-    """The tile limit of a time to the first token, by what tune measured. Raises OptionError where it did not."""
+    """The tile limit for a time to the first token, from what tune measured. Raises OptionError if it did not."""
     import openvino as ov
 
     from runtime.folder.config import InternVLConfig, read_config
@@ -308,9 +308,9 @@ def affordable_tiles(folder: Path, device: str, vision_device: str | None, first
 def talk(
     conversation: Conversation, asked: dict[str, Any], read: Callable[[str], str] = input, drawing: Drawing | None = None
 ) -> None:
-    """Questions and commands from the terminal until it is enough. A mistake is told and the conversation goes on."""
+    """Read questions and commands from the terminal until /quit or Ctrl-D. An error is printed, and the conversation goes on."""
     with contextlib.suppress(AttributeError):
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # half of a character is no reason to end
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # an incomplete character does not end the program
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history, where the system has it
     print(f"Ask, or:\n{COMMANDS}", file=sys.stderr)

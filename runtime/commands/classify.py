@@ -1,6 +1,6 @@
-"""python -m runtime classify FOLDER PICTURE --labels FILE: what a picture shows, without training; or how often that is right.
+"""python -m runtime classify FOLDER PICTURE --labels FILE: zero-shot labels of a picture, or their accuracy.
 
-A folder of class folders is evaluated (top-1, top-5), and so is a .tsv file of pictures and captions (recall); its last line is
+A folder of class folders is evaluated (top-1, top-5), and so is a .tsv file of pictures and captions (recall); the last line is
 JSON.
 """
 
@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PICTURE",
         help="a picture; or a folder of class folders, or a .tsv file of PICTURE <tab> CAPTION lines, to evaluate on",
     )
-    parser.add_argument("--labels", metavar="FILE", type=Path, help="of a picture: the labels to choose from, one a line")
+    parser.add_argument("--labels", metavar="FILE", type=Path, help="for a picture: labels to choose from, one a line")
     parser.add_argument(
         "--classes",
         metavar="FILE",
         type=Path,
-        help="of class folders: their labels, one a line, in the folders' order (default: names)",
+        help="for class folders: their labels, one a line, in the folders' order (default: their names)",
     )
     parser.add_argument(
         "--templates", metavar="FILE", type=Path, help='texts with {c} for the label, one a line (default: "a photo of a {c}.")'

@@ -1,4 +1,4 @@
-"""python -m runtime doctor: what this machine is and has, what is missing, and the command that helps. Opens no model."""
+"""python -m runtime doctor: the machine, its devices and packages, what is missing, and the command that helps. Opens no model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from runtime.parts.device import choose_devices, processor_class
 from runtime.parts.gpu_access import why_no_gpu
 
 PACKAGE = "internvl-openvino"
-OF_DEVELOPERS = ("test", "test-plain", "docs", "clients")  # extras that nobody else misses
+OF_DEVELOPERS = ("test", "test-plain", "docs", "clients")  # extras that only developers need
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print it as one JSON object, for a bug report")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for a bug report")
 
 
 def run(**options: Any) -> None:
@@ -34,7 +34,7 @@ def run(**options: Any) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What this machine is and has; bytes are numbers, and lists are empty where nothing is missing."""
+    """The machine, its devices and packages; sizes in bytes, empty lists where nothing is missing."""
     import openvino as ov
 
     core = ov.Core()
@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """The packages that each extra of this one asks for and that are not here; nothing where this one was not installed."""
+    """The packages of each extra that are not installed; empty if this package itself is not installed."""
     try:
         own = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""python -m runtime embed FOLDER PICTURES... --out INDEX.npz: pictures to vectors, in a file that search reads."""
+"""python -m runtime embed FOLDER PICTURES... --out INDEX.npz: encode pictures into an index, which search reads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SHOWN = 5  # of the files that could not be read
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
-    parser.add_argument("pictures", metavar="PICTURES", nargs="+", type=Path, help="picture files, or folders with pictures below")
+    parser.add_argument("pictures", metavar="PICTURES", nargs="+", type=Path, help="picture files, or folders, read recursively")
     parser.add_argument("--out", metavar="INDEX", type=Path, required=True, help="index to write or to add to, like vectors.npz")
     add_mode(parser)
     add_device(parser)
 
 
 def run(folder: Path, pictures: list[Path], out: Path, mode: str, **placed: Any) -> None:
-    """Encode what the index does not hold yet; a run that was ended is gone on with. Raises InternVLError kinds."""
+    """Encode the pictures that the index lacks; an interrupted run is resumed. Raises InternVLError kinds."""
     from runtime.contrast.embed import embed
     from runtime.contrast.model import OpenedInternVL
 

@@ -1,4 +1,4 @@
-"""python -m runtime info FOLDER: what a model folder holds."""
+"""python -m runtime info FOLDER: the contents of a model folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(folder: Path) -> None:
-    """Print what a model folder holds."""
+    """Print the contents of a model folder."""
     from runtime.parts.compile_cache import bytes_kept
 
     kind = kind_of_folder(folder)

@@ -1,4 +1,4 @@
-"""What several commands share: the options of where a folder runs, opening it, and one line of progress on a terminal."""
+"""Shared by several commands: options for devices, opening a model folder, and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
-    """FOLDER, and on which device it runs."""
+    """The argument FOLDER, and the devices it runs on."""
     add_folder(parser)
     where = parser.add_argument_group("where it runs")
     where.add_argument(
@@ -35,24 +35,24 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """On which device all parts run."""
+    """The device that all parts run on."""
     where = parser.add_argument_group("where it runs")
     where.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
     _add_precision(where)
 
 
 def add_mode(parser: argparse.ArgumentParser) -> None:
-    """Which embedding of pictures."""
+    """The embedding of pictures, that of InternVL-C or -G."""
     parser.add_argument(
         "--mode",
         choices=MODES,
         default=MODES[0],
-        help="InternVL-G lets queries look at pictures too, and takes longer (default: %(default)s)",
+        help="InternVL-G also runs queries over pictures, which takes longer (default: %(default)s)",
     )
 
 
 def progress_of(what: str, things: str) -> Callable[[int, int], None]:
-    """Who hears how many of all are done, and shows it as a line: a bar, a rate, the time that is left."""
+    """A callback for the numbers done and in all, which shows them as a line: a bar, a rate, the time left."""
     begun: list[tuple[float, int]] = []
 
     def show(done: int, total: int) -> None:
@@ -71,14 +71,14 @@ def _add_precision(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--precision", choices=PRECISIONS, default="default", help="accuracy: slower, closest to PyTorch (default: %(default)s)"
     )
-    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled parts there (default: on a GPU, in FOLDER)")
+    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="folder to keep compiled parts in (default: on a GPU, FOLDER)")
     where.add_argument("--no-cache", dest="cache_dir", action="store_const", const=False, help="keep no compiled parts")
 
 
 def add_flash(parser: argparse.ArgumentParser) -> None:
-    """Whether a router is asked, where there is one."""
+    """Whether to use the router of a model that has one."""
     parser.add_argument(
-        "--no-flash", dest="flash", action="store_false", help="InternVL3.5-Flash: let all tiles have all of their context tokens"
+        "--no-flash", dest="flash", action="store_false", help="InternVL3.5-Flash: keep all context tokens of all tiles"
     )
 
 
@@ -91,7 +91,7 @@ def open_model(
     flash: bool = True,
     **_: Any,
 ) -> OpenedModel:
-    """The model of the command line's options."""
+    """Open the model that the command line's options describe."""
     from runtime.answer.model import OpenedModel
 
     started = time.perf_counter()
@@ -121,6 +121,6 @@ def check_thinking(folder: Path) -> None:
 
 
 def show_line(text: str) -> None:
-    """Replace the line of progress, on a terminal; nothing where there is none. An empty text clears it."""
+    """Replace the progress line; an empty text clears it. Prints nothing without a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

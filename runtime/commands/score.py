@@ -1,4 +1,4 @@
-"""python -m runtime score ANSWERS --truth FILE --metric NAME: how right the answers of a job are, alone or beside others."""
+"""python -m runtime score ANSWERS --truth FILE --metric NAME: the accuracy of a job's answers, alone or compared with others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SHOWN, WIDE = 20, 36  # rows that differ; letters of a text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("answers", metavar="ANSWERS", type=Path, help="what python -m runtime batch wrote")
+    parser.add_argument("answers", metavar="ANSWERS", type=Path, help="file that python -m runtime batch wrote")
     parser.add_argument(
         "--truth", metavar="FILE", type=Path, required=True, help="JSON lines or a table with id and answer or answers"
     )
-    parser.add_argument("--metric", choices=METRICS, required=True, help="refcoco: boxes, of a truth with box and size in pixels")
-    parser.add_argument("--beside", metavar="OTHER", type=Path, help="another file of answers: both scores, and rows that differ")
+    parser.add_argument("--metric", choices=METRICS, required=True, help="refcoco: boxes; the truth has box and size in pixels")
+    parser.add_argument("--beside", metavar="OTHER", type=Path, help="another file of answers, to compare scores and rows")
 
 
 def run(answers: Path, truth: Path, metric: str, beside: Path | None) -> None:

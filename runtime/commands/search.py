@@ -1,4 +1,4 @@
-"""python -m runtime search INDEX [TEXT]: the pictures of an index that are nearest to words or to a picture."""
+"""python -m runtime search INDEX [TEXT]: the pictures of an index that are nearest to a text or a picture."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ THUMBNAIL = 256  # pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("index", metavar="INDEX", type=Path, help="what python -m runtime embed wrote")
+    parser.add_argument("index", metavar="INDEX", type=Path, help="index that python -m runtime embed wrote")
     parser.add_argument("text", metavar="TEXT", nargs="?", help="what to look for, in any language that the model knows")
-    parser.add_argument("--image", metavar="FILE", help="a picture to look for the like of; with TEXT, both count the same")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="pictures to tell (default: %(default)s)")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write the pictures on a page too")
-    parser.add_argument("--model", metavar="FOLDER", type=Path, help="where the model folder is now (default: as the index says)")
+    parser.add_argument("--image", metavar="FILE", help="picture to find similar ones of; with TEXT, both count equally")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="pictures to list (default: %(default)s)")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with the pictures")
+    parser.add_argument("--model", metavar="FOLDER", type=Path, help="model folder, if it has moved (default: as the index says)")
     add_device(parser)
 
 
@@ -44,7 +44,7 @@ def run(index: Path, text: str | None, image: str | None, top: int, html: Path |
 
 
 def write_page(file: Path, title: str, best: list[tuple[float, str]]) -> None:
-    """Write a contact sheet, with small copies of the pictures inside. Raises OptionError when it cannot be written."""
+    """Write a contact sheet in HTML, with embedded thumbnails. Raises OptionError if it cannot be written."""
     cells = [
         f'<figure><img src="{_thumbnail(path)}" alt=""><figcaption>{score:.4f}<br>{html.escape(path)}</figcaption></figure>'
         for score, path in best
@@ -63,13 +63,13 @@ figure {{ margin: 0; width: {THUMBNAIL}px; overflow-wrap: anywhere }}</style>
 
 
 def _from_here(path: str) -> str:
-    """A path as it reads from the current folder, if it lies below it."""
+    """A path relative to the current folder, if it lies below it."""
     below = Path(path).is_relative_to(Path.cwd())
     return str(Path(path).relative_to(Path.cwd())) if below else path
 
 
 def _thumbnail(path: str) -> str:
-    """A small copy of a picture as a data URL; empty where the file is gone."""
+    """A thumbnail of a picture as a data URL; empty if the file cannot be read."""
     from runtime.media.picture import open_picture
 
     try:

@@ -13,11 +13,11 @@ from runtime.folder.files import check_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     parser.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU, or auto for all (default: %(default)s)")
-    parser.add_argument("--reset", action="store_true", help="forget what was found, for all devices")
+    parser.add_argument("--reset", action="store_true", help="delete the kept settings of all devices")
 
 
 def run(folder: Path, device: str, reset: bool) -> None:
-    """Measure, keep, and say what it brings; or forget it."""
+    """Measure, keep and print the settings; or delete them."""
     from runtime.folder.settings import BEST
     from runtime.folder.settings import reset as forget
 
@@ -61,5 +61,5 @@ def run(folder: Path, device: str, reset: bool) -> None:
 
 
 def show_trial(what: str, done: int, total: int) -> None:
-    """Say what is being tried."""
+    """Show the candidate that is being timed."""
     show_line(f"{done} of {total}: {what} ")

@@ -1,4 +1,4 @@
-"""Many pictures to an index: read by several threads, encoded in batches, kept in a journal. Knows no terminal."""
+"""Encode many pictures into an index: threads read, batches are encoded, a journal keeps the vectors. Knows no terminal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from runtime.media.tiles import normalise
 READERS = os.cpu_count() or 1  # threads that open and resize pictures
 BATCHES_AHEAD = 3
 
-Report = Callable[[int, int], None]  # pictures done and in all
+Report = Callable[[int, int], None]  # pictures done, total
 
 
 def picture_kinds() -> frozenset[str]:
-    """Suffixes of files that are taken for pictures inside of folders."""
+    """File suffixes that count as pictures inside folders."""
     import pi_heif
 
     pi_heif.register_heif_opener()
@@ -36,14 +36,14 @@ def picture_kinds() -> frozenset[str]:
     )
 
 
-NO_PICTURES = ("PDF", "MPEG")  # that Pillow names, and does not read as pictures
+NO_PICTURES = ("PDF", "MPEG")  # formats that Pillow lists, but does not read as pictures
 
 
 def embed(model: OpenedInternVL, given: Sequence[Path], out: Path, mode: str = MODES[0], report: Report | None = None) -> Index:
-    """Encode all pictures among files and folders that `out` does not hold yet, and write it.
+    """Encode the pictures among files and folders that the index `out` lacks, and write it.
 
-    A process that was ended is gone on with. Files that are no pictures are skipped, and listed in the index. Raises OptionError
-    where there is nothing to encode, or where `out` is of another model.
+    An interrupted run is resumed. Files that cannot be read as pictures are skipped, and listed in the index. Raises OptionError
+    if there are no pictures, or if `out` belongs to another model.
     """
     if out.suffix != ".npz":
         raise OptionError(f"--out {out} does not end in .npz: name the index so")
@@ -66,7 +66,7 @@ def embed(model: OpenedInternVL, given: Sequence[Path], out: Path, mode: str = M
 
 
 def read_batches(paths: Sequence[str], side: int, size: int) -> Iterator[tuple[list[str], np.ndarray, dict[str, str]]]:
-    """Pictures in batches: paths of those that were read, their pixels (n, S, S, 3), and why others were not."""
+    """Batches of pictures: the paths that were read, their pixels (n, S, S, 3), and why the others were not."""
     with ThreadPoolExecutor(READERS, "pictures") as pool:
         waiting: deque[list[Future[np.ndarray | str]]] = deque()
         batches = [paths[start : start + size] for start in range(0, len(paths), size)]
@@ -81,7 +81,7 @@ def read_batches(paths: Sequence[str], side: int, size: int) -> Iterator[tuple[l
 
 
 def _read(path: str, side: int) -> np.ndarray | str:
-    """Pixels of one picture, or why there are none."""
+    """Pixels of one picture, or why it cannot be read."""
     try:
         return squeezed(open_picture(Path(path)), side)
     except PictureError as error:

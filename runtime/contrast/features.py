@@ -23,7 +23,7 @@ from runtime.parts.stateless_part import StatelessPart
 
 @dataclass(frozen=True)
 class Features:
-    """What InternViT sees in pictures: the class token is the first of the T, and its row is `pooler_output`."""
+    """InternViT's features of pictures; the first of the T tokens is the class token, and its row is `pooler_output`."""
 
     last_hidden_state: np.ndarray  # (N, T, C)
     hidden_states: tuple[np.ndarray, ...] | None = None  # L + 1 of (N, T, C), the embeddings first
@@ -72,7 +72,7 @@ class OpenedInternViT:
         return normalise(np.stack([squeezed(open_picture(source), side) for source in listed(pictures)]))
 
     def encode_pixels(self, pixels: np.ndarray, *, output_hidden_states: bool = False) -> Features:
-        """Pictures (N, 3, S, S) -> their features; those of all layers take a second compilation, when first asked for."""
+        """Pictures (N, 3, S, S) -> their features; the first call for all layers compiles the part a second time."""
         batches = [pixels[start : start + self._at_once] for start in range(0, len(pixels), self._at_once)]
         if not output_hidden_states:
             return Features(np.concatenate([self._part(batch) for batch in batches]))

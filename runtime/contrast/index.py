@@ -1,9 +1,9 @@
-"""The index of a picture collection: unit vectors and paths in one .npz file, and the journal from which it comes to be.
+"""The index of a picture collection: unit vectors and paths in one .npz file, and the journal that it is built from.
 
 The file, readable with numpy.load alone: `vectors` (N, E) float32 of length 1, `paths` (N) absolute, and `about`, JSON text with
 `format` (1), `model` (the model folder), `fingerprint` (of its weights), `mode`, and `skipped` (paths, and why they were not read).
-While pictures are read the vectors stand in a journal beside it, NAME.npz.journal/: a process that is ended, with kill -9 too,
-loses no more than its last batch, and the next one goes on behind it. Knows vectors; nothing of how they are made.
+While pictures are read, the vectors are in a journal beside it, NAME.npz.journal/: a process that is killed, even by kill -9,
+loses at most its last batch, and the next one resumes after it. Knows vectors, not how they are made.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from runtime.errors import OptionError
 from runtime.folder.files import PART_FILES, PARTS_OF, kind_of_folder
 
 FORMAT = 1
-ROWS_AT_ONCE = 1 << 16  # of vectors that are multiplied at once
+ROWS_AT_ONCE = 1 << 16  # of vectors in one matrix product
 VECTORS_FILE, LINES_FILE, ABOUT_FILE = "vectors.f32", "lines.jsonl", "about.json"
 
 
 @dataclass(frozen=True)
 class About:
-    """What vectors are of."""
+    """The origin of vectors: model folder, fingerprint of its weights, mode."""
 
     model: str
     fingerprint: str
     mode: str
 
     def check(self, other: About, name: str) -> None:
-        """Raise OptionError unless the vectors of `name` can be compared with one's own."""
+        """Raise OptionError unless the vectors of `name`, which `other` describes, can be compared with these."""
         if (self.fingerprint, self.mode) != (other.fingerprint, other.mode):
             raise OptionError(
                 f"{name} has vectors of {other.model} ({other.mode}), not of {self.model} ({self.mode}): "
@@ -55,7 +55,7 @@ class Index:
 
     @classmethod
     def read(cls, file: Path) -> Index:
-        """Read an index. Raises OptionError for a file that is none."""
+        """Read an index. Raises OptionError for any other file."""
         if file.is_dir():
             raise OptionError(
                 f"{file} is a folder, not an index: python -m runtime embed FOLDER PICTURES --out {file.name}.npz writes one"
@@ -96,16 +96,16 @@ class Index:
 
 
 class Journal:
-    """An index that comes to be: rows are added in batches, and are there again after a process was ended.
+    """An index under construction: rows are added in batches, and survive the end of the process.
 
-    Vectors are written before the lines that name them; rows without a line, and half a line, are cut off when it is opened.
-    Raises OptionError for a journal or an index of another model, or a place where nothing can be written.
+    Vectors are written before the lines that name them; opening it removes rows without a line, and incomplete lines.
+    Raises OptionError for a journal or an index of another model, or a place that cannot be written.
     """
 
     def __init__(self, file: Path, about: About, width: int):
         self.file, self.about, self._width = file, about, width
         self._folder = _journal(file)
-        self.done: set[str] = set()  # paths, broken ones too
+        self.done: set[str] = set()  # paths, unreadable ones included
         self.skipped: dict[str, str] = {}
         self.paths: list[str] = []
         self._kept = Index.read(file) if file.exists() else None
@@ -134,7 +134,7 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             read = json.loads(line)
-            if "error" not in read and len(self.paths) == rows:  # its vector never came to the disk
+            if "error" not in read and len(self.paths) == rows:  # its vector did not reach the disk
                 break
             whole += len(line)
             self._note(read)
@@ -159,7 +159,7 @@ class Journal:
             self._note(line)
 
     def finish(self) -> Index:
-        """Write the index of all rows, with those it had before, and let the journal go."""
+        """Write the index of all rows, earlier ones included, and delete the journal."""
         for file in (self._lines, self._vectors):
             file.close()
         vectors = np.fromfile(self._folder / VECTORS_FILE, np.float32).reshape(-1, self._width)
@@ -176,7 +176,7 @@ class Journal:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """What a model folder's weights are told by: sizes and first and last bytes of its parts."""
+    """The fingerprint of a model folder's weights: a hash of the sizes and of the first and last 64 KiB of its parts."""
     told = sha1(usedforsecurity=False)
     for part in PARTS_OF[kind_of_folder(folder)]:
         weights = (folder / PART_FILES[part]).with_suffix(".bin")
@@ -188,7 +188,7 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def find_pictures(given: Sequence[Path], kinds: frozenset[str]) -> Iterator[Path]:
-    """The picture files among files and folders, folders with all below them, in order; a file that is named is taken as it is."""
+    """The picture files among files and folders, in order; folders are searched with all below, named files are always taken."""
     for path in given:
         if not path.is_dir():
             yield path

@@ -37,10 +37,10 @@ from runtime.parts.device import place_part
 from runtime.parts.query_decoder import QueryDecoder
 from runtime.parts.stateless_part import StatelessPart
 
-PATCHES_AT_ONCE = 4096  # of pictures; as for tiles of chat models
+PATCHES_AT_ONCE = 4096  # of the pictures in a batch; as for tiles of chat models
 TEXTS_AT_ONCE = 32
 TEMPLATES = ("a photo of a {c}.",)
-CAPTION_BEAMS, CAPTION_LEAST, CAPTION_MOST = 5, 8, 30  # beams and new tokens, as upstream's evaluation has them
+CAPTION_BEAMS, CAPTION_LEAST, CAPTION_MOST = 5, 8, 30  # beams, fewest and most new tokens of upstream's evaluation
 Pictures = Source | Sequence[Source]
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Later(Generic[T]):
-    """A part that is opened when it is first asked for: who embeds pictures in mode C needs no QLLaMA, half of a 14B."""
+    """A part that is opened on first use: pictures in mode C need no QLLaMA, half of a 14B."""
 
     def __init__(self, open_it: Callable[[], T]):
         self._open, self._lock = open_it, threading.Lock()
@@ -62,11 +62,11 @@ class _Later(Generic[T]):
 
 
 class OpenedInternVL:
-    """The parts of a model folder of InternVL-C and -G, each compiled for a device when it is first needed.
+    """The parts of a model folder of InternVL-C and -G, each compiled for a device on first use.
 
-    `precision` accuracy trades speed for the digits of the PyTorch path; `cache_dir` keeps compiled parts (on a GPU by default in
+    `precision` accuracy is slower, and closest to the PyTorch path; `cache_dir` keeps compiled parts (on a GPU by default in
     the folder; False keeps none); `ov_config` holds OpenVINO properties of all parts. Several threads may use it. Raises
-    ModelFolderError for a folder that is not whole or of another kind, DeviceError for a device that is not there.
+    ModelFolderError for a folder that is incomplete or of another kind, DeviceError for a device that is not present.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class OpenedInternVL:
         self._cut_told = False
 
     def open_parts(self) -> None:
-        """Open now what would be opened when it is first needed. Raises ModelFolderError, DeviceError."""
+        """Open all parts now, not on first use. Raises ModelFolderError, DeviceError."""
         for part in (self._table, self._vision, self._pool, self._decoder):
             part()
 
@@ -119,13 +119,13 @@ class OpenedInternVL:
     # pictures
 
     def pixels_of(self, pictures: Pictures, *, crop: bool = False, allow_urls: bool = True) -> np.ndarray:
-        """Pictures from any source -> (N, 3, S, S) float32, squeezed to a square; with `crop` their middle. Raises PictureError."""
+        """Pictures from any source -> (N, 3, S, S) float32, squeezed to a square, or with `crop` cut to it. Raises PictureError."""
         fit = middle if crop else squeezed
         opened = (open_picture(source, allow_urls=allow_urls) for source in listed(pictures))
         return normalise(np.stack([fit(picture, self.config.image_size) for picture in opened]))
 
     def encode_images(self, pictures: Pictures, mode: str = MODES[0], *, crop: bool = False) -> np.ndarray:
-        """Pictures -> unit vectors (N, E), to be compared with those of texts. Raises PictureError, OptionError."""
+        """Pictures -> unit vectors (N, E), comparable with those of texts. Raises PictureError, OptionError."""
         check_mode(mode)
         sources = listed(pictures)
         batches = (self.pixels_of(batch, crop=crop) for batch in _batches(sources, self.pictures_at_once))
@@ -133,7 +133,7 @@ class OpenedInternVL:
         return np.concatenate(found) if found else np.zeros((0, self.config.embed_dim), np.float32)
 
     def encode_pixels(self, pixels: np.ndarray, mode: str) -> np.ndarray:
-        """Pictures (N, 3, S, S) -> (N, E): of mode C as pooled, of mode G the sum of two unit vectors. Raises OptionError."""
+        """Pictures (N, 3, S, S) -> (N, E): in mode C the pooled ones, in mode G the sum of two unit vectors. Raises OptionError."""
         check_mode(mode)
         if mode == MODES[0]:
             return self._vision().run(pixels, [1])[0]
@@ -141,7 +141,7 @@ class OpenedInternVL:
         return unit(embeds) + unit(self._pool()(self.run_queries(tokens)))
 
     def run_queries(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens of pictures (N, T, C) -> what the queries found in each, (N, Q, D)."""
+        """Tokens of pictures (N, T, C) -> hidden states of the queries, (N, Q, D)."""
         return self._decoder().encode_queries(np.repeat(self._queries, len(tokens), 0), tokens)
 
     @cached_property
@@ -153,11 +153,11 @@ class OpenedInternVL:
     # texts
 
     def encode_texts(self, texts: str | Sequence[str]) -> np.ndarray:
-        """Texts -> unit vectors (K, E), the same for both modes. Longer ones are cut, which is logged once. Raises PromptError."""
+        """Texts -> unit vectors (K, E), the same for both modes. Long ones are cut, which is logged once. Raises PromptError."""
         return unit(self.encode_ids([self.ids_of(text) for text in listed(texts)]))
 
     def ids_of(self, text: str) -> list[int]:
-        """The token ids of a text that is compared. Raises PromptError for what is no text, TokenizerError."""
+        """The token ids of a text with its prefix, cut to TEXT_TOKENS. Raises PromptError for an empty text, TokenizerError."""
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"{text!r} is no text that could be compared: write some words")
         ids = self.sentences.encode(TEXT_PREFIX + text, end=True)
@@ -169,11 +169,11 @@ class OpenedInternVL:
         return ids
 
     def encode_ids(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Token ids of texts, without padding -> embeddings (K, E) of any length. Raises PromptError for an empty one."""
+        """Token ids of texts, without padding -> embeddings (K, E), not normalised. Raises PromptError for an empty text."""
         made = np.zeros((len(texts), self.config.embed_dim), np.float32)
         if not all(len(ids) for ids in texts):
             raise PromptError("a text has no tokens: give some")
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # texts of a length need no padding
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # texts of equal length need no padding
         for batch in _batches(order, TEXTS_AT_ONCE):
             length = max(len(texts[number]) for number in batch)
             ids = np.full((len(batch), length), self.config.qllama.pad_token_id, np.int64)
@@ -184,7 +184,7 @@ class OpenedInternVL:
             made[batch] = self._decoder().encode_texts(self._table()(ids), mask)
         return made
 
-    # compared
+    # comparison
 
     def similarity(self, pictures: Pictures, texts: str | Sequence[str], mode: str = MODES[0]) -> np.ndarray:
         """Pictures and texts -> cosines (N, K). Times `logit_scale` they are upstream's logits per image."""
@@ -195,7 +195,7 @@ class OpenedInternVL:
     ) -> np.ndarray:
         """Labels -> unit vectors (K, E), each the mean over templates, in which {c} stands for the label. Raises OptionError.
 
-        `tell` hears how many labels are done. Source: CLIP_benchmark, metrics/zeroshot_classification.py zero_shot_classifier.
+        `tell` gets the number of labels done. Source: CLIP_benchmark, metrics/zeroshot_classification.py zero_shot_classifier.
         """
         check_labels(labels)
         check_templates(templates)
@@ -223,9 +223,9 @@ class OpenedInternVL:
     # captions
 
     def caption(self, picture: Pictures, prompt: str = CAPTION_PROMPT, **options: Any) -> Any:
-        """A caption of a picture; of several a list. Options are those of decoding, by transformers' names.
+        """A caption of a picture; of several a list. Options are decoding's, by transformers' names.
 
-        Without options upstream's: 5 beams, 8 to 30 new tokens. Raises PictureError, OptionError.
+        Without options, upstream's: 5 beams, 8 to 30 new tokens. Raises PictureError, OptionError.
         """
         if options.get("num_return_sequences", 1) != 1:
             raise OptionError("caption writes one caption a picture: leave num_return_sequences out")
@@ -238,9 +238,9 @@ class OpenedInternVL:
             yield from self.write_captions(pixels[batch.start : batch.stop], ids, options)
 
     def write_captions(self, pixels: np.ndarray, ids: Sequence[int], options: Mapping[str, Any]) -> list[list[int]]:
-        """Pictures (N, 3, S, S) and the ids of one prompt -> new token ids of each, its end included. Raises OptionError.
+        """Pictures (N, 3, S, S) and the ids of one prompt -> new token ids of each, the end token included. Raises OptionError.
 
-        With `num_return_sequences` R there are R for each picture, one after the other, the best first.
+        With `num_return_sequences` R each picture has R results in a row; beams give the best first.
         """
         defaults = {"eos_token_id": self.config.qllama.eos_token_id, "max_new_tokens": CAPTION_MOST}
         own = options or {"num_beams": CAPTION_BEAMS, "min_new_tokens": CAPTION_LEAST}
@@ -261,17 +261,17 @@ class OpenedInternVL:
 
 
 def listed(given: Any) -> list[Any]:
-    """One or more of something -> a list."""
+    """One value or several -> a list."""
     return [*given] if isinstance(given, list | tuple) else [given]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., E) -> the same of length 1."""
+    """Vectors (..., E) -> the same, scaled to length 1."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12))
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise OptionError unless there are labels, and each but once."""
+    """Raise OptionError unless there are labels, none of them twice."""
     if not labels:
         raise OptionError("there are no labels: give some, one a line")
     twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
@@ -280,7 +280,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise OptionError unless there are templates, and {c} in each."""
+    """Raise OptionError unless there are templates, each with {c}."""
     wrong = [template for template in templates if "{c}" not in template]
     if wrong or not templates:
         raise OptionError(f"the template {wrong[0]!r} has no {{c}}" if wrong else "there are no templates: give some, one a line")

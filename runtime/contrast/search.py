@@ -1,4 +1,4 @@
-"""From an index and what somebody looks for to the vector that is compared; the index itself is index.py's. Knows no terminal."""
+"""Open the model of an index, and encode a query as a vector; index.py compares vectors. Knows no terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runtime.media.picture import Source
 
 
 def open_for(index: Index, folder: Path | None = None, **placed: Any) -> OpenedInternVL:
-    """The model of an index, from `folder` where it is not where it was. Raises OptionError where it is another model, or gone."""
+    """The model of an index, from `folder` if it has moved. Raises OptionError if it is missing, or another model."""
     there = folder or Path(index.about.model)
     if folder is None and not there.exists():
         raise OptionError(f"the index's model was at {there}, and is not there: say where with --model")
@@ -29,7 +29,7 @@ def check_model(index: Index, model: OpenedInternVL) -> None:
 
 
 def query_of(model: OpenedInternVL, index: Index, text: str | None, picture: Source | None = None) -> np.ndarray:
-    """The unit vector (E) of words, of a picture, or between both. Raises PromptError, PictureError."""
+    """The unit vector (E) of a text, of a picture, or of the sum of both. Raises PromptError, PictureError."""
     found = [] if text is None else [model.encode_texts(text)[0]]
     if picture is not None:
         found.append(model.encode_images([picture], index.about.mode)[0])

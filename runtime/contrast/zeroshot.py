@@ -1,4 +1,4 @@
-"""How well a folder of InternVL-C and -G classifies without training, and finds pictures by captions and captions by pictures.
+"""Zero-shot evaluation of InternVL-C and -G: classification, and retrieval of pictures by captions and captions by pictures.
 
 Definitions are those of LAION-AI/CLIP_benchmark, metrics/zeroshot_classification.py and metrics/zeroshot_retrieval.py. A data set
 is a folder of class folders (torchvision's ImageFolder); pairs are lines of a picture, a tab and its caption.
@@ -35,7 +35,7 @@ def read_lines(file: Path, what: str) -> list[str]:
 
 
 def read_labels(file: Path) -> list[str]:
-    """The labels of a file, one a line. Raises OptionError for none or doubles."""
+    """The labels of a file, one a line. Raises OptionError for none or duplicates."""
     labels = read_lines(file, "labels")
     try:
         check_labels(labels)
@@ -62,9 +62,9 @@ def evaluate_classes(
     mode: str = MODES[0],
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy and mean recall a class over a folder of class folders; labels are in the order of their names.
+    """Top-1 and top-5 accuracy and mean recall per class over a folder of class folders; `labels` are in the order of folder names.
 
-    Without labels the folders' names are. Raises OptionError for a folder that is no data set, PictureError for a broken picture.
+    Without labels the folder names serve. Raises OptionError for a folder that is no data set, PictureError for a broken picture.
     """
     folders = sorted(path for path in dataset.iterdir() if path.is_dir()) if dataset.is_dir() else []
     if not folders:
@@ -121,7 +121,7 @@ def evaluate_retrieval(
 
 
 def recalls(scores: np.ndarray, of_caption: np.ndarray) -> dict[str, float]:
-    """Scores (captions, pictures) and the picture of each caption -> the share of cases with a right one among the best k."""
+    """Scores (captions, pictures) and the picture of each caption -> recall at k: the share with a right match in the best k."""
     right = np.zeros(scores.shape, bool)
     right[np.arange(len(of_caption)), of_caption] = True
     made: dict[str, float] = {}

@@ -1,6 +1,6 @@
-"""How fast a model folder answers: first token, time a token, second turn, the same picture again, peak memory.
+"""How fast a model folder answers: first token, time per token, second turn, the same picture again, peak memory.
 
-Measures the conversation that everybody uses, not its parts. Medians over repeats, after a warm-up.
+Measures whole conversations, not single parts. Medians over repeats, after a warm-up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Open `folder` with the model's `options` and time conversations about `image`, or a random picture.
 
-    Returns medians in seconds; `report` is told of each run. Answers may be shorter than `max_new_tokens`.
+    Returns medians in seconds; `report` gets a line for each run. Answers may be shorter than `max_new_tokens`.
     """
     started = time.perf_counter()
     model = OpenedModel(folder, **options)
@@ -45,7 +45,7 @@ def benchmark(
     runs: list[dict[str, float]] = []
     counts: dict[str, int] = {}
     for number in range(warm_up + repeats):
-        conversation = other = None  # their KV caches would be taken over
+        conversation = other = None  # otherwise their KV caches would be reused
         model.forget()
         conversation = model.start_conversation()
         conversation.ask(QUESTION, images=[source], max_tiles=max_tiles, **exactly)

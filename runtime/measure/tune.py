@@ -1,7 +1,7 @@
-"""Which OpenVINO settings answer soonest on this machine: tried on the parts themselves, kept in the model folder.
+"""Find the fastest OpenVINO settings of this machine: candidates are timed on the parts, the best are kept in the model folder.
 
-Each candidate is timed beside the default, taking turns, and the best one again, so that a noisy machine does not choose. What is
-kept, and who reads it, is in settings.py. Knows no prompts.
+A candidate and the default run by turns, and the best candidate is timed a second time, so that noise does not decide. settings.py
+stores and reads the result. Knows no prompts.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from runtime.parts.rows import to_int8_rows
 from runtime.parts.stateless_part import StatelessPart
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 16  # of one measurement of the language part
-ANSWER_TOKENS = 128  # of the answer that settings are chosen for, about one picture with all its tiles
-LEAST_RUNS, MOST_RUNS, LEAST_SECONDS = 3, 40, 2.0  # of a comparison: short runs are many
+ANSWER_TOKENS = 128  # of the answer that settings are optimised for, about one picture with all its tiles
+LEAST_RUNS, MOST_RUNS, LEAST_SECONDS = 3, 40, 2.0  # of a comparison: short runs are repeated more often
 LEAST_GAIN = {"vision": 0.05, "language": 0.05, "decode": 0.1}  # of the time: less is noise, or not worth a second copy of weights
 TUNED_PARTS, STAGES = ("vision", "language"), tuple(LEAST_GAIN)
 TRIED_FILE = ".tuned_decode.xml"  # before it is known to be worth keeping
 RULER_QUESTIONS = 1000
-RULER = "demo.shapes"  # what knows right answers to a thousand questions, if the folder is the model of its own checkpoint
+RULER = "demo.shapes"  # the exam that gives the accuracy, if the folder was converted from its checkpoint
 Report = Callable[[str, int, int], None]  # what is tried, done, total
 Plans = dict[str, tuple[dict[str, Any], Callable[[], "_Trial"]]]  # what is kept of each candidate if it wins, and its trial
 
 
 def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, total: None) -> dict[str, Any]:
-    """Find the settings of both large parts and of single tokens, write them to the folder and return them.
+    """Find settings for the vision part, the language part and decode, write them to the folder and return them.
 
     Returns {"parts": {part: properties}, "decode": {"file", "properties", "bytes"} or None, "seconds": {"tile", "prompt_token",
-    "token"}, "gain": {stage: share of the time}, "agreement": share of greedy tokens that are the default's, "accuracy": share of
+    "token"}, "gain": {stage: share of the time}, "agreement": share of greedy tokens equal to the default's, "accuracy": share of
     right answers {"default", "tuned"} of the built-in model, else None, "tried": [...], "machine"}. Raises InternVLError kinds.
     """
     check_folder(folder)
@@ -96,9 +96,9 @@ def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, 
 
 
 def _tune_devices(folder: Path, core: ov.Core, report: Report) -> dict[str, Any]:
-    """Tune each device, then try each large part on each of them, as it is tuned, beside the CPU; for `--device auto`.
+    """Tune each device, then time each large part, tuned, on each device against the CPU; for `--device auto`.
 
-    The parts of an answer run one after the other, so that the best device of each is the best of all their pairs. Returns
+    The parts of an answer run one after the other, so the best device of each part gives the best pair of devices. Returns
     {"device", "vision_device"} and "seconds", "gain", "tried", "machine" as for a single one.
     """
     config = InternVLConfig.from_dict(read_config(folder / CONFIG_FILE))
@@ -121,9 +121,9 @@ def _tune_devices(folder: Path, core: ov.Core, report: Report) -> dict[str, Any]
 
 
 def candidates(core: ov.Core, device: str, stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and properties that are worth a try on a device; none is in the default.
+    """Names and properties of the candidates on a device; none is part of the default.
 
-    Of "decode": the language part compiled a second time, for single tokens; {"rows": True} with int8 rows.
+    For "decode" the language part is compiled a second time; {"rows": True} gives it int8 weights with a scale a row.
     """
     able = set(core.get_property(device, "OPTIMIZATION_CAPABILITIES")) if device in core.available_devices else set()
     if stage == "decode":
@@ -138,7 +138,7 @@ def candidates(core: ov.Core, device: str, stage: str) -> Iterator[tuple[str, di
     if "BF16" in able and "FP16" in able:
         yield "computed in bf16", {"INFERENCE_PRECISION_HINT": "bf16"}
     yield "activations not quantised", {ACTIVATION_GROUP: 0}
-    group = 32 if device == "CPU" else 128  # a CPU's default is the larger one here
+    group = 32 if device == "CPU" else 128  # the default of a CPU is the larger group
     yield f"activations quantised by {group}", {ACTIVATION_GROUP: group}
     if device == "CPU":
         yield "threads on all kinds of cores", {"SCHEDULING_CORE_TYPE": "ANY_CORE", "ENABLE_HYPER_THREADING": True}
@@ -161,7 +161,7 @@ def _contest(
     found: dict[str, Any],
     tell: Callable[[str, int], None],
 ) -> dict[str, Any] | None:
-    """What is kept of the candidate that wins twice, None for the default; adds to "tried", "gain" and "seconds" of `found`."""
+    """What to keep of the candidate that wins twice, None for the default; adds to "tried", "gain" and "seconds" of `found`."""
     done = len(found["tried"]) + len(found["gain"])
     best, gain = "", 0.0
     found["seconds"] |= default()
@@ -203,11 +203,11 @@ def _tune_decode(
     trial: Callable[..., _Trial],
     hold: Callable[[str, _Trial, Plans], dict[str, Any] | None],
 ) -> dict[str, Any] | None:
-    """Whether single tokens are better computed by a part of their own than by `default`: its file, properties and bytes."""
+    """The second compilation of the language part if it decodes faster than `default`: its file, properties and bytes."""
     offered = [*candidates(core, language.device, "decode")]
     if default is not None:
         offered = [(name, more) for name, more in offered if _with(language, more) != default]
-    if not offered:  # what a processor keeps here is not this device's
+    if not offered:  # the kept file of decode belongs to the CPU, not to this device
         return None
     if any("rows" in more for _, more in offered):
         check_space(folder, 2 * bytes_of(folder, "language"))
@@ -236,7 +236,7 @@ def _tune_decode(
 
 
 class _Trial:
-    """One part as it is placed; calling it measures {"tile"} or {"prompt_token", "token"} in seconds once."""
+    """One placed part; a call measures {"tile"} or {"prompt_token", "token"} once, in seconds."""
 
     def __init__(self, folder: Path, core: ov.Core, config: InternVLConfig, placement: Placement, decode: Placement | None = None):
         width = config.language["hidden_size"]
@@ -266,7 +266,7 @@ class _Trial:
 
     def __call__(self) -> dict[str, float]:
         if not self._warm:
-            self._run()  # what is done once
+            self._run()  # warm-up
             self._warm = True
         return self._run()
 
@@ -289,9 +289,9 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _beside(one: _Trial, other: _Trial, stage: str, config: InternVLConfig) -> tuple[float, dict[str, float], dict[str, float]]:
-    """What share of the time the other one saves, by medians or by the shortest runs, whichever is less; the medians of both.
+    """The share of the time that `other` saves, by medians or by the shortest runs, whichever is less; the medians of both.
 
-    One that saves too little in the first pair of runs is not looked at any longer.
+    A candidate that saves too little in the first pair of runs is not measured further.
     """
     rule = _SCORES[stage]
     runs: list[tuple[dict[str, float], dict[str, float]]] = []
@@ -309,7 +309,7 @@ def _beside(one: _Trial, other: _Trial, stage: str, config: InternVLConfig) -> t
 
 
 def _language_score(seconds: dict[str, float], config: InternVLConfig) -> float:
-    """Seconds of the answer that settings are chosen for, as far as the language part takes them."""
+    """Seconds of the language part in the answer that settings are optimised for."""
     tokens = config.tokens_per_tile * (config.max_tiles + 1)
     return tokens * seconds["prompt_token"] + ANSWER_TOKENS * seconds["token"]
 
@@ -322,7 +322,7 @@ _SCORES: dict[str, Callable[[dict[str, float], InternVLConfig], float]] = {
 
 
 def _agreement(folder: Path, device: str, config: InternVLConfig) -> float:
-    """Share of the greedy tokens of a few answers that are the same as under the default, up to the first that is not."""
+    """Share of the greedy tokens of a few answers that equal the default's, up to the first difference."""
     from runtime.answer.model import OpenedModel
 
     answers: list[list[list[int]]] = []
@@ -344,7 +344,7 @@ def _agreement(folder: Path, device: str, config: InternVLConfig) -> float:
 
 
 def _accuracy(folder: Path, device: str) -> dict[str, float] | None:
-    """Share of right answers under the default and as tuned, where the folder is the built-in model; asks a process of its own."""
+    """Share of right answers with default and tuned settings, if the folder is the built-in model; runs processes of their own."""
     spec = find_spec(RULER) if find_spec(RULER.partition(".")[0]) else None
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -360,7 +360,7 @@ def _accuracy(folder: Path, device: str) -> dict[str, float] | None:
         for name, asked in (("default", plain), ("tuned", folder)):
             command = [sys.executable, "-m", RULER, "evaluate", str(asked), "--device", device, "--limit", str(RULER_QUESTIONS)]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-            if "is not installed" in done.stderr:  # what draws the questions
+            if "is not installed" in done.stderr:  # a package that draws the questions
                 return None
             done.check_returncode()
             right[name] = json.loads(done.stdout.splitlines()[-1])["accuracy"]

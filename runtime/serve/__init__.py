@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-STOP_SECONDS = 30  # for answers that are being written when the server is stopped
-KEEP_ALIVE_SECONDS = 75  # of idle connections; a client that uses one as it is closed sees an error
-LAST_WORDS_SECONDS = 3  # for the errors that end them
+STOP_SECONDS = 30  # for answers in progress when the server is stopped
+KEEP_ALIVE_SECONDS = 75  # of idle connections; a client that uses one as it closes sees an error
+LAST_WORDS_SECONDS = 3  # after that, to send the errors that end them
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     thinking: bool = False,
     **placed: Any,
 ) -> None:
-    """Open the folder and serve it until a signal. Raises OptionError when the address cannot be listened on."""
+    """Open the folder and serve it until a signal. Raises OptionError when it cannot listen at the address."""
     for name, value in {"cache size": cache_size, "max requests": max_requests, "timeout": timeout, "max body": max_body}.items():
         if value <= 0:
             raise OptionError(f"{name} {value:g} is not positive")
@@ -53,7 +53,7 @@ def run(
     return_freed_memory()
     listening = _listen(host, port)
     rules = Rules(
-        (model_name or folder.resolve().name).encode(errors="replace").decode(),  # a folder's name may be no text
+        (model_name or folder.resolve().name).encode(errors="replace").decode(),  # a folder's name may not be valid Unicode
         api_key or os.environ.get("INTERNVL_API_KEY"),
         MediaRules(frozenset(filter(None, allowed_media_domains.split(","))), allowed_local_media_path),
         Limits(max_requests, timeout, max_body << 20),
@@ -79,7 +79,7 @@ def run(
 
 
 def make_server(app: FastAPI, stop_seconds: float = STOP_SECONDS) -> uvicorn.Server:
-    """A server that lets answers finish when it is stopped, for some seconds, and then ends them with an error."""
+    """A server that gives answers in progress `stop_seconds` to finish when it is stopped, then ends them with an error."""
     import asyncio
 
     import uvicorn
@@ -101,11 +101,11 @@ def make_server(app: FastAPI, stop_seconds: float = STOP_SECONDS) -> uvicorn.Ser
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket there, before the model is opened: a port that is taken is told at once."""
+    """A listening socket, made before the model is opened: a port in use is reported at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise OptionError(f"cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error})") from None
-    # named as TCP, or asyncio leaves Nagle's algorithm on and each answer waits 40 ms for an acknowledgement
+    # named as TCP: otherwise asyncio leaves Nagle's algorithm on, and each answer waits 40 ms for an acknowledgement
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())

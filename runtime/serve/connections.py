@@ -1,6 +1,6 @@
-"""A connection that has to say something: who does not send the head of a request in time, or sends one without end, is hung up on.
+"""Connections with limits: a client that sends the head of a request too slowly, or one that is too long, is disconnected.
 
-uvicorn waits for a first byte, and for the next one, for ever. Knows no routes; how long a body may take is the door's (app.py).
+uvicorn alone waits for bytes for ever. Knows no routes; reception.py limits the time of a body.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ MOST_HEAD = 64 << 10  # bytes of a request's first line and headers
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with an end to waiting."""
+    """uvicorn's connection, with limits on the time and size of a request's head."""
 
-    head_seconds = 20.0  # from the first moment, or the first byte of a later request, to the end of its head
+    head_seconds = 20.0  # from the connection, or the first byte of a later request, to the end of the head
     _waiting: asyncio.TimerHandle | None = None
     _read = 0  # bytes since the last request
-    _in_body = False  # also of a request that was answered before its body had come
+    _in_body = False  # also when the request was answered before its body arrived
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,7 +32,7 @@ class Connection(HttpToolsProtocol):
         self._read += len(data)
         super().data_received(data)
         if self._waiting is None and self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
-            self._wait()  # something that begins no request
+            self._wait()  # bytes that begin no request
         if self._waiting is not None and self._read > MOST_HEAD and not self._in_body:
             self.transport.close()
 

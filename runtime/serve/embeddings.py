@@ -1,6 +1,6 @@
 """/v1/embeddings over a folder of InternVL-C and -G: texts and pictures to unit vectors, in OpenAI's form.
 
-Keys, limits, errors and metrics are app.py's. Beside OpenAI's texts and token ids, an input may be an `image_url` or `text` part.
+Keys, limits, errors and metrics are reception.py's. An input may also be an `image_url` or `text` part, not only text or token ids.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from runtime.serve.protocol import ImagePart, MediaRules, TextPart
 from runtime.serve.protocol import Request as Body
 from runtime.serve.reception import Metrics, Reception, Rules, base_app
 
-MOST_INPUTS = 2048  # of a request; OpenAI's
+MOST_INPUTS = 2048  # per request; OpenAI's limit
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=TEXT_TOKENS)]
 One = str | TextPart | ImagePart
 
 
 class EmbeddingRequest(Body):
-    """OpenAI's fields, and `mode` of pictures, which is ours."""
+    """OpenAI's fields, and our own `mode` for pictures."""
 
     model: str = ""
     input: str | ImagePart | TextPart | Ids | Annotated[list[One | Ids], Field(min_length=1, max_length=MOST_INPUTS)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     mode: Literal["InternVL-C", "InternVL-G"] = "InternVL-C"
-    user: Any = None  # nobody is told
+    user: Any = None  # ignored
 
     @property
     def inputs(self) -> list[One | list[int]]:
-        """Each input, of one or many."""
+        """All inputs as a list, even a single one."""
         single = not isinstance(self.input, list) or isinstance(self.input[0], int)
         return [self.input] if single else self.input  # type: ignore[list-item,return-value]
 

@@ -1,8 +1,8 @@
-"""What openvino_genai is told of a JSON schema or of functions, and whether it can follow that, found out before the answer begins.
+"""JSON schemas and functions as openvino_genai's structured output, tested before the answer begins.
 
-It compiles a schema in the step that draws the first token, for all requests at once, and all end if it does not take it, and
-wait if it takes long. So a schema is tried first on a stand-in, a model of one matrix with the folder's tokenizer, in a process
-of its own: this one can be ended. Knows no requests.
+openvino_genai compiles a schema in the step that samples the first token: one that it refuses ends all requests in the batch, and
+a slow one delays them all. So each schema is tested first on a stand-in, a model of one matrix with the folder's tokenizer, in a
+process of its own, which can be killed. Knows no requests.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from runtime.answer.tools import CALL_END, CALL_START, CALL_TAIL, call_head
 from runtime.errors import OptionError
 from runtime.serve.process import Process, pipes, send
 
-MOST_SECONDS = 1.0  # to compile a schema, for which all answers wait
-MOST_KEPT = 256  # schemas that are remembered, and tried by one process: openvino_genai forgets none
+MOST_SECONDS = 1.0  # to compile a schema; all answers wait for it
+MOST_KEPT = 256  # schemas that are remembered, and tested by one process: openvino_genai frees none
 
 
 def structured_output(schema: str | None, calls: Mapping[str, Any] | None, *, thoughts: bool) -> Any:
-    """openvino_genai's structured output for an answer after a schema, or with calls (a CallRule as a dictionary).
+    """openvino_genai's structured output for an answer that follows a schema, or has calls (a CallRule as a dictionary).
 
-    None where it is free.
+    None for a free answer.
     """
     from openvino_genai import StructuredOutputConfig as Structure
 
@@ -60,7 +60,7 @@ def structured_output(schema: str | None, calls: Mapping[str, Any] | None, *, th
 
 @dataclass(frozen=True)
 class Asked:
-    """What `structured_output` is made of."""
+    """The arguments of `structured_output`."""
 
     schema: str | None
     calls: dict[str, Any] | None
@@ -68,7 +68,7 @@ class Asked:
 
 
 class SchemaCheck:
-    """Tries schemas; starts its process when the first one comes (some seconds), and remembers what could be followed."""
+    """Tests schemas: the first one starts the process (some seconds), and those that can be followed are remembered."""
 
     def __init__(self, folder: Path, vocabulary: int):
         self._setup = str(folder), vocabulary
@@ -79,7 +79,7 @@ class SchemaCheck:
         self._listener = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tried")
 
     def __call__(self, decoding: Decoding) -> None:
-        """Raise OptionError unless answers can be written after the JSON schema or the functions' schemas of this decoding."""
+        """Raise OptionError unless openvino_genai can follow the JSON schema or the functions' schemas of this decoding."""
         if decoding.json_schema is not None:
             check_bounds(decoding.json_schema)
         elif decoding.calls is not None:
@@ -130,14 +130,14 @@ class SchemaCheck:
 
 
 class StandIn:
-    """A pipeline that draws one token out of the vocabulary, all alike."""
+    """A pipeline that generates one token; all logits are equal."""
 
     def __init__(self, folder: Path, vocabulary: int):
         self._folder, self._vocabulary = folder, vocabulary
         self._pipeline = self._stand_in()
 
     def reason(self, asked: Asked) -> str:
-        """Why answers cannot be written after this; nothing where they can."""
+        """Why openvino_genai cannot follow this; empty if it can."""
         import openvino_genai
 
         config = openvino_genai.GenerationConfig()
@@ -164,7 +164,7 @@ class StandIn:
         beams = given("beam_idx", 1, ov.Type.i32)
         wide = op.unsqueeze(op.convert(ids, "f32"), op.constant(np.array(2)))
         logits = op.matmul(wide, op.constant(np.zeros((1, self._vocabulary), np.float32)), False, False)
-        for unused in (mask, beams):  # openvino_genai sets them, and what nothing reads is not there
+        for unused in (mask, beams):  # openvino_genai sets these inputs, and an input without a reader is dropped
             total = op.reduce_sum(op.convert(unused, "f32"), op.constant(np.arange(len(unused.partial_shape))))
             logits = op.add(logits, op.multiply(total, op.constant(np.float32(0))))
         logits.output(0).set_names({"logits"})
@@ -182,12 +182,12 @@ def _one_token() -> Any:
 
 
 def main() -> None:
-    """Try schemas until standard input ends, or until nobody reads any more."""
+    """Test schemas until standard input ends or nobody reads the answers."""
     given, out = pipes()
     with suppress(EOFError, OSError):
         folder, vocabulary = pickle.load(given)
         stand_in = StandIn(Path(folder), vocabulary)
-        stand_in.reason(Asked("{}", None, False))  # what is made once
+        stand_in.reason(Asked("{}", None, False))  # warm-up
         send("ready", out)
         while True:
             send(stand_in.reason(pickle.load(given)), out)

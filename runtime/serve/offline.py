@@ -1,7 +1,7 @@
-"""Many prompts from Python, without a server: `pipeline(folder_or_id)`, called as LMDeploy's pipeline is.
+"""Batches of prompts from Python, without a server: `pipeline(folder_or_id)`, called like LMDeploy's pipeline.
 
-Names, prompts and answers: InternLM/lmdeploy@v0.6.4 lmdeploy/api.py, lmdeploy/messages.py. The work is the engine's; here prompts
-are read and answers collected. Knows no HTTP.
+Names, prompts and answers: InternLM/lmdeploy@v0.6.4 lmdeploy/api.py, lmdeploy/messages.py. This file reads prompts and collects
+answers; the engine generates them. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from runtime.serve.protocol import MediaRules, Message, ResponseFormat, check_te
 from runtime.serve.turns import turns_of
 
 IMAGE_TOKEN = "<IMAGE_TOKEN>"  # LMDeploy's mark of a picture
-AT_ONCE = 32  # prompts that are being answered; the pictures of the others are not opened yet
+AT_ONCE = 32  # prompts in the engine; the pictures of later ones are not opened yet
 WEIGHT_FORMAT = "int4"
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are written. Names and defaults are LMDeploy's; do_sample off or top_k 1 takes the likeliest token."""
+    """How answers are generated. Names and defaults are LMDeploy's; do_sample off or top_k 1 decodes greedily."""
 
     max_new_tokens: int = 512
     do_sample: bool = False
@@ -52,7 +52,7 @@ class GenerationConfig:
     top_k: int = 50
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    random_seed: int | None = None  # answer n of a list is drawn with this seed plus n
+    random_seed: int | None = None  # answer n of a list is sampled with this seed plus n
     stop_words: Sequence[str] | None = None  # answers are cut before the first of them
     ignore_eos: bool = False
     skip_special_tokens: bool = True  # in the text of the answer
@@ -77,7 +77,7 @@ class GenerationConfig:
             raise OptionError(f"response_format {_first(error)}") from None
 
     def decoding(self, room: int | None, seed: int) -> Decoding:
-        """The engine's form, for a prompt after which `room` tokens can be read."""
+        """The engine's form, for a prompt that leaves `room` tokens of the context (None: no limit)."""
         drawn = self.do_sample and self.top_k != 1 and self.temperature > 0
         return Decoding(
             min(self.max_new_tokens, room) if room else self.max_new_tokens,
@@ -100,14 +100,14 @@ class GenerationConfig:
 
 @dataclass
 class Response:
-    """One answer, or what came next of it."""
+    """One answer, or the next piece of it."""
 
     text: str = ""
     generate_token_len: int = 0  # so far
     input_token_len: int = 0
     finish_reason: str | None = None  # stop or length
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, float]] | None = None  # of each token, where they were asked for
+    logprobs: list[dict[int, float]] | None = None  # of each token, if requested
     index: int = 0  # of the prompt in its list
 
 
@@ -121,7 +121,7 @@ class Session:
 
 @dataclass
 class _Asked:
-    """A prompt as the engine takes it, and the turn it is the question of."""
+    """A prompt in the engine's form, and its turn."""
 
     prompt: Prompt
     turn: Turn
@@ -136,8 +136,8 @@ class Pipeline:
     def __call__(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Any:
         """Prompts -> a Response, or a list of them for a list.
 
-        A prompt is a text; a pair of a text and a picture or a list of pictures, each what runtime.picture.open_picture takes;
-        or a list of messages as OpenAI has them. Pictures stand at the `<image>` marks (or LMDeploy's) of the text, or before it.
+        A prompt is a text; a pair of a text and a picture or a list of pictures, as runtime.media.picture.open_picture takes them;
+        or a list of OpenAI's messages. Pictures stand at the `<image>` marks (or LMDeploy's) of the text, or before it.
         Raises InternVLError kinds.
         """
         one = _is_one(prompts)
@@ -150,15 +150,15 @@ class Pipeline:
     batch_infer = __call__
 
     def stream_infer(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Iterator[Response]:
-        """Yield what comes next of the answers, in the order in which it comes; `index` says of which prompt.
+        """Yield pieces of answers as they are generated; `index` is the number of the prompt.
 
-        The answers that are not read to their end are given up.
+        Closing the generator cancels unfinished answers.
         """
         batch = [prompts] if _is_one(prompts) else list(prompts)
         return self._stream([partial(self._read, prompt) for prompt in batch], gen_config)
 
     def chat(self, prompt: Any, session: Session | None = None, gen_config: GenerationConfig | None = None) -> Session:
-        """Ask on in a conversation, or begin one: `session.response.text` is the answer. `prompt` is a text or a pair."""
+        """Continue a conversation, or begin one: `session.response.text` is the answer. `prompt` is a text or a pair."""
         if not _is_one(prompt) or isinstance(prompt, list):
             raise PromptError("chat takes one text, or a text and its pictures; messages and lists go to pipe(...)")
         past = [] if session is None else session.turns
@@ -186,7 +186,7 @@ class Pipeline:
         else:
             text, images = (prompt, []) if isinstance(prompt, str) else prompt
             check_text(text)
-            shown = not isinstance(images, list | tuple) or len(images) > 0  # else the mark is text
+            shown = not isinstance(images, list | tuple) or len(images) > 0  # without pictures the mark is text
             turns.append(Question(text.replace(IMAGE_TOKEN, IMAGE_MARK) if shown else text, images=images).open(model.config))
         made = model.prompt_of(model.system_message if system is None else system, turns)
         model.check(made)
@@ -229,10 +229,10 @@ def _teller(told: queue.SimpleQueue[tuple[int, Piece]], number: int) -> Callable
 
 
 def pipeline(model_path: str | Path, *, engine: str = "genai", cache_size: int = 2, **placed: Any) -> Pipeline:
-    """A pipeline over a model folder, or over a checkpoint's hub id, which is converted to int4 first, once, in the user's cache.
+    """A pipeline over a model folder, or over a checkpoint's hub id, whose first use converts it to int4 in the user's cache.
 
-    `engine` genai answers many prompts at once with a KV cache of `cache_size` GB, native one after the other. `placed` is what
-    OpenedModel takes. Raises InternVLError kinds.
+    `engine` genai answers prompts in a batch with a KV cache of `cache_size` GB, native one after the other. `placed` are arguments
+    of OpenedModel. Raises InternVLError kinds.
     """
     if engine not in ("genai", "native"):
         raise OptionError(f"engine {engine!r} is not known; known are genai and native")
@@ -241,7 +241,7 @@ def pipeline(model_path: str | Path, *, engine: str = "genai", cache_size: int =
 
 
 def _folder_of(source: str) -> Path:
-    """A model folder; a hub id is converted by `python -m convert`, in a process of its own whose memory goes back."""
+    """The model folder; a hub id is converted by `python -m convert` in a process of its own, which frees its memory."""
     if Path(source).exists() or not HUB_ID.fullmatch(source):
         return Path(source)
     folder = user_cache() / f"{source.replace('/', '--')}-{WEIGHT_FORMAT}"
@@ -257,7 +257,7 @@ def _folder_of(source: str) -> Path:
 
 
 def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt: a text, a pair, or messages; and not a list of such."""
+    """Whether this is one prompt (a text, a pair or messages), not a list of prompts."""
     if isinstance(prompts, str):
         return True
     if isinstance(prompts, tuple):

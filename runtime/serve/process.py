@@ -1,7 +1,7 @@
-"""A process in which openvino_genai works, seen from the one that starts it: sent messages, heard, ended.
+"""A child process for openvino_genai, seen from its parent: started, sent messages, read, ended.
 
-Knows two modules that run in one, `worker.py` and `grammar.py`, and nothing of requests. Where the system or somebody else ends
-the process, `receive` says so, and a new one may be started.
+`worker.py` and `grammar.py` run in such processes. Knows no requests. When the process dies, `receive` returns None, and a new one
+may be started.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import weakref
 from contextlib import suppress
 from typing import IO, Any
 
-LAST_SECONDS = 5.0  # for the last words of the process
+LAST_SECONDS = 5.0  # for the process to end by itself
 
 
 class Process:
-    """One process of a module. It is sent its setup; the first message that it sends is "ready", or the error it ended with."""
+    """One process of a module. It gets its setup first; its first message is "ready", or the error that ended it."""
 
     def __init__(self, module: str, setup: Any):
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._finished = False
-        self._finalizer = weakref.finalize(self, _end, self._process)  # also when the program just ends
+        self._finalizer = weakref.finalize(self, _end, self._process)  # also at the end of the program
         threading.Thread(target=_write, args=(self._outbox, self._process), name="prompts", daemon=True).start()
         self.send(setup)
 
     @property
     def pid(self) -> int:
-        """Its number in the system."""
+        """The process id."""
         return self._process.pid
 
     @property
     def is_to_end(self) -> bool:
-        """Whether it ends because it was told to, or because the program does."""
+        """Whether it ends on request, or because the program ends."""
         return self._finished or not self._finalizer.alive
 
     def send(self, message: Any) -> None:
-        """Hand a message over, at once: a thread waits for the process, which takes none while it computes a step."""
+        """Queue a message and return at once: a thread writes it, because the process reads nothing during a step."""
         self._outbox.put(message)
 
     def receive(self) -> Any:
-        """The next message, None when there are no more."""
+        """The next message; None when the process has ended."""
         try:
             return pickle.load(self._process.stdout)  # type: ignore[arg-type]
         except (EOFError, OSError, pickle.UnpicklingError):  # it has ended, perhaps in the middle of a message
@@ -63,7 +63,7 @@ class Process:
         self._outbox.put(None)
 
     def wait(self) -> None:
-        """Until it has ended; what it held here is given back."""
+        """Wait for its end, then release its pipes."""
         self._outbox.put(None)
         self._process.wait()
         self._finalizer.detach()
@@ -81,7 +81,7 @@ def _write(outbox: queue.SimpleQueue[Any], process: subprocess.Popen[bytes]) -> 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the process end: its standard input does."""
+    """Close the standard input of the process, which ends it; kill it after LAST_SECONDS."""
     with suppress(OSError, ValueError):
         assert process.stdin is not None
         process.stdin.close()
@@ -92,20 +92,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-# ---- the other side
+# ---- in the child process
 
 
 def send(message: Any, out: IO[bytes]) -> None:
-    """One message to the other side."""
+    """Write one message to the other process."""
     pickle.dump(message, out, protocol=pickle.HIGHEST_PROTOCOL)
     out.flush()
 
 
 def pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Where messages come from and go to, in the process; whatever else reads and prints there does so elsewhere from now on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the engine says when it is over
+    """The streams of messages in the child, in and out; standard input and output of other code are redirected from now on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the engine decides when this one ends
     given, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # what a library forks wants to close it, and would wait for the thread that reads
-    os.dup2(2, 1)  # whatever prints
+    os.dup2(nothing, 0)  # a process that a library forks closes it, and would wait for the thread that reads
+    os.dup2(2, 1)  # other prints go to standard error
     return given, out

@@ -1,7 +1,7 @@
-"""/v1/responses: OpenAI's newer route, as far as it keeps nothing: texts, pictures, tools and thoughts, whole or streamed.
+"""/v1/responses, OpenAI's newer route, without stored state: texts, pictures, tools and thoughts, whole or streamed.
 
-A request becomes one of chat completions; here are its fields, and the answer in this route's form. Field and event names are
-those of openai/openai-python@v3.57.0 src/openai/types/responses. Knows no HTTP and no engine.
+A request becomes one of chat completions; this file has its fields, and writes the answer in this route's form. Field and event
+names are those of openai/openai-python@v3.57.0 src/openai/types/responses. Knows no HTTP and no engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runtime.serve.protocol import (
     Request,
 )
 
-REFUSED = {  # fields that would be ignored in silence, and why
+REFUSED = {  # fields that are refused, since ignoring them would mislead, and why
     "access_programs": "there are none",
     "background": "nothing is kept: the answer comes on this connection",
     "context_management": "nothing is left out of a prompt",
@@ -40,7 +40,7 @@ IGNORED = (  # fields that change no answer here
     *("background_options", "max_tool_calls", "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     *("safety_identifier", "service_tier", "store", "user"),
 )
-LOGPROBS = "message.output_text.logprobs"  # of `include`
+LOGPROBS = "message.output_text.logprobs"  # a value of `include`
 
 
 class InputText(BaseModel):
@@ -94,7 +94,7 @@ class ThoughtItem(BaseModel):
 
 
 def _kind(item: Any) -> str:
-    """Which item this is; messages need not say it."""
+    """The type of an item; a message may leave it out."""
     return str(item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message"))
 
 
@@ -140,7 +140,7 @@ Nothing = Annotated[Any, AfterValidator(_refuse)]
 
 
 class ResponsesRequest(Request):
-    """What /v1/responses takes."""
+    """The request body of /v1/responses."""
 
     model: str = ""
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -169,12 +169,12 @@ class ResponsesRequest(Request):
 
     @model_validator(mode="after")
     def is_a_chat(self) -> ResponsesRequest:
-        """What is wrong with it as a chat is wrong with it."""
+        """Apply the checks of chat completions."""
         self.as_chat()
         return self
 
     def as_chat(self) -> ChatRequest:
-        """The same as a request of chat completions. Raises ValueError."""
+        """This request as one of chat completions. Raises ValueError."""
         shape = self.text.format if self.text and self.text.format else Format(schema=None)
         wanted: dict[str, Any] = {"type": shape.type}
         if shape.type == "json_schema":
@@ -224,7 +224,7 @@ class ResponsesRequest(Request):
 
 
 def _content(given: str | list[Content]) -> str | list[dict[str, Any]]:
-    """Contents in the form of chat completions."""
+    """Content in the form of chat completions."""
     if isinstance(given, str):
         return given
     made: list[dict[str, Any]] = []
@@ -240,7 +240,7 @@ def _content(given: str | list[Content]) -> str | list[dict[str, Any]]:
 
 
 class ResponseWriter:
-    """One response while it is written: its items so far, and the events that tell of it."""
+    """One response in progress: its items so far, and the events that stream it."""
 
     def __init__(self, ask: ResponsesRequest, model: str, new_call_id: Callable[[], str]):
         self._new_call_id, self._count = new_call_id, 0
@@ -271,18 +271,18 @@ class ResponseWriter:
             "usage": None,
             "metadata": {},
         }
-        self._item: dict[str, Any] | None = None  # that is being written
+        self._item: dict[str, Any] | None = None  # in progress
 
     def begin(self) -> list[str]:
-        """The events before anything is said."""
+        """The events before the first text."""
         return [self._event(kind, response=self.response) for kind in ("response.created", "response.in_progress")]
 
     def add(self, told: Iterable[Said], logprobs: list[dict[str, Any]]) -> list[str]:
-        """The events of what came next, which has these log probabilities."""
+        """The events of new pieces, which have these log probabilities."""
         return [event for said in told for event in self._said(said, logprobs)]
 
     def end(self, finish_reason: str | None, usage: dict[str, Any]) -> list[str]:
-        """The last events; the response is whole."""
+        """The last events; `response` is final after them."""
         cut = finish_reason == "length"
         events = [*self._close("incomplete" if cut else "completed")]
         self.response["status"] = "incomplete" if cut else "completed"
@@ -298,7 +298,7 @@ class ResponseWriter:
         return [*events, self._event(f"response.{self.response['status']}", response=self.response)]
 
     def fail(self, message: str) -> str:
-        """The event of an answer that broke off."""
+        """The event of an answer that failed."""
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
         return self._event("response.failed", response=self.response)
 

@@ -1,7 +1,7 @@
-"""python -m runtime.serve.worker: a process in which openvino_genai answers, step by step, for the engine that started it.
+"""python -m runtime.serve.worker: a process that runs openvino_genai, step by step, for the engine that started it.
 
-A process of its own, because openvino_genai holds Python's lock while it computes a step: in the server's process nobody else would
-be heard in the meantime. Pickled messages come on standard input and go to standard output. Knows embeddings and token ids.
+openvino_genai holds Python's global lock during a step: in the server's own process it would block every connection. Pickled
+messages come on standard input and go to standard output. Knows embeddings and token ids.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Give an answer up."""
+    """Cancel an answer."""
 
     number: int
 
 
 @dataclass
 class News:
-    """What one step brought: of each answer its new tokens with their log probabilities, and how it ended or failed."""
+    """The result of one step: each answer's new tokens with log probabilities, and how it ended or failed."""
 
     tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     over: dict[int, str] = field(default_factory=dict)
@@ -59,25 +59,25 @@ class News:
 
 
 class Worker:
-    """The pipeline and the answers that it is writing."""
+    """The pipeline and its answers in progress."""
 
     def __init__(self, setup: Setup):
         import openvino_genai
 
         self._genai = openvino_genai
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size, scheduler.enable_prefix_caching = setup.cache_gb, False  # it compares ids, and gets embeddings
+        scheduler.cache_size, scheduler.enable_prefix_caching = setup.cache_gb, False  # it compares ids, but gets embeddings
         scheduler.max_num_batched_tokens = setup.tokens_at_once
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(setup.folder, scheduler, setup.device, setup.properties)
         self._handles: dict[int, Any] = {}
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being written."""
+        """Whether no answer is in progress."""
         return not self._handles and not self._pipeline.has_non_finished_requests()
 
     def take(self, message: Start | Cancel, news: News) -> None:
-        """Begin or give up an answer."""
+        """Start or cancel an answer."""
         import openvino as ov
 
         if isinstance(message, Cancel):
@@ -92,11 +92,11 @@ class Worker:
             news.failed[message.number] = str(error)
 
     def step(self, news: News) -> None:
-        """Let every answer go on by a token, or read on in a prompt."""
+        """Run one step: answers advance by a token, prompts by a chunk."""
         try:
             if self._pipeline.has_non_finished_requests():
                 self._pipeline.step()
-        except RuntimeError as error:  # a bug below: nobody waits for ever
+        except RuntimeError as error:  # a bug in openvino_genai: fail all answers, so that no client waits for ever
             for number, handle in self._handles.items():
                 handle.cancel()
                 news.failed[number] = str(error)
@@ -107,7 +107,7 @@ class Worker:
         news.cache_share = self._pipeline.get_metrics().cache_usage / 100 if self._handles else 0.0
 
     def close(self) -> None:
-        """Give all answers up, and let the pipeline forget them: it complains on the terminal about one that it still holds."""
+        """Cancel all answers, and let the pipeline drop them: it prints a complaint about one that it still holds."""
         for handle in self._handles.values():
             handle.cancel()
         self._handles.clear()
@@ -150,7 +150,7 @@ class Worker:
 
 
 def main() -> None:
-    """Serve until standard input ends, or until nobody reads any more: then whoever started this has ended, which is no mistake."""
+    """Serve until standard input ends, or until nobody reads the output: then the parent has ended, which is no error."""
     with suppress(BrokenPipeError):
         serve()
 
@@ -188,7 +188,7 @@ def _work(worker: Worker, inbox: queue.SimpleQueue[Any], out: IO[bytes]) -> None
         while worker.idle or not inbox.empty():
             message = inbox.get()
             if message is None:
-                send(None, out)  # not by the end of the pipe alone: a forked process may hold it
+                send(None, out)  # the end of the pipe is not enough: a forked process may hold it open
                 return
             worker.take(message, news)
             if news.failed:
@@ -199,6 +199,6 @@ def _work(worker: Worker, inbox: queue.SimpleQueue[Any], out: IO[bytes]) -> None
 
 
 if __name__ == "__main__":
-    from runtime.serve import worker  # under its own name, by which messages are pickled
+    from runtime.serve import worker  # by its module name, under which messages are pickled
 
     worker.main()

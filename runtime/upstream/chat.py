@@ -1,10 +1,10 @@
 """Upstream's calls over any backend: chat, batch_chat, generate, extract_feature, on torch tensors and transformers' options.
 
-Knows tensors, histories as pairs of texts, and transformers' generate; which rows are pictures, and what a cache holds of a prompt,
-are the chat core's. Imports torch and transformers when a call is first used.
+Knows tensors, histories as pairs of texts, and transformers' generate; the chat core places image features and reuses KV caches.
+Imports torch and transformers when a call is first used.
 Rules: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py. Differences: the
-caller's generation_config, history and tokenizer are not changed; marks that do not fit the pictures are an error; batch_chat takes
-several pictures a question, and none.
+caller's generation_config, history and tokenizer are not changed; marks that do not match the pictures are an error; batch_chat
+takes several pictures a question, or none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class UpstreamCalls(ChatModel):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where tensors are handed out."""
+        """The device of returned tensors."""
 
     @abstractmethod
     def generate_from(
@@ -60,7 +60,7 @@ class UpstreamCalls(ChatModel):
         progress: Progress | None = None,
         **options: Any,
     ) -> Any:
-        """Embeddings (B, T, D) under a mask (B, T), after what `cache` holds -> new ids; options are those of transformers.
+        """Embeddings (B, T, D) under a mask (B, T), after the tokens in `cache` -> new token ids; options are transformers'.
 
         `visual_token_mask` (B, T) int64 is 1 on context tokens: for language models with visual experts.
         """
@@ -114,8 +114,8 @@ class UpstreamCalls(ChatModel):
     ) -> Any:
         """Answer `question` about the tiles (N, 3, S, S) of all pictures of the dialogue, `num_patches_list` tiles each.
 
-        What an earlier call has computed of the same dialogue is not computed again. Returns the answer, or with
-        `return_history` the answer and a new history with this turn at its end.
+        Tokens that an earlier call of the same dialogue has computed are reused. Returns the answer, or with
+        `return_history` the answer and a new history that ends with this turn.
         """
         tokens = (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         import_torch("chat")
@@ -150,7 +150,7 @@ class UpstreamCalls(ChatModel):
         verbose: bool = False,
         image_counts: Sequence[int] | None = None,
     ) -> list[str]:
-        """Answer each question about its own pictures, all at once.
+        """Answer each question about its own pictures, in one batch.
 
         `num_patches_list` has one entry a question: the tiles of its picture, or a list with the tiles of each of its pictures,
         empty for a question about none. `image_counts` is upstream's old name for it.
@@ -193,12 +193,12 @@ class UpstreamCalls(ChatModel):
         pictures: Sequence[PictureTiles],
         tokens: tuple[str, str, str] = (IMAGE_START, IMAGE_END, CONTEXT_TOKEN),
     ) -> str:
-        """The whole prompt, context tokens written out. Raises PromptError when marks and pictures do not fit."""
+        """The whole prompt, with its context tokens. Raises PromptError if marks and pictures do not match."""
         prompt = render(self.conv_template, system, history, question)
         return expand_marks(prompt, [picture.count for picture in pictures], self.config.tokens_per_tile, *tokens)
 
     def _generate(self, ids: Tensor, mask: Tensor, pictures: Sequence[PictureTiles], **options: Any) -> Any:
-        """Prompts (B, T) and all their pictures in order -> new token ids. A single prompt computes only what no cache holds."""
+        """Prompts (B, T) and all their pictures in order -> new token ids. A single prompt computes only what no KV cache holds."""
         torch = import_torch("generate")
         new_tokens, plain = options.get("max_new_tokens"), _array(ids)
         if new_tokens is not None and new_tokens < 1:
@@ -221,7 +221,7 @@ class UpstreamCalls(ChatModel):
             return self.generate_from(embeds, torch.ones_like(visual), visual, cache=cache, **options)
 
     def _rows_of_batch(self, ids: np.ndarray, mask: np.ndarray, pictures: Sequence[PictureTiles]) -> list[Prompt]:
-        """Prompts (B, T) and all tiles of them in order -> a prompt a row. Raises PromptError for a row with a part of a tile."""
+        """Prompts (B, T) and all their tiles in order -> a prompt a row. Raises PromptError for a row with an incomplete tile."""
         tiles = (PictureTiles((key,), each.pixels[n : n + 1]) for each in pictures for n, key in enumerate(each.tile_keys))
         prompts = []
         for row, seen in zip(ids, mask, strict=True):
@@ -232,7 +232,7 @@ class UpstreamCalls(ChatModel):
         return prompts
 
     def _generate_batch(self, ids: Tensor, mask: Tensor, rows: np.ndarray | None, **options: Any) -> Any:
-        """Prompts (B, T) and the rows (R, D) of all their context tokens -> new token ids, with a KV cache of their own."""
+        """Prompts (B, T) and the image features (R, D) of their context tokens -> new token ids, with a KV cache of their own."""
         torch, plain = import_torch("generate"), _array(ids)
         embeds, visual = torch.from_numpy(self.merge(plain, rows)), torch.from_numpy(self.visual(plain))
         return self.generate_from(embeds, mask, visual, **options)
@@ -260,7 +260,7 @@ class UpstreamCalls(ChatModel):
         return [PictureTiles.of_tiles(tiles.float().cpu().numpy()) for tiles in pixel_values.split(counts)]
 
     def _answers(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, ids: Any) -> list[str]:
-        """New token ids -> answers, as upstream reads them, without the lead."""
+        """New token ids -> answers as upstream decodes them, without the template's lead."""
         found, template = getattr(ids, "sequences", ids).tolist(), self.conv_template
         lead = tokenizer.encode(template.lead, add_special_tokens=False) if template.lead else []
         texts = [str(tokenizer.decode(after_lead(row, lead), skip_special_tokens=True)) for row in found]
@@ -307,6 +307,6 @@ def _counts_of(
 
 
 def many_rows(options: dict[str, Any]) -> bool:
-    """Whether transformers will make several rows of one prompt: beams, or several answers."""
+    """Whether transformers expands one prompt to several rows: beams, or several answers."""
     config = options.get("generation_config")
     return any((options.get(name) or getattr(config, name, None) or 1) > 1 for name in ("num_beams", "num_return_sequences"))

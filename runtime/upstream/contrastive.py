@@ -1,6 +1,6 @@
 """OVInternVL and OVInternViT: opened model folders with upstream's calls on tensors, for code written for the published models.
 
-What works on pictures and texts is the opened model's own and needs no torch; these calls import it when first used.
+Calls on pictures and texts are the opened model's own and need no torch; the calls here import it on first use.
 Source of the calls: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/modeling_internvl.py
 """
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class _AsUpstream:
-    """What upstream's code calls on any of its models."""
+    """Calls that all of upstream's models have."""
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, device: str = "CPU", **options: Any) -> Any:
-        """The class itself under upstream's name; what upstream says there of PyTorch has no meaning here and is dropped."""
+        """The constructor under upstream's name; upstream's PyTorch options have no meaning here and are dropped."""
         return cls(model_dir, device, **{name: value for name, value in options.items() if name not in OF_UPSTREAM})  # type: ignore[call-arg]
 
     @property
     def device(self) -> torch.device:
-        """Where tensors are handed in and out: host memory."""
+        """The device of tensors, in and out: host memory."""
         return import_torch("device").device("cpu")
 
     def eval(self) -> Any:
@@ -45,33 +45,33 @@ class OVInternVL(_AsUpstream, OpenedInternVL):
     """InternVL-C and -G on devices, with upstream's calls. Arguments are those of OpenedInternVL."""
 
     def __call__(self, image: Tensor, text: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, S, S) and token ids (K, T), 0 behind their ends -> logits per image (N, K) and per text (K, N)."""
+        """Pictures (N, 3, S, S) and token ids (K, T), right-padded with 0 -> logits per image (N, K) and per text (K, N)."""
         torch = import_torch("the model's call")
         logits = self.logit_scale * unit(self._pixels(image, mode)) @ unit(self.encode_ids(self._texts(text))).T
         return torch.from_numpy(logits), torch.from_numpy(np.ascontiguousarray(logits.T))
 
     def encode_image(self, image: Tensor, mode: str) -> Tensor:
-        """Pictures (N, 3, S, S) -> embeddings (N, E), not of length 1."""
+        """Pictures (N, 3, S, S) -> embeddings (N, E), not normalised."""
         return import_torch("encode_image").from_numpy(self._pixels(image, mode))
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Token ids (K, T), 0 behind their ends -> embeddings (K, E), not of length 1."""
+        """Token ids (K, T), right-padded with 0 -> embeddings (K, E), not normalised."""
         return import_torch("encode_text").from_numpy(self.encode_ids(self._texts(text)))
 
     def generate(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **generation_options: Any
     ) -> Tensor:
-        """Captions: pictures (N, 3, S, S) and a prompt's ids each (N, T) -> new token ids (N R, T'), padded behind their ends.
+        """Captions: pictures (N, 3, S, S) and the token ids of their prompts (N, T) -> new token ids (N R, T'), right-padded.
 
-        `attention_mask` (N, T) is 0 on padding; R is `num_return_sequences`. Options are those of decoding, by transformers' names.
-        Raises PromptError where there is not one prompt a picture, OptionError.
+        `attention_mask` (N, T) is 0 on padding; R is `num_return_sequences`. Options are decoding's, by transformers' names.
+        Raises PromptError unless there is one prompt a picture, OptionError.
         """
         torch = import_torch("generate")
         if len(input_ids) != len(pixel_values):
             raise PromptError(f"{len(pixel_values)} pictures and {len(input_ids)} prompts: give one for each picture")
         pixels, options = self._array(pixel_values), {"num_beams": 1} | generation_options  # transformers' default
         read = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        groups: dict[tuple[int, ...], list[int]] = {}  # pictures with the same prompt are written side by side
+        groups: dict[tuple[int, ...], list[int]] = {}  # pictures with the same prompt share a batch
         for number, (row, mask) in enumerate(zip(input_ids, read, strict=True)):
             groups.setdefault(tuple(row[mask.bool()].tolist()), []).append(number)
         count = options.get("num_return_sequences", 1)

@@ -1,7 +1,7 @@
-"""transformers' generate over the language part: greedy, sampling, beams, penalties and streamers are theirs.
+"""transformers' generate over the language part: greedy, sampling, beams, penalties and streamers are transformers'.
 
-Takes embeddings and gives logits of the last position; what earlier tokens left behind is in a KVCache. Knows nothing of prompts,
-pictures or files. Its import takes seconds, which is why model.py imports it when it is first used.
+Takes embeddings and gives logits of the last position; a KVCache holds keys and values of earlier tokens. Knows nothing of prompts,
+pictures or files. Its import takes seconds, so model.py imports it on first use.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class OVLanguageModel(GenerationMixin):
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def generate(self, *, many_rows: bool, **options: Any) -> Any:  # type: ignore[override]
-        """transformers' generate of embeddings (B, T, D) over a cache; `many_rows` says that it will make several of a prompt.
+        """transformers' generate of embeddings (B, T, D) over a cache; `many_rows`: it expands a prompt to several rows.
 
-        Raises OptionError for prompt lookup of anything but one greedy answer.
+        Raises OptionError for prompt lookup with anything but one greedy answer.
         """
         config = options.get("generation_config")
         lookup_tokens = options.pop(LOOKUP, None) or getattr(config, LOOKUP, None) or 0
         if lookup_tokens and many_rows:
             raise OptionError(NO_LOOKUP)
-        if getattr(config, LOOKUP, None):  # transformers' own way needs a cache of its own kind
+        if getattr(config, LOOKUP, None):  # transformers' own lookup needs a cache of its own kind
             options["generation_config"] = config = copy.copy(config)
             setattr(config, LOOKUP, None)
         return super().generate(lookup_tokens=lookup_tokens, **options)  # type: ignore[misc]
@@ -91,7 +91,7 @@ class OVLanguageModel(GenerationMixin):
         lookup_tokens: int = 0,
         **_: Any,
     ) -> dict[str, Any]:
-        """What is new: the embeddings on the first step, the last ids after it. Positions are the cache's."""
+        """The new inputs: embeddings on the first step, the last ids after it. The cache knows the positions."""
         if past_key_values is not None:
             return {"cache": cache, "input_ids": input_ids[:, -1:]}
         return {
@@ -112,7 +112,7 @@ class OVLanguageModel(GenerationMixin):
         streamer: Any = None,
         **inputs: Any,
     ) -> Any:
-        """transformers' loop; without its millisecond a token in the commonest case, the likeliest tokens of one row."""
+        """transformers' loop, except for greedy decoding of one row, which is a millisecond a token faster without it."""
         config = generation_config
         if len(input_ids) > 1 or config.do_sample or config.return_dict_in_generate or len(logits_processor):
             if inputs.get("lookup_tokens"):
@@ -144,12 +144,12 @@ class OVLanguageModel(GenerationMixin):
     def _update_model_kwargs_for_generation(  # type: ignore[override]
         self, outputs: CausalLMOutputWithPast, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> dict[str, Any]:
-        """Only that there is a past: the cache keeps the mask."""
+        """Note only that there is a past: the cache keeps the mask."""
         model_kwargs["past_key_values"] = outputs.past_key_values
         return model_kwargs
 
     def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
-        """The cache is handed over from outside."""
+        """Nothing to do: the caller passes the cache."""
 
     def _reorder_cache(self, past_key_values: KVCache, beam_idx: Tensor) -> KVCache:
         past_key_values.reorder(beam_idx.tolist())

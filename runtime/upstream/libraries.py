@@ -1,4 +1,4 @@
-"""torch and transformers, imported when they are first needed: converting has them, answering does not."""
+"""torch and transformers, imported on first use: converting installs them, answering does without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from runtime.errors import not_installed
 
 
 def import_torch(call: str) -> Any:
-    """The torch module, for a call that takes or gives its tensors. Raises OptionError where it is not installed."""
+    """The torch module, for a call that takes or returns its tensors. Raises OptionError where it is not installed."""
     try:
         import torch
         import transformers  # noqa: F401  both or neither

@@ -1,6 +1,6 @@
 """OVInternVLChatModel: an opened model folder with upstream's calls, for code written for the published models.
 
-Conversations and batches of questions are the opened model's own and need no torch; the calls in chat.py import it when first used.
+Conversations and batches of questions are the opened model's own and need no torch; the calls in chat.py import it on first use.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class OVInternVLChatModel(UpstreamCalls, OpenedModel):
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, device: str = "CPU", **options: Any) -> OVInternVLChatModel:
-        """The class itself under upstream's name; what upstream says there of PyTorch has no meaning here and is dropped."""
+        """The constructor under upstream's name; upstream's PyTorch options have no meaning here and are dropped."""
         return cls(model_dir, device, **{name: value for name, value in options.items() if name not in OF_UPSTREAM})
 
     @property
     def device(self) -> torch.device:
-        """Where tensors are handed in and out: host memory."""
+        """The device of tensors, in and out: host memory."""
         return import_torch("device").device("cpu")
 
     def eval(self) -> OVInternVLChatModel:
