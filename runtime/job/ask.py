@@ -19,6 +19,7 @@ from typing import Any
 from runtime.answer.chat_core import Prompt
 from runtime.answer.decode import Decoding
 from runtime.answer.model import OpenedModel
+from runtime.answer.prompt import check_question
 from runtime.answer.turn import Question
 from runtime.answer.writer import Writer, Writing
 from runtime.errors import InternVLError, OptionError, PromptError, not_installed
@@ -110,6 +111,7 @@ class Reader:
                 elif row.body is not None:
                     made.append(self._chat(row))
                 else:
+                    check_question(row.question)
                     asked = Question(row.question, [_below(row.base, one) for one in row.images], max_tiles=self._asking.max_tiles)
                     asked = asked if row.video is None else replace(asked, video=_below(row.base, row.video))
                     cut = cut or asked.cut(self._model.config)

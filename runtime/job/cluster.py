@@ -6,6 +6,7 @@ node, as on a mounted volume; pictures may be web addresses, or bytes in a table
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def answers(
     if not cores:
         raise OptionError("the Ray cluster has no CPUs: add a node with  ray start --address ADDRESS")
     share = min(cores)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans, on the terminal
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.raise_original_map_exception = False, True
     context.execution_options.preserve_order = False

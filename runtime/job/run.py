@@ -104,6 +104,7 @@ def run_job(
                 progress.note(one)
                 report(progress)
     file.finish()
+    progress.rows = progress.done  # without blank lines
     return progress
 
 

@@ -55,11 +55,13 @@ def answers(count: int, open_model: Any, asking: Any, cache_bytes: int, rows: It
     for process in processes:
         process.start()
     try:
-        waiting, more = [0] * count, True
+        waiting, more, handed, number = [0] * count, True, 0, 0
         while more or any(waiting):
             while more and min(waiting) < ROWS_AHEAD:
                 row = next(rows, None)
-                number = waiting.index(min(waiting))
+                if not handed % ask.LOOKED_AT_ONCE:  # rows about one picture stand near each other
+                    number = waiting.index(min(waiting))
+                handed += 1
                 if row is None:
                     more = False
                     for inbox in inboxes:
@@ -68,10 +70,10 @@ def answers(count: int, open_model: Any, asking: Any, cache_bytes: int, rows: It
                     inboxes[number].put(row)
                     waiting[number] += 1
             with suppress(queue.Empty):
-                number, answer = found.get(timeout=WAIT_SECONDS)
+                worker, answer = found.get(timeout=WAIT_SECONDS)
                 if isinstance(answer, BaseException):
                     raise answer
-                waiting[number] -= 1
+                waiting[worker] -= 1
                 yield answer
                 continue
             gone = [process.exitcode for process, left in zip(processes, waiting, strict=True) if left and not process.is_alive()]
