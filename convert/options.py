@@ -23,7 +23,7 @@ class Recipe:
     in_8_bits: str = r"^$"
 
 
-RECIPES = {  # BENCHMARKS.md has what was tried
+RECIPES = {  # docs/quality.md has what was tried
     "default": Recipe(64, r"\.v_proj$"),
     "small": Recipe(128),
     "exact": Recipe(32, r"\.([vko]|down)_proj$"),

@@ -203,7 +203,7 @@ def together(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def answers(model: OpenedModel, asking: Asking, cache_bytes: int, rows: Iterable[Row]) -> Iterator[Answer]:
     """The answers to rows, in the order in which they are over. Rows are read as a stream.
 
-    The vision part works between two steps of the writer: beside it, on the same cores, both together take longer (BENCHMARKS.md).
+    The vision part works between two steps of the writer: beside it, on the same cores, both together take longer (docs/speed.md).
 
     Raises OptionError for a schema that cannot be followed.
     """
