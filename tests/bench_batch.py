@@ -304,7 +304,7 @@ class exactly:
 
 
 def on_ray(folder: Path, work: Path, pictures: int) -> dict[str, Any]:
-    """Seconds from the first to the last answer, so that starting is told apart."""
+    """Rows a second over the second half of the rows, when every actor has begun; starting is told apart."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     import ray
     from ray.cluster_utils import Cluster
@@ -329,10 +329,10 @@ def on_ray(folder: Path, work: Path, pictures: int) -> dict[str, Any]:
                 seen.append((time.perf_counter() - started, count))
         assert process.returncode == 0
         assert len(answers_of(out)) == pictures * len(QUESTIONS)
-        low, high = seen[0], seen[-1]
+        low, high = next(each for each in seen if each[1] >= seen[-1][1] // 2), seen[-1]
         found[name] = {
             "whole_seconds": time.perf_counter() - started,
-            "until_first_answer": low[0],
+            "until_first_answer": seen[0][0],
             "rows_a_second": (high[1] - low[1]) / (high[0] - low[0]),
         }
         print(name, found[name], flush=True)
