@@ -58,7 +58,7 @@ QUESTIONS = (
 TEXT_TOKENS, TEXT_LETTERS = 192, 4000
 TEXTS = [
     (Path(str(difflib.__file__)), 0),
-    (ROOT / "BENCHMARKS.md", 2000),
+    (ROOT / "docs" / "speed.md", 2000),
     (Path(str(sched.__file__)), 200),
     (ROOT / "demo" / "shapes" / "README.md", 500),
     (Path(str(calendar.__file__)), 0),
