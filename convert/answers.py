@@ -93,13 +93,12 @@ def write(
     count: int,
     ends: set[int],
     *,
-    draws: Sequence[bool] | None = None,
     reached: Reached = lambda: None,
 ) -> list[list[int]]:
     """At most `count` tokens after each of the prompts, embeddings (T, D) with 1 on context tokens in `visual` (T); no end tokens.
 
-    The likeliest ones; where `draws` says so, drawn by their chances, always the same ones. The whole batch is computed at once,
-    and in 16 bits where the processor is quicker in them. `table` (V, D) embeds what was written.
+    The likeliest ones. A batch is computed at once, and in 16 bits where the processor is quicker in them. `table` (V, D) embeds
+    what was written.
     """
     length = max(map(len, prompts))
     embeds = torch.zeros(len(prompts), length, prompts[0].shape[-1])
@@ -107,8 +106,6 @@ def write(
     for row, (prompt, here) in enumerate(zip(prompts, visual, strict=True)):
         embeds[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
         seen[row, length - len(prompt) :] = here
-    random = torch.Generator().manual_seed(0)
-    drawn = torch.tensor(draws if draws is not None else [False] * len(prompts))
     routing = {"visual_token_mask": seen} if isinstance(model, LlamaWithVisualExperts) else {}
     written: list[list[int]] = [[] for _ in prompts]
     going, past = set(range(len(prompts))), None
@@ -125,10 +122,7 @@ def write(
                 **routing,
             )
             past, routing, count = out.past_key_values, {}, count - 1
-            logits = out.logits[:, -1].float()
-            chosen = logits.argmax(-1)
-            if drawn.any():
-                chosen = torch.where(drawn, torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0], chosen)
+            chosen = out.logits[:, -1].argmax(-1)
             for row in list(going):
                 if int(chosen[row]) in ends:
                     going.discard(row)

@@ -27,7 +27,7 @@ from convert.exact import Part
 from convert.four_bits import Ready
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, Recipe, check_packed
-from convert.questions import CALIBRATION_TOKENS, calibration_texts, questions_of_proof
+from convert.questions import CALIBRATION_TOKENS, OF_PICTURE_TOKENS, calibration_texts, questions_of_proof
 from convert.recipe import round_by_inputs, take_place
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
@@ -202,9 +202,12 @@ def _in_four_bits(
 ) -> PreTrainedModel:
     """The language part with its matrices in `ready`, put in four bits by texts that the checkpoint itself writes."""
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
+    print("language: rounded by what it sees; --recipe fast takes a fraction of the time and loses more", flush=True)
     rope = copy.deepcopy(model.model.rotary_emb)  # of some models a forward changes it, and it can no longer be traced
     matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
-    with tqdm(total=2 * CALIBRATION_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False) as bar:
+    with tqdm(
+        total=CALIBRATION_TOKENS + OF_PICTURE_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False
+    ) as bar:
         texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
     model.model.rotary_emb = rope

@@ -1,12 +1,15 @@
 """What a checkpoint is asked: to calibrate its language part, and to prove a folder. Plain data, no model.
 
-The two have no question, no opening and no picture in common (tests hold it); what judges the project (tests/bench_quality.py) has
-others again.
+The two have no question and no picture in common (tests hold it); what judges a recipe (tests/bench_quality.py) has others again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from convert.recipe import Texts
 from convert.reference.model import in_float32, load_text_embeddings
 from convert.tokenizer import end_tokens
 
-CALIBRATION_TOKENS = 64  # at most, after each
+CALIBRATION_TOKENS, OF_PICTURE_TOKENS = 64, 16  # at most, after each; what is said of a picture costs a batch of its own
 
 # Answered with the likeliest tokens; kinds of what people ask: facts, code, tables, JSON, translation, sums, letters, stories.
 CALIBRATION = (
@@ -56,25 +59,22 @@ CALIBRATION = (
 )
 # About pictures that ranges of the vision part are found on too.
 OF_SEEN = ("Describe this picture in detail.", "What is in the middle?", "请描述这张图片。", "Read the text in this picture.")
-# Gone on with by drawing tokens, without a conversation's template: text that is no answer.
-OPENINGS = (
-    "The history of the town begins in the twelfth century, when",
-    'import os\nimport sys\n\n\nclass Reader:\n    """',
-    "Abstract. We study the problem of",
-    "# Installation\n\nFirst make sure that",
-    "In the beginning of the nineteenth century",
-    "#include <stdio.h>\n#include <stdlib.h>\n\nint main",
-    "中国的经济发展",
-    "Q: How do I",
-    "The following table shows",
-    "def test_",
-    "She opened the door and",
-    "Terms and conditions\n\n1. Definitions\n",
-    "Ingredients:\n- 2 cups of flour\n",
-    "public class Main {\n    private",
-    "According to the report published on Monday,",
-    "Dear all,\n\n",
+# Texts that are no answers and that every installation has: source code of Python's library, and what packages say of themselves.
+MODULES = ("textwrap", "heapq", "statistics", "argparse", "json.decoder", "zipfile", "random", "gzip")
+PACKAGES = (
+    "numpy",
+    "pillow",
+    "tqdm",
+    "transformers",
+    "huggingface-hub",
+    "safetensors",
+    "openvino",
+    "tokenizers",
+    "nncf",
+    "packaging",
 )
+PASSAGE_TOKENS = 192
+
 PROOF = (
     "Who painted the Mona Lisa, and where does it hang?",
     "Write a Python class for a bank account with deposit and withdraw.",
@@ -96,7 +96,7 @@ OF_PICTURES = (  # a page, a chart, a photograph
 def calibration_texts(
     checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vision: Part, reached: Callable[[], Any]
 ) -> Texts:
-    """What the checkpoint writes after the questions and the openings, with them; `reached` is called twice a token of all.
+    """What the checkpoint writes after the questions, with them, and passages of texts; `reached` is called once a token of all.
 
     `model` is its decoder over mapped matrices, `vision` the part that is converted already. Where answers are empty, what is asked
     is what is read.
@@ -105,27 +105,41 @@ def calibration_texts(
     plain = [Question(text) for text in CALIBRATION]
     pictured = [Question(text, tile) for text, tile in zip(OF_SEEN, tiles_seen(checkpoint.config.tile_size), strict=True)]
     prompts = prompts_of([*plain, *pictured], tokenizer, checkpoint.config.tokens_per_tile)
-    ids = [torch.from_numpy(prompt.ids) for prompt in prompts] + [torch.tensor(tokenizer.encode(text)) for text in OPENINGS]
+    ids = [torch.from_numpy(prompt.ids) for prompt in prompts]
     embeds = [F.embedding(one, table).float() for one in ids]
     visual = [torch.eq(one, prompts[0].context).long() for one in ids]
-    for prompt, rows, here in zip(prompts, embeds, visual, strict=False):
+    for prompt, rows, here in zip(prompts, embeds, visual, strict=True):
         if prompt.tile is not None:
             rows[here.bool()] = torch.from_numpy(np.array(vision(prompt.tile))).flatten(0, 1)
-    draws = [False] * len(prompts) + [True] * len(OPENINGS)
     ends = end_tokens(tokenizer, checkpoint.config, checkpoint.folder)
     written: list[list[int]] = [[] for _ in ids]
     with in_float32(model):
         for wanted in (False, True):  # prompts with a picture are much longer, and a batch is as long as its longest
             some = [number for number, here in enumerate(visual) if bool(here.any()) == wanted]
-            read, seen, drawn = [embeds[n] for n in some], [visual[n] for n in some], [draws[n] for n in some]
-            more = write(model, table, read, seen, CALIBRATION_TOKENS, ends, draws=drawn, reached=reached)
+            count = OF_PICTURE_TOKENS if wanted else CALIBRATION_TOKENS
+            more = write(model, table, [embeds[n] for n in some], [visual[n] for n in some], count, ends, reached=reached)
             for number, one in zip(some, more, strict=True):
                 written[number] = one
     whole = [
         torch.cat([rows, F.embedding(torch.tensor(more, dtype=torch.int64), table).float()])
         for rows, more in zip(embeds, written, strict=True)
     ]
-    return packed(whole, [F.pad(here, (0, len(rows) - len(here))) for here, rows in zip(visual, whole, strict=True)])
+    passages = [torch.tensor(tokenizer.encode(text)[:PASSAGE_TOKENS], dtype=torch.int64) for text in _passages()]
+    whole += [F.embedding(one, table).float() for one in passages if len(one)]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    marks = [*visual, *([nothing] * (len(whole) - len(visual)))]
+    return packed(whole, [F.pad(here, (0, len(rows) - len(here))) for here, rows in zip(marks, whole, strict=True)])
+
+
+def _passages() -> Iterator[str]:
+    """A piece of each of the texts that are here, from a third of its length on: behind licences and badges."""
+    texts = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            texts.append(str(metadata.metadata(name).json.get("description", "")))
+    for text in texts:
+        if len(text) > PASSAGE_TOKENS:
+            yield text[len(text) // 3 :][: 20 * PASSAGE_TOKENS]
 
 
 def packed(texts: list[Tensor], visual: list[Tensor]) -> Texts:

@@ -173,4 +173,5 @@ def take_place(
             continue
         matrix = module.weight
         load = partial(found.pop, called) if called in found else partial(plain, matrix)
-        module.weight = nn.Parameter(ready.placeholder(matrix.shape, matrix.dtype, load), requires_grad=False)
+        # float16, as packed matrices are: bfloat16 is one more conversion between codes and products
+        module.weight = nn.Parameter(ready.placeholder(matrix.shape, torch.float16, load), requires_grad=False)

@@ -1,7 +1,7 @@
 """python -m tests.bench_quality CHECKPOINT FOLDER...: the judge of a recipe, on a checkpoint that has been trained.
 
-Questions and texts here are neither those that a recipe is calibrated on (CALIBRATION and OPENINGS of convert/questions.py) nor
-those by which recipes were chosen (PROOF). Answers are the reference's own, texts are passages of Python's library and of our
+Questions and texts here are neither those that a recipe is calibrated on (CALIBRATION, MODULES, PACKAGES of convert/questions.py)
+nor those by which recipes were chosen (PROOF). Answers are the reference's own, texts are passages of Python's library and of our
 documents; both are read by the language part alone, with the reference's inputs. Ends with a line of JSON.
 """
 

@@ -165,7 +165,7 @@ def test_merging_a_matrix_when_it_is_compressed_writes_the_same_bytes(base, tmp_
     monkeypatch.setattr(Update, "merge", lambda self, weight, out: merged.append(weight is out) or update(self, weight, out))
     later = convert(str(source), tmp_path / "later", options).folder
     assert len(merged) > 10
-    monkeypatch.setattr("convert.pipeline._merges_later", lambda weight_format, options: False)
+    monkeypatch.setattr("convert.pipeline._merges_later", lambda weight_format, checkpoint, options: False)
     before = convert(str(source), tmp_path / "before", options).folder
     for file in (PART_FILES[part] for part in PARTS):
         weights = file.replace(".xml", ".bin")

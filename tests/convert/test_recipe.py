@@ -145,6 +145,14 @@ def test_a_matrix_that_sees_nothing_is_rounded_and_told(tiny, tmp_path, capsys, 
     assert told == [f"{start}layers.1.self_attn.q_proj, layers.1.self_attn.k_proj"]
 
 
+@pytest.mark.parametrize("name", ["tiny-phi3", "tiny-mono"])
+def test_other_decoders_take_it_too(tiny, tmp_path, name):
+    """Phi-3's rope is changed by a forward and could not be traced behind it; visual experts see the tokens of pictures alone."""
+    options = ConvertOptions(group_size=32, vision_weight_format="int8", verify=False)
+    made = convert(str(tiny(name)), tmp_path / "out", options)
+    assert made.widths["language"]["int4"] > 0.7
+
+
 def test_openvino_genai_opens_the_folder_and_answers_as_we_do(converted):
     source = DATA / "golden" / "qwen2"
     folder = converted(source, recipe="default", weight_format="int4", group_size=32, vision_weight_format="int8", verify=False)
