@@ -54,9 +54,9 @@ def test_what_its_own_schema_says_and_what_it_forbids(address, mode):
         @settings(max_examples=MADE_UP, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case: schemathesis.Case) -> None:
-            for name in ("max_tokens", "max_output_tokens"):
+            for name in ("max_tokens", "max_output_tokens") if mode == schemathesis.GenerationMode.POSITIVE else ():
                 if isinstance(case.body, dict) and isinstance(case.body.get(name, 1), int):
-                    case.body[name] = 4  # or made-up texts are answered at any length
+                    case.body[name] = 4  # or made-up texts are answered at any length; a wrong number stays wrong
             answer = case.call(headers={"authorization": f"Bearer {KEY}"}, timeout=60)
             statuses.add(answer.status_code)
             assert answer.status_code < 500, answer.text
