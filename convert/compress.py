@@ -1,6 +1,6 @@
-"""What a weight format means: NNCF's weight compression of one traced part.
+"""Weight formats in practice: NNCF's weight compression of one traced part.
 
-The only file that imports nncf. Takes and gives ov.Model; knows nothing of checkpoints or folders.
+The only file that imports nncf. Takes and returns ov.Model; knows nothing of checkpoints or folders.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Recipe:
     """The quantization_config of a checkpoint."""
 
     method: str  # awq or gptq
-    group_size: int  # -1: one a row
+    group_size: int  # -1: one group per row
     kept: tuple[str, ...]  # substrings of the names of modules that are not quantised
     stored_less: int  # by how much stored zeros are too small
 

@@ -2,7 +2,7 @@
 
 Every product with a constant matrix gets 8-bit inputs with one asymmetric range per layer, and weights with a symmetric scale a
 row. Outlier channels are first scaled down, and the matrix scaled up: X diag(s)^-1 diag(s) W, s_j = max|X_j|^a / max|W_j|^(1-a):
-SmoothQuant, G. Xiao et al. 2022, arXiv:2211.10438. Takes and gives ov.Model; knows nothing of checkpoints, folders or the source
+SmoothQuant, G. Xiao et al. 2022, arXiv:2211.10438. Takes and returns ov.Model; knows nothing of checkpoints, folders or the source
 of the pictures.
 """
 

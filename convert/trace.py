@@ -1,6 +1,6 @@
 """The parts as OpenVINO models: names, dynamic axes, KV cache as state.
 
-Takes modules of convert/reference, gives ov.Model whose weights share the module's memory (mapped from the checkpoint).
+Takes modules of convert/reference, returns ov.Model whose weights share the module's memory (mapped from the checkpoint).
 The signatures are the contract with openvino_genai and optimum-intel: names of inputs and outputs, float32 in and out, logits at
 all positions. The language part goes through optimum-intel's patches, which give the graph that GenAI's paged attention
 recognises: huggingface/optimum-intel@e1de5bee optimum/exporters/openvino/convert.py export_pytorch. Differences:

@@ -237,7 +237,7 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
         self.flash = config.flash
         self.img_context_token_id = tokenizer.encode(CONTEXT_TOKEN, add_special_tokens=False)[0]
         self.system_message = self.conv_template.system_message
-        self.feature_cache = FeatureCache(0)  # computes everything anew, as the original does
+        self.feature_cache = FeatureCache(0)  # no cache: every tile is encoded again, as upstream does
         self.generation_defaults: dict[str, Any] = {}
 
     @classmethod

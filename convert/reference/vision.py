@@ -143,7 +143,7 @@ class VisionPart(nn.Module):
         joined = v.hidden_size * factor**2
         width = config.language["hidden_size"]
         self.mlp1 = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, width), nn.GELU(), nn.Linear(width, width))
-        # select_layer indexes the hidden states: the embedding output first, then one a layer
+        # select_layer indexes the hidden states: the embeddings first, then one per layer
         states = v.num_hidden_layers + 1
         self.layers_run = config.select_layer % states
 

@@ -25,7 +25,7 @@ from runtime.media.picture import is_data_url
 from runtime.media.tiles import PictureTiles, Tiling
 from runtime.serve.protocol import ChatRequest, FilePart, ImagePart, MediaRules, Message, Text, VideoPart
 
-DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles a picture; LMDeploy's
+DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles per picture, LMDeploy's
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
