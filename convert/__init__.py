@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def convert(source: str, output: str | Path | None = None, options: ConvertOptions | None = None) -> Summary:
     """Convert `source` (a checkpoint folder or a hub id) to the model folder `output`.
 
-    `output` None is the source's name and weight format in the current folder, like `InternVL2-1B-int4`; with `serving` it is
-    `models`, and the model folder lies in it. Returns what was written. Raises InternVLError for anything wrong with the source,
-    the options or the disk, and then leaves no folder; DriftError when the result differs from the PyTorch path by more than its
-    weight format allows.
+    `output` defaults to the source's name and weight format in the current folder, like `InternVL2-1B-int4`; with `serving` to
+    `models`, which then contains the model folder. Returns a summary of what was written. Raises InternVLError, and leaves no
+    folder, if the source, the options or the disk are at fault; DriftError if the result differs from the PyTorch path by more
+    than its weight format allows.
     """
     from convert.pipeline import run
 

@@ -36,14 +36,14 @@ def parser() -> argparse.ArgumentParser:
         "--weight-format",
         choices=FORMATS,
         default=default.weight_format,
-        help="of the language part; with int4, text embeddings are int8, vision as its own flag says (default: %(default)s)",
+        help="of the language part; with int4, text embeddings are int8, vision follows its own flag (default: %(default)s)",
     )
     weights.add_argument(
         "--vision-weight-format",
         choices=VISION_FORMATS,
         default=default.vision_weight_format,
-        help="of the vision part; w8a8 computes in 8 bits too; auto: beside int4, w8a8 if pictures prove it, else int8 (as for "
-        "InternViT-6B); beside others, theirs (default: %(default)s)",
+        help="of the vision part; w8a8 computes in 8 bits too; auto: with int4, w8a8 if test pictures prove it, else int8 (always "
+        "for InternViT-6B); with other formats, that format (default: %(default)s)",
     )
     weights.add_argument(
         "--text-embeddings-weight-format", choices=FORMATS, help="of the text embeddings (default: follows --weight-format)"
@@ -52,14 +52,14 @@ def parser() -> argparse.ArgumentParser:
         "--recipe",
         choices=(*RECIPES, FAST),
         default=default.recipe,
-        help="of int4 in the language part: by what its matrices see when the checkpoint answers; small: smallest; exact: larger; "
-        "fast: rounding (default: %(default)s)",
+        help="of int4 in the language part: default, small (smallest) and exact (larger) are calibrated on the checkpoint's own "
+        "answers; fast only rounds (default: %(default)s)",
     )
     weights.add_argument(
         "--group-size",
         type=int,
         metavar="N",
-        help="int4 weights that share a scale; -1 is one scale a row (default: "
+        help="quantisation group of int4: weights that share a scale; -1 is one scale a row (default: "
         f"{RECIPES[default.recipe].group}, small, fast and vision {GROUP}, exact {RECIPES['exact'].group})",
     )
     weights.add_argument(
@@ -67,49 +67,53 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=default.ratio,
         metavar="R",
-        help="share of int4 layers, the rest in the backup precision (default: %(default)s)",
+        help="share of int4 layers; the rest has the backup precision (default: %(default)s)",
     )
     weights.add_argument("--sym", action="store_true", help="symmetric weights without zero points (default: asymmetric)")
     weights.add_argument(
         "--backup-precision",
         choices=BACKUP_PRECISIONS,
         default=default.backup_precision,
-        help="of the head and of what --ratio leaves out (default: %(default)s)",
+        help="of the head and of the layers that --ratio leaves out (default: %(default)s)",
     )
     weights.add_argument(
-        "--awq", action="store_true", help="activation-aware scaling of int4; without --dataset from the weights alone"
+        "--awq", action="store_true", help="activation-aware scaling of int4; without --dataset it uses the weights alone"
     )
     weights.add_argument("--scale-estimation", action="store_true", help="fit int4 scales to activations; needs --dataset")
     weights.add_argument(
         "--dataset",
         metavar="FOLDER",
-        help="pictures to calibrate on, beside those at hand for w8a8; every fourth is kept for the proof; NAME.txt beside "
-        "NAME.jpg is the question (default: none)",
+        help="pictures to calibrate on, besides the built-in ones for w8a8; every fourth is held out for the proof; NAME.txt "
+        "next to NAME.jpg is the question (default: none)",
     )
     weights.add_argument(
-        "--num-samples", type=int, default=default.num_samples, metavar="N", help="pictures used at most (default: %(default)s)"
+        "--num-samples",
+        type=int,
+        default=default.num_samples,
+        metavar="N",
+        help="maximum number of pictures (default: %(default)s)",
     )
     own = p.add_argument_group("fine-tuned models")
     own.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter of PEFT to merge into the weights")
-    own.add_argument("--template", metavar="NAME", help="conversation template (default: the one that config.json names)")
+    own.add_argument("--template", metavar="NAME", help="conversation template (default: named in config.json)")
     own.add_argument("--system-message", metavar="TEXT", help="system message (default: the one the model was trained with)")
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=default.verify,
-        help="compare every part with the PyTorch path; drift past the weight format's bound exits 1 (default: on)",
+        help="compare every part with the PyTorch path; exit with 1 if the drift exceeds the weight format's bound (default: on)",
     )
     p.add_argument(
         "--reference-cache",
         metavar="FOLDER",
-        help="keep what the PyTorch path says there: the next folder of this checkpoint is compared at once (default: none)",
+        help="folder for the PyTorch path's answers; later conversions of this checkpoint reuse them (default: none)",
     )
     p.add_argument(
         "--serving",
         choices=(OVMS,),
-        help="OUTPUT is a model repository of OpenVINO Model Server (default: models), the folder in it",
+        help="write the model folder into OUTPUT, a model repository of OpenVINO Model Server (default: models)",
     )
-    p.add_argument("--force", action="store_true", help="replace OUTPUT when the new folder is whole")
+    p.add_argument("--force", action="store_true", help="replace OUTPUT once the new folder is complete")
     hub = p.add_argument_group("hub")
     hub.add_argument("--revision", help="branch, tag or commit (default: main)")
     hub.add_argument("--token", help="access token (default: the stored login)")
@@ -120,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 @ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == [COMPARE]:  # its libraries are loaded when it is asked for
+    if given[:1] == [COMPARE]:  # imported here, so that other commands do not load its libraries
         from convert.compare import main as compare
 
         return compare(given[1:])
@@ -138,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except BaseException as error:
-        if interrupted.is_set():  # asked first: below OpenVINO's C++ an interrupt comes back as some other error
+        if interrupted.is_set():  # checked first: OpenVINO's C++ turns an interrupt into some other error
             print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)
             return EXIT_INTERRUPTED
         if isinstance(error, ModuleNotFoundError):

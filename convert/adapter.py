@@ -1,8 +1,8 @@
-"""An unmerged adapter as PEFT and ms-swift save it (adapter_config.json, adapter_model) -> what it changes in each tensor.
+"""An unmerged adapter as PEFT and ms-swift save it (adapter_config.json, adapter_model) -> its change of each tensor.
 
-LoRA with its patterns, rank-stabilised LoRA and DoRA are merged; biases and whole modules that were trained beside take the place
-of the model's own. Names as huggingface/peft@v0.17.0 src/peft/utils/save_and_load.py writes them. What cannot be merged is refused
-with its reason: nothing is left out silently. Knows no other files.
+LoRA with its patterns, rank-stabilised LoRA and DoRA are merged; biases and modules that were trained whole replace the model's
+own. Names as huggingface/peft@v0.17.0 src/peft/utils/save_and_load.py writes them. What cannot be merged raises an error with the
+reason: nothing is left out silently. Knows no other files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSED = {  # key -> why it cannot be merged
     "alora_invocation_tokens": "it counts from some tokens on only, which no merged weight does",
     "use_qalora": "its pairs are grouped for quantised weights",
 }
-KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal")  # named ways to start that leave the model's own weights as they are
+KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal")  # named initialisations that do not change the model's own weights
 
 
 class Adapter:
@@ -54,7 +54,7 @@ class Adapter:
             )
         if not isinstance(settings.get("lora_alpha"), int | float):
             raise CheckpointError(f"{folder / CONFIG} has no lora_alpha, a number: it is not the file that PEFT saved")
-        self._updates: dict[str, Update] = {}  # by name, then by stored name
+        self._updates: dict[str, Update] = {}  # by the adapter's name, after fit() by stored name
         self._whole: dict[str, torch.Tensor] = {}
         self._sort(self._read())
 
@@ -68,11 +68,11 @@ class Adapter:
             raise CheckpointError(f"{file} cannot be read ({error}): fetch the adapter again") from None
 
     def _sort(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put pairs, magnitudes and whole tensors apart. Raises CheckpointError, UnsupportedModelError."""
+        """Separate pairs, magnitudes and whole tensors. Raises CheckpointError, UnsupportedModelError."""
         strange, magnitudes = [], {}
         pairs: dict[str, dict[str, torch.Tensor]] = {}
         for full, tensor in tensors.items():
-            if ".original_module." in full:  # beside a module that was trained whole
+            if ".original_module." in full:  # PEFT's copy of a module that was trained whole
                 continue
             name = re.sub(r"\.modules_to_save\.(default\.)?", ".", full.removeprefix(WRAPPER).replace(".base_layer.", "."))
             if name.endswith((A, B)):
@@ -105,7 +105,7 @@ class Adapter:
             raise CheckpointError(f"{self.folder} holds magnitudes without their pairs: {some(sorted(magnitudes))}")
 
     def _scale(self, module: str, rank: int) -> float:
-        """alpha by the pattern that fits the module's name, if one does; the rank is the matrix's own."""
+        """alpha / rank (or its square root): alpha of the first pattern that matches the module, rank of this matrix."""
         alpha = float(self._settings["lora_alpha"])
         for pattern, value in (self._settings.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -114,9 +114,9 @@ class Adapter:
         return alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
 
     def fit(self, shapes: dict[str, tuple[int, ...]], published: Callable[[str], str]) -> None:
-        """Find the stored tensor of every change; an adapter of the language model alone names them from there on.
+        """Find the stored tensor of every change; names in an adapter of the language model alone lack its prefix.
 
-        `published` gives stored and adapter names a common form. Raises CheckpointError when one has no tensor or another shape.
+        `published` gives stored and adapter names a common form. Raises CheckpointError if a tensor is missing or misshapen.
         """
         stored = {published(name): name for name in shapes}
 
@@ -141,11 +141,11 @@ class Adapter:
         return name in self._updates or name in self._whole
 
     def update_alone(self, name: str) -> Update | None:
-        """The pair for the stored tensor `name`, if it is all that changes it."""
+        """The pair for the stored tensor `name`, if nothing else changes the tensor."""
         return None if name in self._whole else self._updates.get(name)
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Give a copy of the stored tensor `name` the values that the adapter has for it."""
+        """Merge the adapter's change into `weight`, a copy of the stored tensor `name`."""
         if name in self._whole:
             weight.copy_(self._whole[name])
         return self._updates[name].merge(weight, weight) if name in self._updates else weight

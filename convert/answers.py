@@ -1,7 +1,7 @@
-"""The reference's own answers: what it writes, token by token, and how likely every token is to it at each place.
+"""The reference's own answers: the tokens it writes, and its log probabilities of the whole vocabulary at each position.
 
 A cache keeps them on disk, so that another folder of the same checkpoint is compared without computing them again. Knows the
-PyTorch path, no model folder.
+PyTorch path and no model folder.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from runtime.errors import OptionError
 
 TOKENS = 32  # of an answer that is compared
 REFERENCE_FILE = "reference.json"
-ENDS = 1 << 16  # bytes at both ends of a file of weights by which it is known
+ENDS = 1 << 16  # bytes at both ends of a weight file that go into the fingerprint
 Reached = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, and one tile (1, 3, S, S) if it is about a picture."""
+    """A question, with one tile (1, 3, S, S) if it is about a picture."""
 
     text: str
     tile: np.ndarray | None = None
@@ -50,7 +50,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """A name made of all it says."""
+        """A hash of the ids and the tile."""
         told = hashlib.sha256(self.ids.astype(np.int64).tobytes())
         told.update(b"" if self.tile is None else self.tile.astype(np.float32).tobytes())
         return told.hexdigest()[:16]
@@ -58,8 +58,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and its answer, teacher-forced: ids (T + A); embeddings (T + A, D) float32 as the reference makes them; how likely
-    each token of the vocabulary is to follow, (A, V) log probabilities in float16, at the A places before the answer's tokens."""
+    """A prompt and its answer, teacher-forced: ids (T + A); embeddings (T + A, D) float32 of the reference; log probabilities
+    (A, V) of the next token, in float16, at the A positions before the answer's tokens."""
 
     ids: np.ndarray
     prompt_tokens: int
@@ -76,7 +76,7 @@ class Answer:
 
 
 def prompts_of(questions: Iterable[Question], tokenizer: PreTrainedTokenizerBase, tokens_per_tile: int) -> list[Prompt]:
-    """Questions as the model's own prompts."""
+    """Render questions as prompts with the model's chat template."""
     picture = f"{IMAGE_START}{CONTEXT_TOKEN * tokens_per_tile}{IMAGE_END}\n"
     context = context_id(tokenizer)
     return [
@@ -95,10 +95,10 @@ def write(
     *,
     reached: Reached = lambda: None,
 ) -> list[list[int]]:
-    """At most `count` tokens after each of the prompts, embeddings (T, D) with 1 on context tokens in `visual` (T); no end tokens.
+    """Decode greedily: at most `count` tokens after each prompt, without end tokens.
 
-    The likeliest ones. A batch is computed at once, and in 16 bits where the processor is quicker in them. `table` (V, D) embeds
-    what was written.
+    Prompts are embeddings (T, D); `visual` (T) is 1 on context tokens; `table` (V, D) embeds new tokens. All prompts are one
+    batch, computed in 16 bits where that is faster on this processor.
     """
     length = max(map(len, prompts))
     embeds = torch.zeros(len(prompts), length, prompts[0].shape[-1])
@@ -135,7 +135,7 @@ def write(
 
 @torch.inference_mode()
 def hidden_states(model: PreTrainedModel, embeds: Tensor, mask: Tensor, visual: Tensor | None = None) -> Tensor:
-    """Embeddings (B, T, D), which are there by `mask` (B, T) -> what the head reads (B, T, D)."""
+    """Embeddings (B, T, D) under an attention `mask` (B, T) -> hidden states (B, T, D), the input of the head."""
     if isinstance(model, LlamaWithVisualExperts):
         model.routing.mask = visual
     return model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
@@ -150,9 +150,9 @@ def answer(
     ends: set[int],
     reached: Reached = lambda: None,
 ) -> Iterator[Answer]:
-    """The reference's answers to some prompts with the features (P, D) of their tiles; `model` computes in float32.
+    """The reference's answers to prompts with the features (P, D) of their tiles; `model` computes in float32.
 
-    One that ends at once has no tokens. All of the prompts are computed together.
+    An answer that ends at once has no tokens. All prompts are one batch.
     """
     ids = [torch.from_numpy(prompt.ids) for prompt in prompts]
     embeds = [F.embedding(each, table).float() for each in ids]
@@ -183,7 +183,7 @@ def answer(
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """What tells a checkpoint from others: its configuration, template, names of tensors, and the ends of its weights' files."""
+    """A hash that identifies a checkpoint: its configuration, tensor names and shapes, and the ends of its weight files."""
     told = hashlib.sha256(json.dumps([checkpoint.raw_config, sorted(checkpoint.shapes.items())], sort_keys=True).encode())
     folders = [checkpoint.folder, *([checkpoint.adapter.folder] if checkpoint.adapter is not None else [])]
     for file in sorted(file for folder in folders for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)):
@@ -196,7 +196,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 class Kept:
-    """A folder of what the reference computed, arrays by name; it belongs to one checkpoint."""
+    """A folder with the reference's results, arrays by name; it belongs to one checkpoint."""
 
     def __init__(self, folder: Path, checkpoint: str, *, name: str):
         """Raises OptionError for a folder of another checkpoint."""
@@ -216,13 +216,13 @@ class Kept:
         return (self._folder / f"{key}.npz").exists()
 
     def put(self, key: str, **arrays: Any) -> None:
-        """Keep arrays; whole or not at all."""
+        """Store arrays, all or none."""
         beside = self._folder / f"{key}.part.npz"
         np.savez(beside, **arrays)
         beside.replace(self._folder / f"{key}.npz")
 
     def get(self, key: str) -> dict[str, np.ndarray]:
-        """Arrays that were kept."""
+        """Load stored arrays."""
         with np.load(self._folder / f"{key}.npz") as file:
             return dict(file)
 

@@ -1,7 +1,7 @@
-"""Pictures -> what the parts are calibrated on: tiles for the vision part, embeddings for the language part.
+"""Pictures -> calibration data: tiles for the vision part, embeddings for the language part.
 
-Pictures of a folder, and those that are at hand. The language part's inputs come from the parts that are already converted, so that
-the activations are those it will see.
+Pictures come from a folder, or are built-in. The language part's inputs come from the parts that are already converted, so that
+its activations are those of the model folder.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from runtime.media.tiles import Tiling, cut_pixels, cut_tiles, normalise
 from runtime.parts.part import VISUAL_MASK
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-TILES = 24  # of a dataset, seen by the vision part when its ranges are found; each takes a second or two
-SEEN = 2  # of the photographs; the others are kept apart
-UNSEEN = 7  # seed of the drawn pictures that are kept apart
-KEPT_APART = 4  # one of so many pictures of a dataset
+TILES = 24  # of a dataset, for the vision part's activation ranges; each takes a second or two
+SEEN = 2  # photographs to calibrate on; the others are held out
+UNSEEN = 7  # seed of the drawn pictures that are held out
+KEPT_APART = 4  # every fourth picture of a dataset is held out
 QUESTION = "Describe this picture in detail."
 
 
@@ -43,20 +43,20 @@ def find_pictures(dataset: str, count: int) -> list[Path]:
 
 
 def divided(pictures: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Pictures to calibrate on, and every fourth, which is kept apart for the proof."""
+    """Split pictures into those to calibrate on and every fourth, which is held out for the proof."""
     apart = pictures[KEPT_APART - 1 :: KEPT_APART]
     return [path for path in pictures if path not in apart], apart
 
 
 def calibration_tiles(pictures: list[Path], tiling: Tiling) -> list[np.ndarray]:
-    """Tiles (1, 3, S, S) of the pictures, the same number of each as far as there are: TILES in all at most."""
+    """At most TILES tiles (1, 3, S, S) of the pictures, taken from each picture in turn."""
     cut = [cut_pixels(open_picture(path), tiling)[::-1] for path in pictures[:TILES]]  # bytes, the thumbnail first
     turns = [tile for turn in zip_longest(*cut) for tile in turn if tile is not None]
     return [normalise(tile[None]) for tile in turns[:TILES]]
 
 
 def tiles_at_hand(side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Tiles (1, 3, S, S) of photographs, pages, charts and screenshots to find ranges on, and others to prove them on."""
+    """Built-in tiles (1, 3, S, S) of photographs, pages, charts and screenshots: some to calibrate on, others held out."""
     photographs = scenes.photographs()
     seen = photographs[:SEEN]
     if not photographs:
@@ -67,20 +67,20 @@ def tiles_at_hand(side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def tiles_seen(side: int) -> list[np.ndarray]:
-    """Four tiles (1, 3, S, S) of those that ranges are found on: photographs as far as there are, a page, a window, a chart."""
+    """Four of the calibration tiles (1, 3, S, S): photographs if there are any, a page, a window, a chart."""
     drawn = [draw(0) for draw in (scenes.window, scenes.chart, scenes.page)]
     photographs = [_crops(photograph)[0] for photograph in scenes.photographs()[:SEEN]] or [scenes.page(1)]
     return [_tile(picture, side) for picture in (photographs + drawn[len(photographs) - 1 :])]
 
 
 def tiles_kept_apart(side: int) -> list[np.ndarray]:
-    """Tiles (1, 3, S, S) that no range is found on: a page, a chart, a photograph if there is one."""
+    """Held-out tiles (1, 3, S, S): a page, a chart, a photograph if there is one."""
     pictures = [scenes.page(UNSEEN), scenes.chart(UNSEEN), *scenes.photographs()[SEEN:]]
     return [_tile(picture, side) for picture in pictures]
 
 
 def question_of(picture: Path) -> str:
-    """What is asked about a picture of a dataset: PICTURE.txt beside it, or a general question."""
+    """The question about a picture of a dataset: PICTURE.txt next to it, or a general question."""
     beside = picture.with_suffix(".txt")
     return beside.read_text(encoding="utf-8").strip() if beside.exists() else QUESTION
 
@@ -91,7 +91,7 @@ def tile_of(picture: Path, side: int) -> np.ndarray:
 
 
 def _crops(photograph: Image.Image) -> list[Image.Image]:
-    """As much of it as is square, and a detail."""
+    """The largest square of a photograph, and a detail."""
     width, height = photograph.size
     side, detail = min(width, height), min(width, height) // 2
     return [photograph.crop((width - side, height - side, width, height)), photograph.crop((0, height - detail, detail, height))]

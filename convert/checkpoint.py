@@ -1,7 +1,7 @@
 """A checkpoint as published or as training leaves it: a folder or a hub id -> config.json and strict, memory-mapped weights.
 
-Python files of a checkpoint are neither fetched nor looked at. Knows what tensors are called and what is merged into them, not what
-they compute; files are opened in weight_files.py.
+Python files of a checkpoint are neither fetched nor read. Knows the names of tensors and what is merged into them, not what they
+compute; weight_files.py opens the files.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from runtime.folder.contrastive import CONTRASTIVE, FEATURES, ContrastiveConfig,
 from runtime.folder.files import CONFIG_FILE, PREPROCESSOR_CONFIG_FILE
 
 FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]  # never *.py
-PICKLED = ["pytorch_model*.bin"]  # where there are no safetensors; nothing but tensors is read of them
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # that older versions saved, and that are computed
-TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "lm_head.weight", "output.weight")  # a row a token
-MOST_PADDING = 128  # rows that round a table up
+PICKLED = ["pytorch_model*.bin"]  # only where there are no safetensors; only tensors are read from them
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.position_ids)$")  # saved by older versions; computed here
+TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "lm_head.weight", "output.weight")  # one row per token
+MOST_PADDING = 128  # rows of padding at the end of a table
 LORA_KEYS = {"language": "use_llm_lora", "vision": "use_backbone_lora"}  # of config.json: ranks
 
 VISION_PREFIX = "vision_model."
@@ -42,9 +42,9 @@ Empty = Callable[..., torch.Tensor]
 
 
 def resolve(source: str, *, revision: str | None = None, token: str | None = None, cache_dir: str | None = None) -> Path:
-    """Return the local folder of `source`: a folder as it is, a hub id after fetching what is missing of it.
+    """Return the local folder of `source`: a folder itself, or a hub id's folder after fetching what is missing.
 
-    Raises CheckpointError for a folder that is not there, an unknown or gated repository, or a network that fails.
+    Raises CheckpointError for a missing folder, an unknown or gated repository, or a network failure.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -87,8 +87,8 @@ def _fetch(repo: str, revision: str | None, token: str | None, cache_dir: str | 
 class StoredTensors:
     """The tensors of a checkpoint folder, by their published names.
 
-    Opening reads headers only. `tensors()` maps a group of tensors into memory; pages are read when they are used and can be
-    dropped by the system again. `notes` are lines about what was found and passed over.
+    Opening reads headers only. `tensors()` maps a group of tensors into memory; the system reads pages on use and can drop them
+    again. `notes` are lines about what was found and skipped.
     """
 
     def __init__(self, folder: Path, raw_config: dict[str, Any]):
@@ -97,14 +97,14 @@ class StoredTensors:
         self.notes = self._files.notes
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
-        self._stored: dict[str, list[str]] = {}  # published name -> tensors of the files that it is made of, row by row
+        self._stored: dict[str, list[str]] = {}  # published name -> stored tensors whose rows it joins
         self._updates: dict[str, Update] = {}  # by stored name
-        self._cut: set[str] = set()  # tables of which only the first rows are taken
+        self._cut: set[str] = set()  # tables whose last rows, padding, are dropped
         self.recipe = read_recipe(raw_config)
         self.adapter: Adapter | None = None
 
     def _name_tensors(self, native: bool, passed_over: re.Pattern[str] | None = None) -> None:
-        """Give the tensors of the files their published names, and find the LoRA beside them."""
+        """Map stored tensors to published names, and find the LoRA pairs among them."""
         shapes, dtypes = self._files.shapes, self._files.dtypes
         names = [name for name in shapes if not BUFFERS.search(name)]
         if len(names) < len(shapes):
@@ -141,12 +141,12 @@ class StoredTensors:
             self.dtypes[name] = dtypes[parts[0]]
 
     def _forget_recipe(self) -> None:
-        """A model folder has weights of its own kind: other readers would unpack them."""
+        """Drop quantization_config: other readers of the model folder would unpack its weights by it."""
         for raw in (self.raw_config, self.raw_config.get("llm_config") or {}):
             raw.pop("quantization_config", None)
 
     def _find_lora(self, pairs: dict[str, tuple[str, str]]) -> None:
-        """Take the pairs that training left unmerged, as upstream's own training does. Raises CheckpointError."""
+        """Register the LoRA pairs that training left unmerged, as upstream's own training does. Raises CheckpointError."""
         shapes, found = self._files.shapes, ranks(self._files.shapes, pairs)
         for part, key in LORA_KEYS.items():
             said = self.raw_config.get(key) or 0
@@ -198,15 +198,15 @@ class StoredTensors:
             packed.check(self._open)
 
     def copies(self, name: str, *, later: bool = False) -> bool:
-        """Whether a tensor is a copy: unpacked, or with what was trained merged into it; `later` leaves out those that can wait."""
-        if name in self._packed:  # by the proof, if by nobody else
+        """Whether loading copies a tensor, to unpack it or to merge LoRA; `later` excludes those that can be merged later."""
+        if name in self._packed:  # the proof unpacks it, even if nothing else does
             return True
         if name in self._mxfp4:
             return False
         return any(self._changed(part) for part in self._stored[name]) and not (later and self._waits(name))
 
     def _waits(self, name: str) -> Update | None:
-        """The one update of a matrix that is traced where it lies in its file."""
+        """The one update of a matrix that can be traced in its file's mapping and merged later; None otherwise."""
         (first, *rest) = self._stored[name]
         if rest or not UNCOPIED.search(name) or name in self._cut:
             return None
@@ -230,8 +230,8 @@ class StoredTensors:
     ) -> dict[str, torch.Tensor]:
         """Map the named tensors, in the type they are stored in; a file's mapping ends when its last tensor is dropped.
 
-        Those into which something is merged are copied to tensors that `empty` gives, or wait in `later` as they are stored,
-        if they can; those that are stored in parts are copies. Packed ones wait in `ready`, or are copies of the type `unpacked`.
+        Tensors with a merge are copied to memory from `empty`, or, if they can be merged later, registered in `later` unmerged.
+        Tensors that are stored in pieces are copied. Packed ones are registered in `ready`, or unpacked to the type `unpacked`.
         """
         wanted = set(names)
         stored = {name: self._stored[name] for name in self.shapes if name in wanted and name in self._stored}
@@ -272,7 +272,7 @@ class StoredTensors:
         return made | {name: made[name][: self.shapes[name][0]] for name in self._cut & set(made)}
 
     def experts(self, name: str) -> Matrices:
-        """Joined experts (E, columns, rows) one by one, (rows, columns); those in MXFP4 are unpacked when they are asked for."""
+        """Joined experts (E, columns, rows) one by one, (rows, columns); MXFP4 is unpacked on access."""
         if name in self._mxfp4:
             return self._mxfp4[name].single(self._open)
         return [one.t() for one in self.tensors([name])[name]]
@@ -284,8 +284,8 @@ class StoredTensors:
 class Checkpoint(StoredTensors):
     """A chat checkpoint: its configuration and its tensors.
 
-    `name` is what the checkpoint is called, if its folder does not tell; `template` and `system_message` take the place of its own;
-    `adapter` is merged into the tensors it is for, and so is LoRA that training left unmerged.
+    `name` is the checkpoint's name where it is not the folder's; `template` and `system_message` replace the checkpoint's own;
+    `adapter` is merged into the tensors, and so is LoRA that training left unmerged.
     """
 
     def __init__(
@@ -304,7 +304,7 @@ class Checkpoint(StoredTensors):
             raw = published_config(raw, _processor(folder))
         if template is not None:
             raw = raw | {"template": template}
-        if system_message is None:  # what the file says of it is ignored, as upstream does
+        if system_message is None:  # the file's own system message is ignored, as upstream does
             system_message = old_system_message(name or folder.name, str(raw.get("template")))
         raw = raw | {"system_message": system_message}
         self.config = InternVLConfig.from_dict(raw)
@@ -318,7 +318,7 @@ class Checkpoint(StoredTensors):
         self._cut_tables()
 
     def _cut_tables(self) -> None:
-        """Leave out the rows with which a vocabulary was rounded up, so that no token without a meaning can win."""
+        """Drop the padding rows of the vocabulary, so that no token without a meaning can be chosen."""
         said = self.config.language.get("vocab_size")
         tables = [name for name in self.shapes if name.startswith("language_model.") and name.endswith(TABLES)]
         rows = {self.shapes[name][0] for name in tables}
@@ -337,7 +337,7 @@ class Checkpoint(StoredTensors):
 
 
 class ContrastiveCheckpoint(StoredTensors):
-    """A checkpoint of InternVL-C and -G, or of InternViT alone, whose names get the prefix that chat models give them."""
+    """A checkpoint of InternVL-C and -G, or of InternViT alone, whose tensor names get the prefix of chat models."""
 
     def __init__(self, folder: Path):
         raw = read_config(folder / CONFIG_FILE)
@@ -353,7 +353,7 @@ class ContrastiveCheckpoint(StoredTensors):
 
 
 def _processor(folder: Path) -> dict[str, Any]:
-    """The picture settings of a transformers-native checkpoint, where there are any."""
+    """The picture settings of a transformers-native checkpoint; empty if there are none."""
     old, new = folder / PREPROCESSOR_CONFIG_FILE, folder / "processor_config.json"  # new: transformers 5
     if old.exists():
         return read_config(old)
@@ -361,7 +361,7 @@ def _processor(folder: Path) -> dict[str, Any]:
 
 
 def _highest_token(folder: Path) -> int:
-    """The highest token id that the tokenizer files of a checkpoint name; -1 where none does."""
+    """The highest token id in the tokenizer files of a checkpoint; -1 if they name none."""
     highest = -1
     for file, ids in (
         ("tokenizer.json", lambda raw: [*raw.get("model", {}).get("vocab", {}).values(), *(t["id"] for t in raw["added_tokens"])]),
@@ -372,5 +372,5 @@ def _highest_token(folder: Path) -> int:
             found = json.loads((folder / file).read_text(encoding="utf-8"))
             highest = max(highest, *ids(found), -1)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # what is wrong with it is the tokenizer's to tell
+            continue  # load_tokenizer reports a broken file
     return highest

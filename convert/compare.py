@@ -1,7 +1,7 @@
 """python -m convert compare FOLDER FOLDER...: what model folders of one checkpoint lose, side by side, with size and speed.
 
-All read the same answers: those of the checkpoint (--reference), or of the first folder. Folders may be of any maker that keeps the
-parts' names. Knows how to read folders; what is measured is in quality.py.
+All are measured on the same answers: the checkpoint's (--reference), or the first folder's. Other tools may have written the
+folders, if the parts have the same names. Knows how to read folders; quality.py measures.
 """
 
 from __future__ import annotations
@@ -34,21 +34,25 @@ from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, PARTS, bytes_of, check_folder
 from runtime.folder.quality import WHOLE
 
-LEAST_ALIKE = 0.98  # cosine of some rows of the embedding table; int4 leaves 0.99 of them, other checkpoints nothing
+LEAST_ALIKE = 0.98  # cosine of some rows of the embedding table; about 0.99 in int4, near 0 for another checkpoint
 ROWS = 64
-PICTURES = 32  # of a dataset, asked about at most
+PICTURES = 32  # most pictures of a dataset
 QUESTION, REPEATS = "Describe this picture.", 5  # of --speed; the first run is not counted
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m convert compare", description="Compare what model folders of one checkpoint lose.")
     p.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="model folders, two or more, or one with --reference")
-    p.add_argument("--reference", metavar="CHECKPOINT", help="checkpoint whose answers they read (default: the first folder's)")
-    p.add_argument("--reference-cache", metavar="FOLDER", help="keep what the checkpoint says there (default: none)")
-    p.add_argument("--dataset", metavar="FOLDER", help="pictures to ask about too; NAME.txt beside NAME.jpg is the question")
-    p.add_argument("--speed", action="store_true", help="time the first token about a picture of one tile, and others, by turns")
-    p.add_argument("--json", action="store_true", help="print one JSON object a folder instead of a table")
-    p.add_argument("--plot", metavar="FILE", type=Path, help="write a plot of quality against size there (.png, .svg)")
+    p.add_argument(
+        "--reference", metavar="CHECKPOINT", help="checkpoint whose answers are the measure (default: the first folder's)"
+    )
+    p.add_argument("--reference-cache", metavar="FOLDER", help="folder that keeps the checkpoint's answers (default: none)")
+    p.add_argument("--dataset", metavar="FOLDER", help="more pictures to ask about; NAME.txt next to NAME.jpg is the question")
+    p.add_argument(
+        "--speed", action="store_true", help="time the first token and the others, about a picture of one tile, by turns"
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object per folder instead of a table")
+    p.add_argument("--plot", metavar="FILE", type=Path, help="write a plot of quality against size (.png, .svg)")
     return p
 
 
@@ -80,9 +84,9 @@ def compare(
     dataset: str | None = None,
     speed: bool = False,
 ) -> list[dict[str, Any]]:
-    """What each folder loses, as `Quality.to_dict` has it, with its `folder`, `bytes` and, for `speed`, seconds.
+    """What each folder loses, as `Quality.to_dict` gives it, with its `folder`, `bytes` and, for `speed`, seconds.
 
-    Raises OptionError, ModelFolderError for folders of different checkpoints or no whole ones, CheckpointError for the reference.
+    Raises OptionError, ModelFolderError for incomplete folders or different checkpoints, CheckpointError for the reference.
     """
     if len(folders) < 2 and reference is None:
         raise OptionError("there is one folder: give another one, or its checkpoint with --reference")
@@ -132,7 +136,7 @@ def _row(folder: Path, quality: Quality) -> dict[str, Any]:
 
 
 def _check_alike(folders: Sequence[Path], shape: str, rows: np.ndarray | None, other: str) -> None:
-    """Raise ModelFolderError unless all have a language model of one `shape`, and the same embedding table but for rounding."""
+    """Raise ModelFolderError unless all have a language model of one `shape` and, up to rounding, the same embedding table."""
     ids = np.arange(ROWS)[None]
     for folder in folders:
         own_shape = _shape(_config(folder))
@@ -151,7 +155,7 @@ def _check_alike(folders: Sequence[Path], shape: str, rows: np.ndarray | None, o
 
 
 def _answers_of(folder: Path, prompts: Sequence[Prompt], bar: tqdm) -> Iterator[tuple[str, Answer]]:
-    """A folder's own likeliest answers, as `convert.answers.answer` gives the reference's."""
+    """A folder's own greedy answers, as `convert.answers.answer` gives the reference's."""
     vision, text, language = Part(folder, "vision"), Part(folder, "text_embeddings"), LanguagePart(folder)
     ends = read_config(folder / GENERATION_CONFIG_FILE)["eos_token_id"]
     ends = {*ends} if isinstance(ends, list) else {ends}
@@ -177,7 +181,7 @@ def _answers_of(folder: Path, prompts: Sequence[Prompt], bar: tqdm) -> Iterator[
 
 
 def _by_turns(folders: Sequence[Path]) -> list[dict[str, float]]:
-    """Seconds to the first token about a picture of one tile, and a token, of each folder: medians, and the least."""
+    """Each folder's seconds to the first token about a picture of one tile and per later token: medians, and the least."""
     from PIL import Image
 
     from runtime.answer.model import OpenedModel
@@ -223,7 +227,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """KL a token against megabytes, a dot a folder. Raises OptionError where nothing was measured or the file cannot be written."""
+    """Plot KL per token against megabytes. Raises OptionError if nothing was measured or the file cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""What a weight format means: NNCF's weight compression of one traced part.
+"""Weight formats in practice: NNCF's weight compression of one traced part.
 
-The only file that imports nncf. Takes and gives ov.Model; knows nothing of checkpoints or folders.
+The only file that imports nncf. Takes and returns ov.Model; knows nothing of checkpoints or folders.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from runtime.errors import OptionError
 from runtime.parts.memory import page_out
 
 WEIGHT_TYPES = {"u4": "int4", "i4": "int4", "u8": "int8", "i8": "int8", "f16": "fp16", "bf16": "bf16", "f32": "fp32"}
-WEIGHTS_AT_ONCE = 1 << 24  # of a vocabulary matrix; NNCF takes some ten bytes for each while it works on them
+WEIGHTS_AT_ONCE = 1 << 24  # of a vocabulary matrix; NNCF takes about ten bytes for each while it works
 
 
 def _nncf() -> Any:
-    """NNCF with its telemetry off, which it would send without asking unless this variable is set at its first import."""
+    """NNCF without telemetry, which it sends unless this variable is set at its first import."""
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # which NNCF imports, and which misses CUDA aloud
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # NNCF imports it; it warns where CUDA is missing
     nncf.set_log_level("ERROR")
     return nncf
 
 
 @contextmanager
 def _compiled_once() -> Iterator[None]:
-    """Let NNCF reuse the small model it quantises matrices with.
+    """Let NNCF reuse the small model with which it quantises matrices.
 
-    It compiles one anew for each of some 300 matrices, since the result it takes lives in the infer request and would be
-    overwritten. Here the result is copied out, a quarter of the time is saved, and the bytes are the same (tests compare).
+    NNCF compiles a new one for each of some 300 matrices, since its result lives in the infer request and the next run would
+    overwrite it. Here the result is copied out; this saves a quarter of the time, and the bytes are the same (tests compare).
     """
     _nncf()
     from nncf.openvino.optimized_functions import models
@@ -75,7 +75,7 @@ def _copy(result: ov.Tensor | np.ndarray) -> ov.Tensor | np.ndarray:
 
 @contextmanager
 def _merging(later: Later) -> Iterator[None]:
-    """Give NNCF each matrix as it was trained when it asks for it, to compress it."""
+    """Merge LoRA into each matrix when NNCF reads the matrix to compress it."""
     _nncf()
     from nncf.quantization.algorithms.weight_compression import openvino_backend
 
@@ -106,13 +106,13 @@ def compress(
     *,
     spared: str | None = None,
 ) -> ov.Model:
-    """Compress the weights of `model`, which must not be used any more; fp32 and fp16 are left as they were traced.
+    """Compress the weights of `model`, which must not be used afterwards; fp32 and fp16 stay as they were traced.
 
-    int8 is one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
-    table and the last matrix in the backup precision, as NNCF has it. `samples` are inputs of the model, for the data-aware
-    algorithms. Of a part in w8a8 (convert/quantise.py) int8 is what was spared. Matrices that wait in `later` are merged on their
-    way, where `options.looks_once`. Nodes whose names match `spared` stay as they are in int8. Raises OptionError when the group
-    size does not divide a layer.
+    int8 has one scale a row, asymmetric unless `options.sym`. int4 is NNCF's INT4_ASYM (INT4_SYM) by groups, with the embedding
+    table and the last matrix in the backup precision, as in NNCF. `samples` are inputs of the model, for the data-aware
+    algorithms. In a w8a8 part (convert/quantise.py) the remaining matrices become int8. Matrices in `later` are merged when they
+    are compressed, if `options.looks_once`. In int8, nodes whose names match `spared` are not compressed. Raises OptionError if
+    the group size does not divide a row.
     """
     if weight_format in ("fp32", "fp16"):
         return model
@@ -137,7 +137,7 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
             mode=nncf.CompressWeightsMode[f"INT4_{kind}"],
             group_size=options.nncf_group,
             ratio=options.ratio,
-            all_layers=done,  # the matrix that NNCF would spare is compressed already, do not spare the one before it
+            all_layers=done,  # NNCF spares the last matrix; that is compressed already, and it must not spare another
             backup_mode=nncf.BackupMode[backup],
             awq=options.awq,
             scale_estimation=options.scale_estimation and dataset is not None,
@@ -149,10 +149,10 @@ def _compress(model: ov.Model, weight_format: str, options: ConvertOptions, samp
 
 
 def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:
-    """Compress the embedding table or the head, if the model has one, by blocks of rows; return whether it has.
+    """Compress the embedding table or the head by blocks of rows; return whether the model has one.
 
-    Each row has its own scale, so the result is what NNCF gives for the whole, in a tenth of the memory (1.6 GB for a
-    vocabulary of 150,000 in a width of 900).
+    Each row has its own scale, so the result equals NNCF's for the whole matrix, in a tenth of the memory (1.6 GB for a
+    vocabulary of 150,000 and a width of 900).
     """
     matrix = _vocabulary_matrix(model)
     if matrix is None:
@@ -181,12 +181,12 @@ def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:
         else:
             target.replace_source_output(opset.convert(result, matrix.get_output_element_type(0)).output(0))
     model.validate_nodes_and_infer_types()
-    page_out(np.asarray(matrix.data))  # 270 MB of a 1B checkpoint that the other layers' turn does not need
+    page_out(np.asarray(matrix.data))  # 270 MB of a 1B checkpoint, not needed while the other layers are compressed
     return True
 
 
 def _vocabulary_matrix(model: ov.Model) -> ov.Node | None:
-    """The matrix that the output is looked up in (text embeddings) or multiplied with (head); None for the vision part."""
+    """The embedding table (text embeddings) or the head's matrix; None for the vision part."""
     if not any(port.get_any_name() in ("logits", "inputs_embeds") for port in model.outputs):
         return None
     node = model.get_results()[0]
@@ -199,7 +199,7 @@ def _vocabulary_matrix(model: ov.Model) -> ov.Node | None:
 
 
 def _row_blocks(matrix: ov.Node) -> Iterator[ov.Tensor]:
-    """The matrix as tensors of whole rows that share its memory, in its own type (numpy has no bfloat16)."""
+    """The matrix as blocks of rows that share its memory, in its own type (numpy has no bfloat16)."""
     rows, width = matrix.get_output_shape(0)
     step = max(1, WEIGHTS_AT_ONCE // width)
     kind = matrix.get_output_element_type(0)
@@ -214,7 +214,7 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
     ids = opset.parameter([-1], dtype=ov.Type.i64)
     table = opset.convert(opset.constant(block, shared_memory=True, name="rows"), ov.Type.f32)
     small = ov.Model([opset.gather(table, ids, 0)], [ids])
-    with redirect_stdout(io.StringIO()):  # a progress bar a block would tell nothing
+    with redirect_stdout(io.StringIO()):  # hides NNCF's progress bar for every block
         nncf = _nncf()
         small = nncf.compress_weights(small, mode=nncf.CompressWeightsMode[mode])
     found = {node.get_friendly_name(): node.data for node in small.get_ops() if node.get_type_name() == "Constant"}
@@ -222,7 +222,7 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
 
 
 def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
-    """A matrix (rows, columns) in four bits, as `compress` does it with INT4_ASYM."""
+    """A matrix (rows, columns) in four bits, rounded as `compress` does with INT4_ASYM."""
     _nncf()
     from nncf import CompressWeightsMode
     from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
@@ -238,14 +238,14 @@ def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
 
 
 def check_group_size(widths: Iterable[int], group_size: int) -> None:
-    """Raise OptionError when groups do not fill the rows of a matrix, which NNCF says only after a part was traced."""
+    """Raise OptionError if the group size does not divide every row width; NNCF would only find out after tracing."""
     sizes = sorted(width for width in widths if group_size > 0 and width % group_size)
     if sizes:
         raise OptionError(_group_size_advice(sizes, group_size))
 
 
 def _group_size_advice(sizes: list[int], group_size: int) -> str:
-    """Names a row that does not fit, and the largest group size that fits all of them."""
+    """A line that names a row that does not fit, and the largest group size that fits all rows."""
     fitting = next((g for g in (128, 64, 32, 16) if g < group_size and sizes and all(size % g == 0 for size in sizes)), None)
     what = f"a layer {sizes[0]} wide" if sizes else "a layer"
     first = f"--group-size {fitting} or " if fitting else ""

@@ -1,7 +1,7 @@
 """Configuration of an InternVL model folder for transformers, which has no class of this model type.
 
-Copied into every model folder, so that optimum-intel opens it (with trust_remote_code=True) without any code of the original
-repository. Imports nothing of the project.
+Copied into every model folder, so that optimum-intel opens it (with trust_remote_code=True) without the original repository's
+code. Imports nothing of the project.
 """
 
 from transformers import PretrainedConfig
@@ -13,5 +13,5 @@ class InternVLChatConfig(PretrainedConfig):
     def __init__(self, vision_config=None, llm_config=None, **kwargs):
         super().__init__(**kwargs)
         self.vision_config = PretrainedConfig(**(vision_config or {}))
-        # transformers checks the scaling of positions against keys that this plain class has not; the graph has it built in
+        # transformers checks rope_scaling against keys that this plain class lacks; the graph has the scaling built in
         self.llm_config = PretrainedConfig(**{key: value for key, value in (llm_config or {}).items() if key != "rope_scaling"})

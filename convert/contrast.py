@@ -1,6 +1,6 @@
-"""The recipe for InternVL-C and -G and for InternViT alone: parts, tokenizer, configuration, proof, as pipeline.py has it for chat.
+"""The conversion of InternVL-C and -G and of InternViT alone: parts, tokenizer, configuration, proof; pipeline.py is chat's.
 
-One part in memory at a time. Knows what the parts are; what they compute is in reference/contrastive.py.
+One part is in memory at a time. Knows the parts; what they compute is in reference/contrastive.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from runtime.folder.sentences import Sentences
 from runtime.media.tiles import Tiling
 from runtime.parts import memory
 
-OF_CHAT = {  # options that have no meaning here
+OF_CHAT = {  # options for chat models only
     "template": "--template",
     "system_message": "--system-message",
     "adapter": "--adapter",
@@ -60,7 +60,7 @@ INTERNVIT_6B_FORMATS = ("fp32", "fp16", "int8", W8A8)
 def run(folder: Path, source: str, final: Path, options: ConvertOptions) -> Summary:
     """Convert the checkpoint in `folder`, called `source`, to `final`; see convert.convert."""
     started = time.monotonic()
-    # 1) everything that can be wrong is found before any work
+    # 1) find every mistake before any work
     for name, flag in OF_CHAT.items():
         if getattr(options, name):
             raise OptionError(f"{flag} is for chat models; {source} is none")
@@ -101,7 +101,7 @@ def run(folder: Path, source: str, final: Path, options: ConvertOptions) -> Summ
 
 
 def _formats(checkpoint: ContrastiveCheckpoint, options: ConvertOptions) -> dict[str, str]:
-    """The weight format of each part. Raises OptionError for an InternViT-6B below int8, and for what does not fit together."""
+    """The weight format of each part. Raises OptionError for an InternViT-6B below int8, or options that contradict each other."""
     is_6b = checkpoint.config.vision.qk_normalization
     vision = options.formats(["vision"], vision_is_6b=is_6b or checkpoint.kind == CONTRASTIVE)["vision"]
     if is_6b and vision not in INTERNVIT_6B_FORMATS:
@@ -119,7 +119,7 @@ def _formats(checkpoint: ContrastiveCheckpoint, options: ConvertOptions) -> dict
 
 
 def _words(checkpoint: ContrastiveCheckpoint) -> Sentences | None:
-    """The tokenizer, if there is one. Raises TokenizerError when it does not fit the embedding table."""
+    """The tokenizer, if there is one. Raises TokenizerError if it does not fit the embedding table."""
     if not isinstance(checkpoint.config, ContrastiveConfig):
         return None
     if not (checkpoint.folder / SENTENCEPIECE_FILE).exists():
@@ -135,7 +135,7 @@ def _words(checkpoint: ContrastiveCheckpoint) -> Sentences | None:
 
 
 def _row_widths(checkpoint: ContrastiveCheckpoint, formats: dict[str, str]) -> list[int]:
-    """How many weights a row has, of every matrix that is to be int4."""
+    """The row width of every matrix that becomes int4."""
     widths = []
     for name, shape in checkpoint.shapes.items():
         part = "qllama" if name.startswith("qllama.model.layers") else "vision" if name.startswith("vision_model.") else None
@@ -145,7 +145,7 @@ def _row_widths(checkpoint: ContrastiveCheckpoint, formats: dict[str, str]) -> l
 
 
 def _most_bytes(formats: dict[str, str]) -> float:
-    """Bytes a weight, of the heaviest part: the others are small beside it, or as heavy."""
+    """The most bytes a weight of any part: the other parts have as many, or are small."""
     return max(BYTES_A_WEIGHT[each] for each in formats.values())
 
 
@@ -159,7 +159,7 @@ def _convert_part(
     pictures: list[Path],
     summary: Summary,
 ) -> str:
-    """Load, trace, compress and save one part; return its weight format, which `AUTO` leaves open."""
+    """Load, trace, compress and save one part; return its weight format, which resolves `AUTO`."""
     dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
     model = _trace(part, checkpoint, dtype, scratch.empty)
     if weight_format in (AUTO, W8A8):

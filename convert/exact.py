@@ -1,6 +1,6 @@
-"""The parts of a model folder in float32 on the CPU: arrays in, arrays out, for whoever compares or calibrates.
+"""The parts of a model folder in float32 on the CPU: arrays in, arrays out, for comparison and calibration.
 
-Reads a folder as any runtime would; knows nothing of what the numbers are compared with.
+Reads a folder as any runtime would; knows nothing of the reference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import openvino as ov
 from runtime.folder.files import PART_FILES
 from runtime.parts.part import VISUAL_MASK
 
-# Compute in float32 throughout, so that what is measured is the weights and not the device's shortcuts.
+# Compute in float32 throughout, so that measurements show the weights' error and not the device's.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -29,12 +29,12 @@ class Part:
         self._request = ov.Core().compile_model(folder / PART_FILES[part], "CPU", EXACT).create_infer_request()
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
-        """Tiles (N, 3, S, S) -> context embeddings (N, P, D), or token ids (B, T) -> embeddings (B, T, D)."""
+        """Tiles (N, 3, S, S) -> image features (N, P, D), or token ids (B, T) -> embeddings (B, T, D)."""
         return self._request.infer([array])[0]
 
 
 class LanguagePart(Part):
-    """The stateful language part, with its one KV cache."""
+    """The stateful language part, with one KV cache."""
 
     def __init__(self, folder: Path):
         super().__init__(folder, "language")
@@ -45,7 +45,7 @@ class LanguagePart(Part):
     ) -> np.ndarray:
         """Embeddings (B, T, D) under a mask (B, past + T) -> logits (B, T, V), valid until the next call.
 
-        `visual` (B, T) is 1 on context tokens, for visual experts. `reset` forgets what came before.
+        `visual` (B, T) is 1 on context tokens, for visual experts. `reset` clears the KV cache first.
         """
         if reset:
             self._request.reset_state()

@@ -1,7 +1,7 @@
-"""Matrices in four bits, and the graph they are put into: constants as OpenVINO computes with them.
+"""Matrices in four bits, and how they enter a graph: as constants that OpenVINO computes with.
 
 weight[..., r, c] = (code[..., r, c] - zero[..., r, c // group]) * scale[..., r, c // group], codes and zeros in 0..15. Knows
-nothing of where the numbers come from: files that have them already (packed.py), or matrices that are rounded one by one.
+nothing of the source of the numbers: packed checkpoints (packed.py), or matrices that are rounded one by one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from openvino import opset13 as opset
 
 BITS = 4
-PLACES = 1 << 20  # bytes of a placeholder's memory in which others may begin
-PLACE = 64
+PLACES = 1 << 20  # bytes at the start of the shared memory in which placeholders begin
+PLACE = 64  # bytes between two beginnings
 
 Empty = Callable[..., torch.Tensor]
 Quantise = Callable[[torch.Tensor], "FourBits"]
@@ -28,14 +28,14 @@ class Matrices(Protocol):
     """The matrices of experts, one by one."""
 
     def __getitem__(self, number: int, /) -> torch.Tensor:
-        """That of one expert, (rows, columns)."""
+        """The matrix of one expert, (rows, columns)."""
 
 
 @dataclass(frozen=True)
 class FourBits:
-    """A matrix (..., rows, columns): its codes, zeros uint8 and scales float16 (..., rows, groups).
+    """A matrix (..., rows, columns): its codes, and zeros uint8 and scales float16 (..., rows, groups).
 
-    Codes are uint8 (..., rows, columns / 2), two columns a byte, the first in its lower half, as OpenVINO has them.
+    Codes are uint8 (..., rows, columns / 2), two columns a byte, the first in the lower half, as in OpenVINO.
     """
 
     codes: torch.Tensor
@@ -43,7 +43,7 @@ class FourBits:
     scales: torch.Tensor
 
     def unpack(self, out: torch.Tensor) -> torch.Tensor:
-        """Write the numbers they stand for to `out`; each is computed in float32."""
+        """Dequantise into `out`; computed in float32."""
         single = torch.stack([self.codes & 15, self.codes >> BITS], dim=-1).flatten(-2)
         grouped = single.unflatten(-1, (self.scales.shape[-1], -1)).to(torch.float32)
         grouped -= self.zeros[..., None]
@@ -52,15 +52,15 @@ class FourBits:
 
     @classmethod
     def stack(cls, matrices: Sequence[FourBits]) -> FourBits:
-        """Several matrices of one shape as one of one axis more."""
+        """Stack matrices of one shape along a new first axis."""
         return cls(*(torch.stack([getattr(each, name) for each in matrices]) for name in ("codes", "zeros", "scales")))
 
     def split(self, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[FourBits]:
-        """The matrices that `split` makes of the rows."""
+        """The matrices into which `split` divides the rows."""
         return [FourBits(*parts) for parts in zip(split(self.codes), split(self.zeros), split(self.scales), strict=True)]
 
     def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
-        """The matrix as a graph gives it, the way NNCF writes it, in the type `kind`; codes lie in memory that `empty` gives."""
+        """The matrix as graph nodes in NNCF's form, with output type `kind`; the codes lie in memory from `empty`."""
         *rows, half = self.codes.shape
         groups, columns = self.scales.shape[-1], 2 * half
         codes = _u4(self.codes.reshape(-1), [*rows, groups, columns // groups], name, empty)
@@ -75,14 +75,14 @@ class FourBits:
 
 
 def pairs(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers below 16 (..., columns) uint8 -> two a byte (..., columns / 2), the first in its lower half; 0 beside an odd one."""
+    """Numbers below 16 (..., columns) uint8 -> two a byte (..., columns / 2), the first in the lower half; padded with 0."""
     if numbers.shape[-1] % 2:
         numbers = torch.cat([numbers, numbers.new_zeros(*numbers.shape[:-1], 1)], dim=-1)
     return numbers[..., 0::2] | (numbers[..., 1::2] << BITS)
 
 
 def _u4(pairs: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.Node:
-    """A constant of 4-bit numbers, which are given two a byte."""
+    """A constant of 4-bit numbers, given two a byte."""
     kept = empty(pairs.shape, dtype=torch.uint8).copy_(pairs)
     made = ov.op.Constant(ov.Tensor(kept.numpy(), ov.Shape(shape), ov.Type.u4), shared_memory=True)
     made.set_friendly_name(name)
@@ -90,17 +90,17 @@ def _u4(pairs: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.No
 
 
 class Ready:
-    """Matrices that are in four bits already, known by the address of what is traced in their place.
+    """Four-bit matrices, keyed by the address of the placeholder that is traced instead of each.
 
-    The placeholders are zeros that take no memory: they lie over each other, each beginning at another place with a number of its
-    own, since OpenVINO makes one constant of two that are equal.
+    Placeholders are zeros that take no memory: they overlap, and each begins at its own offset with its own number, since
+    OpenVINO merges equal constants.
     """
 
     def __init__(self, empty: Empty, quantise: Quantise) -> None:
         self._empty, self._quantise = empty, quantise
         self._waiting: dict[int, Callable[[], FourBits]] = {}
         self._unread: dict[int, Callable[[], Matrices]] = {}
-        self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not keep
+        self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not own
         self._zeros = np.zeros(0, np.uint8)
         self._place = 0
 
@@ -108,7 +108,7 @@ class Ready:
         return len(self._waiting)
 
     def placeholder(self, shape: Iterable[int], dtype: torch.dtype, load: Callable[[], FourBits]) -> torch.Tensor:
-        """What is traced instead of the matrix that `load` gives later."""
+        """A placeholder for the matrix that `load` returns later."""
         made = self._nothing(shape, dtype)
         self._waiting[made.data_ptr()] = load
         return made
@@ -124,35 +124,35 @@ class Ready:
         return torch.from_numpy(place).view(dtype).view(shape)
 
     def split(self, matrix: torch.Tensor, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor] | None:
-        """Placeholders for the parts of the rows of one that waits; None where it does not wait."""
+        """Placeholders for the row blocks of a placeholder; None if `matrix` is no placeholder."""
         load = self._waiting.pop(matrix.data_ptr(), None)
         if load is None:
             return None
-        whole: dict[int, FourBits] = {}  # read when the first part is, kept until the last
+        whole: dict[int, FourBits] = {}  # loaded with the first block, kept until the last
 
         def part(number: int) -> FourBits:
             if not whole:
                 whole.update(enumerate(load().split(split)))
             return whole.pop(number)
 
-        heights = [len(each) for each in split(matrix[:, :1])]  # of one column, which takes no time
+        heights = [len(each) for each in split(matrix[:, :1])]  # one column suffices and takes no time
         return [self.placeholder((rows, matrix.shape[1]), matrix.dtype, partial(part, n)) for n, rows in enumerate(heights)]
 
     def join(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A placeholder for the experts of a layer, a matrix each: packed ones that wait, or others, rounded one by one."""
+        """A placeholder for a layer's experts, one matrix each: packed ones as they are, others rounded one by one."""
         quantised = [partial(self._quantise, matrix) for matrix in matrices]
         loads = [self._waiting.pop(matrix.data_ptr(), other) for matrix, other in zip(matrices, quantised, strict=True)]
         shape = (len(matrices), *matrices[0].shape)
         return self.placeholder(shape, torch.float32, lambda: FourBits.stack([load() for load in loads]))
 
     def read_later(self, shape: Iterable[int], load: Callable[[], Matrices]) -> torch.Tensor:
-        """A placeholder for joined experts (E, columns, rows) that `load` reads one by one, and that `turn` takes."""
+        """A placeholder for joined experts (E, columns, rows) that `load` reads one by one; an argument for `turn`."""
         made = self._nothing(shape, torch.bfloat16)
         self._unread[made.data_ptr()] = load
         return made
 
     def turn(self, joined: torch.Tensor) -> torch.Tensor:
-        """A placeholder (E, rows, columns) for joined experts (E, columns, rows), which are rounded one by one."""
+        """A placeholder (E, rows, columns) for transposed experts (E, columns, rows), rounded one by one."""
         read = self._unread.pop(joined.data_ptr(), lambda: [one.t() for one in joined])
         experts, columns, rows = joined.shape
 
@@ -167,7 +167,7 @@ class Ready:
         return self._kept[-1]
 
     def insert(self, model: ov.Model) -> None:
-        """Put the matrices into a traced model where their placeholders are."""
+        """Replace the placeholders in a traced model by their matrices."""
         for constant in [node for node in model.get_ops() if node.get_type_name() == "Constant"]:
             load = self._waiting.pop(np.asarray(constant.data).ctypes.data, None) if constant.get_byte_size() else None
             if load is None:

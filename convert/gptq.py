@@ -1,8 +1,8 @@
-"""GPTQ: a matrix in four bits whose product with the inputs it sees stays close, not the matrix itself.
+"""GPTQ: rounds a matrix to four bits so that its product with the calibration inputs stays close.
 
-Columns are rounded one after another, and what rounding one loses is made up for by those that follow, by the inverse of H = X^T X:
-E. Frantar et al. 2023, arXiv:2210.17323, with columns in the order of their inputs' squares, and groups that keep their places.
-Tensors in, `FourBits` out: knows nothing of models, files or where the inputs come from.
+Columns are rounded one after another, and later columns compensate the error of each, by the inverse of the Hessian H = X^T X:
+E. Frantar et al. 2023, arXiv:2210.17323, with columns in the order of H's diagonal (act-order) and static groups.
+Tensors in, `FourBits` out: knows nothing of models, files or the source of the inputs.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 
 from convert.four_bits import BITS, FourBits, pairs
 
-DAMPINGS = (0.01, 0.1)  # of the mean of H's diagonal, added to it: the first that leaves an inverse
-COLUMNS_AT_ONCE = 32  # whose losses are carried on together
+DAMPINGS = (0.01, 0.1)  # shares of the mean of H's diagonal that are added to it: the first that makes H invertible
+COLUMNS_AT_ONCE = 32  # a block, whose errors are applied to the later columns together
 WEIGHTS_AT_ONCE = 1 << 24
-WIDEST = 2048  # columns that make up for each other; wider matrices are cut, so that H and its inverse stay small
-RANGES = (1.0, 0.92, 0.84)  # shares of a group's range that are tried
+WIDEST = 2048  # columns of one Hessian; wider matrices are cut into spans, so that H and its inverse stay small
+RANGES = (1.0, 0.92, 0.84)  # clipping: shares of a group's range that are tried
 HIGHEST = (1 << BITS) - 1
 TINY = 1e-8
 
 
 def span_of(columns: int, group: int) -> int:
-    """How many columns make up for each other: the most of at most WIDEST, in whole groups, that cut a matrix in equal parts."""
+    """Columns of a span: the largest width up to WIDEST that divides the matrix equally and holds whole groups."""
     groups = columns // group
     count = next(n for n in range(min(groups, -(-columns // WIDEST)), groups + 1) if groups % n == 0)
     return columns // count
@@ -32,7 +32,7 @@ def span_of(columns: int, group: int) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small steps: a second thread is waited for longer than it helps, beside other work ten times as long."""
+    """One torch thread: in thousands of small steps synchronisation costs more than it gains, ten times on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class Inputs:
-    """What a matrix sees: H (S, k, k) of the S spans of its columns, summed up over rows of inputs."""
+    """The inputs of a matrix: Hessians H (S, k, k) of the S spans of its columns, summed over rows of inputs."""
 
     def __init__(self, columns: int, group: int):
         self.group, self.span = group, span_of(columns, group)
@@ -51,14 +51,14 @@ class Inputs:
         self._tried = False
 
     def add(self, rows: torch.Tensor) -> None:
-        """Rows (N, K) of inputs, float32: in 16 bits an input that is much larger than the others leaves H without an inverse."""
+        """Add rows (N, K) of inputs, float32: in 16 bits one very large input makes H singular."""
         for number, total in enumerate(self.sums):
             part = rows[:, number * self.span : (number + 1) * self.span]
             total.addmm_(part.t(), part)
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The order of columns (S, k) and the upper Cholesky factors (S, k, k) of H^-1 in it; None where an H is singular."""
+        """The order of columns (S, k) and, in it, the upper Cholesky factors (S, k, k) of H^-1; None if an H is singular."""
         if not self._tried:
             self._tried = True
             with _one_thread():
@@ -91,9 +91,9 @@ def _factor(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
 def scales_and_zeros(
     matrix: torch.Tensor, group: int, importance: torch.Tensor | None = None, shares: Sequence[float] = RANGES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrix (R, K) -> scales, as float16 has them, and zeros 0..15, (R, K / group) float32 each.
+    """Matrix (R, K) -> scales, rounded to float16, and zeros 0..15, (R, K / group) float32 each.
 
-    The share of a group's range is the one that loses least, a column's loss counted by `importance` (K).
+    Each group takes the share of its range with the least squared error, columns weighted by `importance` (K).
     """
     grouped = matrix.unflatten(-1, (-1, group))  # (R, G, group)
     weights = torch.ones(matrix.shape[-1]) if importance is None else importance
@@ -116,20 +116,20 @@ def scales_and_zeros(
 
 
 def loss_of_rounding(matrix: torch.Tensor, group: int, importance: torch.Tensor) -> float:
-    """What rounding a matrix (R, K) to the nearest loses, a column's loss counted by `importance` (K)."""
+    """Squared error of rounding a matrix (R, K) to the nearest, columns weighted by `importance` (K)."""
     scales, zeros = scales_and_zeros(matrix, group, shares=(1.0,))
     kept = (nearest(matrix, scales, zeros).unflatten(-1, (-1, group)) - zeros[..., None]) * scales[..., None]
     return float(((kept.flatten(-2) - matrix).square_() @ importance).sum())
 
 
 def nearest(matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Codes (R, K) float32 of the numbers next to those of a matrix."""
+    """Codes (R, K) float32 of a matrix, rounded to the nearest."""
     grouped = matrix.unflatten(-1, (scales.shape[-1], -1))
     return (grouped / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, HIGHEST).flatten(-2)
 
 
 def gptq(matrix: torch.Tensor, inputs: Inputs) -> FourBits:
-    """Matrix (R, K) -> its four bits in groups of the inputs' columns; rounded to the nearest where `inputs.factors` is None."""
+    """Quantise a matrix (R, K) in groups of `inputs.group` columns; rounds to the nearest if `inputs.factors` is None."""
     rows, factors = max(1, WEIGHTS_AT_ONCE // matrix.shape[1]), inputs.factors
     with _one_thread():
         parts = [_of_rows(some.float(), inputs, factors) for some in matrix.split(rows)]
@@ -149,13 +149,13 @@ def _of_rows(matrix: torch.Tensor, inputs: Inputs, factors: tuple[torch.Tensor, 
 def _rounded(
     matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int, order: torch.Tensor, upper: torch.Tensor
 ) -> torch.Tensor:
-    """Codes (R, K) uint8. Spans go side by side, columns in their `order`."""
+    """Codes (R, K) uint8. All spans are computed together, the columns of each in its `order`."""
     spans, width = order.shape
 
     def taken(numbers: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # (S, n, R) at (S, m) -> (S, m, R)
         return torch.stack([part.index_select(0, some) for part, some in zip(numbers, index, strict=True)])
 
-    # turned to rows, of which each is one piece of memory
+    # transposed, so that a column of the matrix is contiguous
     turned, scales, zeros = (n.t().contiguous().unflatten(0, (spans, -1)) for n in (matrix, scales, zeros))
     left, codes = taken(turned, order), torch.empty(spans, width, len(matrix), dtype=torch.uint8)
     for first in range(0, width, COLUMNS_AT_ONCE):

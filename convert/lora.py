@@ -1,9 +1,9 @@
-"""What training left beside a matrix, and the matrix with it: LoRA pairs, magnitudes of DoRA.
+"""LoRA pairs and DoRA magnitudes, and how they are merged into their matrices.
 
-W' = W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised ones: E. Hu et al. 2021, arXiv:2106.09685;
+W' = W + s B A with s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA: E. Hu et al. 2021, arXiv:2106.09685;
 D. Kalajdzievski 2023, arXiv:2312.03732. DoRA gives each row of W' the length m: S. Liu et al. 2024, arXiv:2402.09353. Everything in
-float32, one matrix at a time. Also the names that PEFT leaves in a checkpoint that was saved with its LoRA unmerged, as upstream's
-training does: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py (wrap_llm_lora).
+float32, one matrix at a time. Also PEFT's names in a checkpoint that was saved with its LoRA unmerged, as upstream's training does:
+OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py (wrap_llm_lora).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtime.errors import CheckpointError
 
 WRAPPER = "base_model.model."
 PARTS = {"language": "language_model.", "vision": "vision_model."}
-ROWS_AT_ONCE = 1 << 10  # of a matrix, which stay in the processor's caches on their way
+ROWS_AT_ONCE = 1 << 10  # of a matrix, so that they stay in the processor's caches
 UPSTREAM_SCALE = 2.0  # upstream's alpha is twice the rank
 UNCOPIED = re.compile(r"^(?!.*(embed|lm_head|output\.weight|\.experts\.)).*\.weight$")  # matrices that are traced where they lie
 PAIR = re.compile(r"\.lora_(A|B)(?:\.default)?\.weight$")
@@ -28,7 +28,7 @@ Loader = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to a matrix (rows, columns): `down` (r, columns) and `up` (rows, r); `magnitude` is the length of each row."""
+    """The update of a matrix (rows, columns): `down` (r, columns), `up` (rows, r); `magnitude` is the length of each row."""
 
     down: Loader
     up: Loader
@@ -36,10 +36,10 @@ class Update:
     magnitude: Loader | None = None
 
     def merge(self, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the matrix as it was trained to `out`, which may be of another type; computed in float32, some rows at a time."""
+        """Write the merged matrix to `out`, which may be of another type; computed in float32, ROWS_AT_ONCE at a time."""
         down, up = self.down().float(), self.up().float()
         lengths = None if self.magnitude is None else self.magnitude().float().flatten()
-        room = torch.empty(min(len(weight), ROWS_AT_ONCE), weight.shape[1])  # new memory for each block takes longer than the rest
+        room = torch.empty(min(len(weight), ROWS_AT_ONCE), weight.shape[1])  # allocating for each block takes longer than the rest
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             merged = room[: len(weight[rows])].copy_(weight[rows]).addmm_(up[rows], down, alpha=self.scale)
@@ -50,9 +50,9 @@ class Update:
 
 
 class Later:
-    """Matrices that are merged one at a time when they are compressed, known by the address of their memory.
+    """Matrices that are merged one at a time, when they are compressed; keyed by the address of their memory.
 
-    What is merged before is written to the disk, read again, and for a large model takes longer than all the rest.
+    Matrices merged earlier are written to disk and read again, which for a large model takes longer than all the rest.
     """
 
     def __init__(self) -> None:
@@ -62,13 +62,13 @@ class Later:
         return len(self._waiting)
 
     def add(self, weight: torch.Tensor, update: Update) -> None:
-        """Let a matrix wait for its update."""
+        """Register a matrix with its update."""
         self._waiting[weight.data_ptr()] = weight, update
 
     def move(
         self, weight: torch.Tensor, parts: Iterable[torch.Tensor], split: Callable[[torch.Tensor], list[torch.Tensor]]
     ) -> None:
-        """Let parts wait in the place of a matrix that `split` cut into them by its rows, if it waits."""
+        """If a matrix is registered, register instead the parts into which `split` cut its rows."""
         _, update = self._waiting.pop(weight.data_ptr(), (None, None))
         if update is None:
             return
@@ -78,20 +78,20 @@ class Later:
             self.add(part, replace(update, up=given(up), magnitude=None if length is None else given(length)))
 
     def merge(self, address: int) -> torch.Tensor | None:
-        """A copy of the matrix at this address as it was trained; None where none waits."""
+        """A merged copy of the matrix at this address; None if none is registered."""
         weight, update = self._waiting.pop(address, (None, None))
         return None if weight is None or update is None else update.merge(weight, torch.empty_like(weight))
 
 
 def given(tensor: torch.Tensor) -> Loader:
-    """A loader of what is there."""
+    """A loader of a tensor in memory."""
     return lambda: tensor
 
 
 def unwrap(names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
-    """Names of a checkpoint -> stored name by the name without PEFT's wrapping, and the pair beside each adapted matrix.
+    """Names of a checkpoint -> stored name by the name without PEFT's wrapping, and the LoRA pair of each adapted matrix.
 
-    A wrapped model's matrix is X.base_layer.weight, in PEFT before 0.7 X.weight. Raises CheckpointError for half of a pair.
+    A wrapped matrix is X.base_layer.weight, in PEFT before 0.7 X.weight. Raises CheckpointError for half of a pair.
     """
     plain: dict[str, str] = {}
     halves: dict[str, dict[str, str]] = {}

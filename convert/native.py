@@ -1,6 +1,6 @@
 """The transformers-native layout (`model_type: internvl`, the hub's -hf repositories) read as the published one.
 
-Gives the configuration the published keys, and every tensor its published name; from there on both are the same checkpoint.
+Gives the configuration the published keys, and every tensor its published name; after that both layouts are the same.
 Names of both layouts: huggingface/transformers@v5.5.4 src/transformers/models/internvl/convert_internvl_weights_to_hf.py, and the
 older ones that transformers 4.52 to 4.57 wrote (`language_model.model.*` instead of `model.language_model.*`).
 """
@@ -15,12 +15,12 @@ from runtime.folder.config import MODEL_TYPE
 
 NATIVE_TYPE = "internvl"
 TEMPLATE = "internvl2_5"  # of InternVL2.5, 3 and 3.5, the models that were published in this layout
-TEMPLATES = {"gpt_oss": "internvl3_5_gpt_oss"}  # by language model, where it is another
-MAX_TILES = 12  # of GotOcr2ImageProcessor, where preprocessor_config.json does not say
+TEMPLATES = {"gpt_oss": "internvl3_5_gpt_oss"}  # by language model, the exceptions
+MAX_TILES = 12  # default of GotOcr2ImageProcessor, where preprocessor_config.json has none
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # of the vision part, as published
 
-RENAMES = [  # (transformers', published), tried in this order on the whole name
+RENAMES = [  # (transformers', published), applied in this order to the whole name
     (r"^model\.(?=vision_tower|multi_modal_projector|language_model)", ""),
     (r"^(?=lm_head\.)", "language_model."),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
@@ -42,12 +42,12 @@ QUERY, OTHERS = ".attn.q_proj.", (".attn.k_proj.", ".attn.v_proj.")  # three mat
 
 
 def is_native(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is of this layout; InternVL-14B, a model without chat, has the same model type."""
+    """Whether a config.json has this layout; InternVL-14B, a model without chat, has the same model type."""
     return raw.get("model_type") == NATIVE_TYPE and "text_config" in raw
 
 
 def published_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the published layout that says the same. Raises CheckpointError, UnsupportedModelError."""
+    """The equivalent config.json of the published layout. Raises CheckpointError, UnsupportedModelError."""
     for key in ("vision_config", "text_config"):
         if not isinstance(raw.get(key), dict):
             raise CheckpointError(f"config.json has no {key}: it is not a complete InternVL configuration")
@@ -89,14 +89,14 @@ def published_config(raw: dict[str, Any], preprocessor: dict[str, Any]) -> dict[
 
 
 def renamed(name: str) -> str:
-    """A tensor of either generation of this layout by its published name; query, key and value stay apart."""
+    """The published name of a tensor of either generation of this layout; query, key and value stay separate."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def published_names(names: list[str]) -> dict[str, list[str]]:
-    """Published name -> the stored tensors it is made of, one or the query, key and value rows in this order."""
+    """Published name -> its stored tensors: one, or query, key and value rows in this order."""
     found: dict[str, list[str]] = {}
     for stored in names:
         name = renamed(stored)
@@ -112,7 +112,7 @@ def published_names(names: list[str]) -> dict[str, list[str]]:
 
 
 def _one(size: int | list[int]) -> int:
-    """Sides are given as one number or as height and width."""
+    """The side of a square size, given as one number or as height and width. Raises UnsupportedModelError."""
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
@@ -121,7 +121,7 @@ def _one(size: int | list[int]) -> int:
 
 
 def _class_name(text: dict[str, Any]) -> str:
-    """The language model's class: some of these files name its type only."""
+    """The language model's class by its type: some of these files name only the type."""
     import transformers
 
     kind = str(text.get("model_type"))

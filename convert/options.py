@@ -1,4 +1,4 @@
-"""How to convert: one dataclass, checked in one place. Knows no models and no files."""
+"""The options of a conversion: one dataclass, checked in one place. Knows no models and no files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.errors import OptionError
 
 FORMATS = ("fp32", "fp16", "int8", "int4")
 W8A8 = "w8a8"  # of the vision part: weights and activations in 8 bits
-AUTO = "auto"  # of the vision part, beside int4: w8a8 if it is proven on pictures, else int8
+AUTO = "auto"  # of the vision part, with int4: w8a8 if held-out pictures prove it, else int8
 VISION_FORMATS = (AUTO, *FORMATS, W8A8)
 BACKUP_PRECISIONS = ("none", "int8_sym", "int8_asym")
 GROUP = 128  # of int4 by rounding
@@ -17,23 +17,23 @@ GROUP = 128  # of int4 by rounding
 
 @dataclass(frozen=True)
 class Recipe:
-    """What int4 means for a language part: weights that share a scale, and names of the matrices that are int8 beside the head."""
+    """int4 of a language part: the size of a quantisation group, and the names of the matrices that are int8 besides the head."""
 
     group: int
     in_8_bits: str = r"^$"
 
 
-RECIPES = {  # docs/quality.md has what was tried
+RECIPES = {  # docs/quality.md lists what was tried
     "default": Recipe(64, r"\.v_proj$"),
     "small": Recipe(128),
     "exact": Recipe(32, r"\.([vko]|down)_proj$"),
 }
-FAST = "fast"  # rounding to the nearest, which looks at nothing
+FAST = "fast"  # rounding to the nearest, without calibration
 NNCFS = ("sym", "ratio", "backup_precision", "awq", "scale_estimation")  # options of NNCF's own algorithms
 
 
 def check_packed(options: ConvertOptions, recipe: str) -> None:
-    """Raise OptionError for what cannot be done to a checkpoint that is packed by `recipe`."""
+    """Raise OptionError for options that a checkpoint packed by `recipe` does not allow."""
     wish, plain = options.weight_format, ConvertOptions()
     if wish == "fp32":
         raise OptionError(
@@ -51,26 +51,26 @@ def check_packed(options: ConvertOptions, recipe: str) -> None:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert. Names and meanings are optimum-cli's; the defaults are the InternVL tutorial's recipe."""
+    """How to convert. NNCF's options have optimum-cli's names and meanings."""
 
-    weight_format: str = "int4"  # of the language part; the other parts follow by convert/compress.py's table
+    weight_format: str = "int4"  # of the language part; `formats` derives the other parts' from it
     vision_weight_format: str = AUTO
     text_embeddings_weight_format: str | None = None
     recipe: str = "default"  # of int4 in the language part: RECIPES, or fast
-    group_size: int | None = None  # weights that share a scale in int4; -1 is one scale a row; None is the recipe's
-    ratio: float = 1.0  # share of int4 layers, the rest in the backup precision
+    group_size: int | None = None  # int4 weights that share a scale; -1 is one scale a row; None is the recipe's
+    ratio: float = 1.0  # share of int4 layers; the rest has the backup precision
     sym: bool = False  # symmetric: no zero points
-    backup_precision: str = "int8_asym"  # of embeddings, head and layers left out by ratio
-    awq: bool = False  # activation-aware scaling; without a dataset it works from the weights alone
+    backup_precision: str = "int8_asym"  # of int4's embedding table, head and layers left out by ratio
+    awq: bool = False  # activation-aware scaling; without a dataset it uses the weights alone
     scale_estimation: bool = False  # fit scales to activations; needs a dataset
-    dataset: str | None = None  # folder of pictures to calibrate on; PICTURE.txt beside PICTURE.jpg is its question
-    num_samples: int = 32  # at most this many pictures of the dataset
-    template: str | None = None  # conversation template; None is the one that config.json names
-    system_message: str | None = None  # None is the one the model was trained with
+    dataset: str | None = None  # folder of pictures to calibrate on; PICTURE.txt next to PICTURE.jpg is its question
+    num_samples: int = 32  # maximum number of pictures of the dataset
+    template: str | None = None  # conversation template; None: named in config.json
+    system_message: str | None = None  # None: the one the model was trained with
     adapter: str | None = None  # folder of a LoRA adapter to merge
     verify: bool = True  # compare the parts with the PyTorch path before the folder appears
-    reference_cache: str | None = None  # folder that keeps what the PyTorch path says, for the next folder of this checkpoint
-    serving: str | None = None  # ovms: the model folder lies in a repository for OpenVINO Model Server, which is the output
+    reference_cache: str | None = None  # folder that keeps the PyTorch path's answers for later conversions of this checkpoint
+    serving: str | None = None  # ovms: the output is a repository for OpenVINO Model Server, which contains the model folder
     force: bool = False  # replace an existing model folder
     revision: str | None = None  # of a hub repository: branch, tag or commit
     token: str | None = None  # hub access token; None uses the stored login
@@ -113,7 +113,7 @@ class ConvertOptions:
 
     @property
     def by_inputs(self) -> Recipe | None:
-        """How the language part is put in four bits by what its matrices see; None where NNCF does it."""
+        """The recipe that calibrates int4 of the language part on the matrices' inputs; None where NNCF compresses it."""
         if self.weight_format != "int4" or self.recipe == FAST or self._asks_nncf:
             return None
         recipe = RECIPES[self.recipe]
@@ -121,24 +121,24 @@ class ConvertOptions:
 
     @property
     def nncf_group(self) -> int:
-        """Weights that share a scale where NNCF rounds to int4."""
+        """The size of a quantisation group where NNCF rounds to int4."""
         return GROUP if self.group_size is None else self.group_size
 
     @property
     def calibrates_language(self) -> bool:
-        """Whether the compression of the language part looks at activations."""
+        """Whether NNCF compresses the language part with activations."""
         return self.dataset is not None and not self.looks_once
 
     @property
     def looks_once(self) -> bool:
-        """Whether a matrix is looked at for nothing but its own numbers, when it is compressed."""
+        """Whether compressing a matrix needs only the matrix itself."""
         return not (self.awq or self.scale_estimation or self.ratio < 1)
 
     def formats(self, parts: Iterable[str], *, vision_is_6b: bool) -> dict[str, str]:
-        """The weight format of each of the parts; `AUTO` for a vision part that is to be proven.
+        """The weight format of each part; `AUTO` for a vision part whose w8a8 is to be proven.
 
-        InternViT-6B is int8: its activations are thousands wide, and finding their ranges takes minutes. Of a router part it is
-        that of its projector.
+        InternViT-6B is int8: its activations are thousands wide, and finding their ranges takes minutes. A router part's format
+        is that of its projector.
         """
         small = {"int4": "int8"}.get(self.weight_format, self.weight_format)
         vision = AUTO if self.weight_format == "int4" and not vision_is_6b else small

@@ -1,6 +1,6 @@
-"""Weights that are published in four bits, read as they are: AWQ, GPTQ, and MXFP4 of GPT-OSS's experts.
+"""Checkpoints published in four bits: AWQ, GPTQ, and MXFP4 of GPT-OSS's experts.
 
-Numbers are moved and never rounded again. Layouts: InternLM/lmdeploy@1263d5c lmdeploy/lite/quantization/modules/linear.py (AWQ,
+Numbers are repacked and never rounded again. Layouts: InternLM/lmdeploy@1263d5c lmdeploy/lite/quantization/modules/linear.py (AWQ,
 version gemm), AutoGPTQ/AutoGPTQ@v0.7.1 auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (GPTQ),
 huggingface/transformers@v5.5.4 src/transformers/integrations/mxfp4.py. Knows names and sizes; opens no files itself.
 """
@@ -18,8 +18,8 @@ from convert.weight_files import Shapes, some
 from runtime.errors import CheckpointError
 
 EACH = 8  # numbers in an int32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in an int32, from its lowest bits on
-MIDDLE = 8  # the zero of symmetric numbers
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in an int32, lowest bits first
+MIDDLE = 8  # the zero point of symmetric numbers
 SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 Open = Callable[[str], torch.Tensor]
@@ -27,12 +27,12 @@ Open = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What quantization_config says."""
+    """The quantization_config of a checkpoint."""
 
     method: str  # awq or gptq
-    group_size: int  # -1: one a row
-    kept: tuple[str, ...]  # parts of names of modules that stay as they are
-    stored_less: int  # what stored zeros lack
+    group_size: int  # -1: one group per row
+    kept: tuple[str, ...]  # substrings of the names of modules that are not quantised
+    stored_less: int  # by how much stored zeros are too small
 
     def __str__(self) -> str:
         groups = "one scale a row" if self.group_size == -1 else f"groups of {self.group_size}"
@@ -40,9 +40,9 @@ class Recipe:
 
 
 def read_recipe(raw: Mapping[str, Any]) -> Recipe | None:
-    """The recipe of config.json, None where the checkpoint is not packed. Raises CheckpointError for what is not read here."""
+    """The recipe in config.json, None if the checkpoint is not packed. Raises CheckpointError for an unsupported one."""
     said = raw.get("quantization_config") or (raw.get("llm_config") or {}).get("quantization_config")
-    if not said or str(said.get("quant_method")).lower() == "mxfp4":  # those tensors speak for themselves
+    if not said or str(said.get("quant_method")).lower() == "mxfp4":  # find_mxfp4 needs only names and shapes
         return None
     method, version = str(said.get("quant_method")).lower(), str(said.get("version", "gemm")).lower()
     bits, group = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size", 128))
@@ -65,7 +65,7 @@ def read_recipe(raw: Mapping[str, Any]) -> Recipe | None:
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed matrix of a checkpoint: how it is read, and its shape (rows, columns)."""
+    """One packed matrix of a checkpoint: its stored tensors and its shape (rows, columns)."""
 
     name: str  # of the matrix, published
     stored: Mapping[str, str]  # suffix -> name in the files
@@ -73,17 +73,17 @@ class Packed:
     recipe: Recipe
 
     def load(self, open_: Open) -> FourBits:
-        """Read it."""
+        """Read the matrix."""
         packed = open_(self.stored[".qweight"])
         scales = open_(self.stored[".scales"]).t().to(torch.float16).contiguous()
         if self.recipe.method == "awq":
             codes = _pairs_of_rows(packed, AWQ_ORDER).t().contiguous()
-        else:  # eight inputs in an int32, in order: four bytes of two
+        else:  # an int32 holds eight inputs in order: four bytes of two
             codes = packed.t().contiguous().view(torch.uint8)
         return FourBits(codes, self._zeros(open_, scales), scales)
 
     def check(self, open_: Open) -> None:
-        """Raise CheckpointError for groups that are no runs of columns, and for zeros that do not go into four bits."""
+        """Raise CheckpointError for groups of columns that are not contiguous, and for zeros that exceed four bits."""
         scales = open_(self.stored[".scales"])
         if ".g_idx" in self.stored:
             group, columns = open_(self.stored[".g_idx"]), self.shape[1]
@@ -97,7 +97,7 @@ class Packed:
             raise CheckpointError(f"{self.name}: a zero point is {highest}, four bits end at 15: take the unpacked weights")
 
     def _zeros(self, open_: Open, scales: torch.Tensor) -> torch.Tensor:
-        """The zeros of all groups, of the shape of `scales`."""
+        """The zeros of all groups, in the shape of `scales`."""
         if ".qzeros" not in self.stored:
             return torch.full_like(scales, MIDDLE, dtype=torch.uint8)
         order = AWQ_ORDER if self.recipe.method == "awq" else range(EACH)
@@ -105,7 +105,7 @@ class Packed:
 
 
 def _pairs_of_rows(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
-    """int32 (rows, columns / 8) -> uint8 (rows / 2, columns): of two rows, the first in the lower half of a byte."""
+    """int32 (rows, columns / 8) -> uint8 (rows / 2, columns): a byte holds two rows, the first in its lower half."""
     upper, lower = packed[1::2].contiguous().view(torch.uint8), packed[0::2].contiguous().view(torch.uint8)
     upper, lower = (each.unflatten(-1, (-1, EACH // 2)) for each in (upper, lower))  # (rows / 2, columns / 8, 4)
     out = lower.new_empty((*lower.shape[:2], EACH))
@@ -116,7 +116,7 @@ def _pairs_of_rows(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
 
 
 def _nibbles(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
-    """int32 (rows, columns / 8) -> uint8 (rows, columns); `order` says which of eight columns each four bits are, lowest first."""
+    """int32 (rows, columns / 8) -> uint8 (rows, columns); `order` gives the column of each four bits, lowest first."""
     octets = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, EACH // 2))
     out = octets.new_empty((*packed.shape, EACH))
     for place, column in enumerate(order):
@@ -128,9 +128,9 @@ def _nibbles(packed: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
 def find_packed(
     stored: dict[str, list[str]], shapes: Shapes, dtypes: Mapping[str, str], recipe: Recipe | None
 ) -> dict[str, Packed]:
-    """The packed matrices among the tensors of a checkpoint, by the name of the matrix; their tensors are taken out of `stored`.
+    """The packed matrices of a checkpoint, by the name of the matrix; removes their tensors from `stored`.
 
-    Raises CheckpointError for sizes that do not fit, tensors that are missing, and matrices that should be packed and are not.
+    Raises CheckpointError for wrong sizes, missing tensors, and matrices that should be packed and are not.
     """
     modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     if not modules:
@@ -166,7 +166,7 @@ def find_packed(
 
 
 def _shape(module: str, own: Mapping[str, str], shapes: Shapes, dtypes: Mapping[str, str], recipe: Recipe) -> tuple[int, int]:
-    """Rows and columns of a packed matrix, once its tensors fit each other."""
+    """Rows and columns of a packed matrix. Raises CheckpointError if its tensors do not fit each other."""
     if ".scales" not in own:
         raise CheckpointError(f"{module} has a qweight and no scales: the checkpoint is not whole")
     given = {suffix: [*shapes[name]] for suffix, name in own.items()}
@@ -195,7 +195,7 @@ BLOCKS, BLOCK_SCALES = "_blocks", "_scales"
 class Mxfp4:
     """Joined experts as GPT-OSS publishes them: blocks (E, rows, G, 16) uint8, each with a scale (E, rows, G) uint8.
 
-    A block is 32 numbers of e2m1, two a byte, the first in its lower half, times 2 ** (scale - 127). Format: OCP Microscaling
+    A block is 32 e2m1 numbers, two a byte, the first in the lower half, times 2 ** (scale - 127). Format: OCP Microscaling
     Formats (MX) v1.0; layout: huggingface/transformers@v5.5.4 src/transformers/integrations/mxfp4.py
     """
 
@@ -204,12 +204,12 @@ class Mxfp4:
     shape: tuple[int, int, int]  # E, columns, rows, as they are published unpacked
 
     def load(self, open_: Open) -> torch.Tensor:
-        """All experts (E, columns, rows) bfloat16, which holds each of the numbers."""
+        """All experts (E, columns, rows) in bfloat16, which represents every number exactly."""
         single = self.single(open_)
         return torch.stack([single[number] for number in range(self.shape[0])]).transpose(1, 2)
 
     def single(self, open_: Open) -> Matrices:
-        """Matrices (rows, columns) bfloat16, unpacked when they are asked for."""
+        """Matrices (rows, columns) bfloat16, unpacked on access."""
         return _Unpacked(*(open_(name) for name in self.stored))
 
 
@@ -225,7 +225,7 @@ class _Unpacked:
 
 
 def find_mxfp4(stored: dict[str, list[str]], shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, Mxfp4]:
-    """The joined experts in MXFP4 among the tensors of a checkpoint, by their names unpacked; `stored` keeps the others.
+    """The joined experts in MXFP4 of a checkpoint, by their unpacked names; removes their tensors from `stored`.
 
     Raises CheckpointError for blocks and scales that do not fit each other.
     """

@@ -1,6 +1,6 @@
-"""The recipe: source -> checks -> parts -> tokenizer and configuration -> proof -> model folder.
+"""A conversion: source -> checks -> parts -> tokenizer and configuration -> proof -> model folder.
 
-Says what it does, one line a step; the work is in the files it names.
+Calls the steps in order and prints a line for each; the imported files do the work.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     """Convert; see convert.convert."""
     started = time.monotonic()
     memory.return_freed_memory()
-    # 1) everything that can be wrong is found before any work
+    # 1) find every mistake before any work
     name = f"{Path(source).resolve().name}-{options.weight_format}"
     final = Path(output or name) if options.serving is None else Path(output or DEFAULT_REPOSITORY) / name
     check_target(final, force=options.force)
@@ -103,14 +103,14 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             check_group_size(_row_widths(checkpoint, formats, part), group)
     with new_folder(final, force=options.force) as work:
         summary = Summary(final)
-        # 2) the tokenizer, beside the parts: it is Python's work, theirs is mostly not
+        # 2) the tokenizer, in parallel with the parts: it is Python's work, theirs mostly is not
         with ThreadPoolExecutor(max_workers=1) as pool:
             saved_tokenizer = pool.submit(save_tokenizer, tokenizer, work)
             # 3) one part in memory at a time
             for part in parts_of(checkpoint.config):
                 with step(f"{part} ({W8A8 if formats[part] == AUTO else formats[part]})", partial(bytes_of, work, part)):
                     samples: Iterable[Any] = ()
-                    # the language part comes last: what it is calibrated on goes through the others
+                    # the language part comes last: its calibration inputs come from the other parts
                     if part == "language" and options.calibrates_language:
                         saved_tokenizer.result()
                         samples = calibration_samples(pictures, work, checkpoint.config, tokenizer)
@@ -152,7 +152,7 @@ def _convert_part(
     samples: Iterable[Any],
     summary: Summary,
 ) -> str:
-    """Load, trace, compress and save one part; return its weight format, which `AUTO` leaves open."""
+    """Load, trace, compress and save one part; return its weight format, which resolves `AUTO`."""
     dtype, scratch = LOAD_TYPES.get(weight_format), Scratch(work)
     recipe = _recipe(checkpoint, options) if part == "language" and weight_format == "int4" else None
     later = Later() if _merges_later(weight_format, checkpoint, options) else None
@@ -176,7 +176,7 @@ def _convert_part(
         tiles, unseen = tiles_at_hand(checkpoint.config.tile_size)
         model, weight_format, summary.proof = in_8_bits(model, weight_format, [*tiles, *samples], unseen)
         samples = ()
-    # of a packed checkpoint, and of our own recipe, what was left as it was
+    # with a packed checkpoint or our own recipe, NNCF compresses only the remaining matrices
     rest = "int8" if weight_format == "int4" and part == "language" and (checkpoint.recipe or recipe) else weight_format
     model = compress(model, rest, options, samples, later, spared=KEPT_EXACT if part == "router" else None)
     save_part(model, part, work, Path(source).name, weight_format, summary)
@@ -187,12 +187,12 @@ def _convert_part(
 
 
 def _rounds_experts(checkpoint: Checkpoint, options: ConvertOptions) -> bool:
-    """Whether experts are compressed one by one before there is a graph: where NNCF would look at nothing but their numbers."""
+    """Whether experts are rounded one by one before tracing: where NNCF would use nothing but their weights."""
     return language_kind(checkpoint.config).experts is not None and options.looks_once and not options.sym
 
 
 def _recipe(checkpoint: Checkpoint, options: ConvertOptions) -> Recipe | None:
-    """How the language part is put in four bits by what its matrices see; None for what is packed, and for experts."""
+    """The recipe that calibrates int4 of the language part; None for packed checkpoints and for experts."""
     packed = checkpoint.recipe is not None or language_kind(checkpoint.config).experts is not None
     return None if packed else options.by_inputs
 
@@ -200,10 +200,10 @@ def _recipe(checkpoint: Checkpoint, options: ConvertOptions) -> Recipe | None:
 def _in_four_bits(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe, scratch: Scratch, ready: Ready
 ) -> PreTrainedModel:
-    """The language part with its matrices in `ready`, put in four bits by texts that the checkpoint itself writes."""
+    """The language part with its matrices in `ready`, quantised to four bits on texts that the checkpoint itself writes."""
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
     print("language: rounded by what it sees; --recipe fast takes a fraction of the time and loses more", flush=True)
-    rope = copy.deepcopy(model.model.rotary_emb)  # of some models a forward changes it, and it can no longer be traced
+    rope = copy.deepcopy(model.model.rotary_emb)  # some models change it in a forward and cannot be traced afterwards
     matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
     with tqdm(
         total=CALIBRATION_TOKENS + OF_PICTURE_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False
@@ -218,18 +218,18 @@ def _in_four_bits(
 
 
 def _merges_later(weight_format: str, checkpoint: Checkpoint, options: ConvertOptions) -> bool:
-    """Whether LoRA is merged when a matrix is compressed: not where others look at it before, or where it is cast."""
+    """Whether LoRA is merged when a matrix is compressed: not if something reads or casts the matrix before."""
     sees = weight_format == "int4" and _recipe(checkpoint, options) is not None
     return weight_format in ("int8", "int4") and options.looks_once and not sees
 
 
 def _part_of(name: str) -> str:
-    """Which part a tensor belongs to by its published name; an embedding table counts as the language part's."""
+    """The part of a tensor by its published name; an embedding table counts as the language part's."""
     return "language" if name.startswith("language_model.") else "router" if ROUTER.search(name) else "vision"
 
 
 def _row_widths(checkpoint: Checkpoint, formats: dict[str, str], part: str) -> list[int]:
-    """How many weights a row has, of every matrix of a part that is to be int4; GPT-OSS keeps its experts turned."""
+    """The row width of every matrix of a part that becomes int4; GPT-OSS stores its experts transposed."""
     widths = []
     for name, shape in checkpoint.shapes.items():
         if _part_of(name) != part:
@@ -241,7 +241,7 @@ def _row_widths(checkpoint: Checkpoint, formats: dict[str, str], part: str) -> l
 
 
 def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: ConvertOptions) -> int:
-    """About what the folder will take on disk, and the copies of one part beside it."""
+    """An estimate of the folder's size on disk, plus the scratch copies of one part."""
     sizes, copies = dict.fromkeys(formats, 0.0), dict.fromkeys(formats, 0.0)
     for name, shape in checkpoint.shapes.items():
         part = "text_embeddings" if name.startswith("language_model.") and "embed" in name else _part_of(name)

@@ -1,9 +1,9 @@
-"""The ruler of a model folder: how far its next token is from the reference's, on the reference's own answers.
+"""The quality of a model folder: how far its next token is from the reference's, on the reference's own answers.
 
-Teacher-forced: both read the same tokens. Mean Kullback-Leibler divergence of the next token, the share of tokens where the
-likeliest is the same, and the first one that differs (median of the answers), for each part alone and for all together. The
-language part alone has the reference's inputs; the others are told by what their rows change in what the folder's own language part
-says.
+Teacher-forced: both read the same tokens. Measured are the mean Kullback-Leibler divergence of the next token, the share of tokens
+with the same likeliest token, and the first token that differs (median of the answers), for each part alone and for all together.
+The language part alone gets the reference's inputs; another part alone is measured by how its rows change the logits of the
+folder's own language part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.folder.quality import WHOLE
 
 @dataclass
 class Measured:
-    """What was lost so far, in sums over tokens, and the first other token of each answer (from 1), None where there is none."""
+    """Sums over the tokens measured so far, and the first differing token of each answer (from 1), None if there is none."""
 
     tokens: int = 0
     divergence: float = 0.0
@@ -35,7 +35,7 @@ class Measured:
     firsts: list[int | None] = field(default_factory=list)
 
     def add(self, wanted: Tensor, found: Tensor) -> None:
-        """Log probabilities (A, V) of one answer, as they should be and as they are."""
+        """Add one answer: log probabilities (A, V) of the reference and of the folder."""
         self.tokens += len(wanted)
         self.divergence += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
         same = wanted.argmax(-1) == found.argmax(-1)
@@ -45,17 +45,17 @@ class Measured:
 
     @property
     def kl(self) -> float:
-        """Mean divergence of a token, in nats; rounding to float16 can leave it a hair below 0."""
+        """Mean divergence per token, in nats; float16 rounding can push the sum slightly below 0."""
         return max(0.0, self.divergence / self.tokens)
 
     @property
     def same(self) -> float:
-        """Share of tokens whose likeliest is the same."""
+        """Share of tokens with the same likeliest token."""
         return self.agreed / self.tokens
 
     @property
     def first(self) -> int | None:
-        """The median answer's first other token; None where that has none."""
+        """The first differing token of the median answer; None if it has none."""
         ends = [float("inf") if first is None else first for first in self.firsts]
         middle = statistics.median_low(ends)
         return None if middle == float("inf") else int(middle)
@@ -66,7 +66,7 @@ class Measured:
 
 @dataclass
 class Quality:
-    """What a folder loses: of each part alone, and of all together; `asked` questions, of which `answered` had an answer."""
+    """What a folder loses, by each part alone and by all together; `answered` of `asked` questions had an answer."""
 
     parts: dict[str, Measured]
     asked: int
@@ -81,7 +81,7 @@ class Quality:
         }
 
     def write(self, folder: Path) -> None:
-        """Into the model folder. Raises OSError."""
+        """Write quality.json into the model folder. Raises OSError."""
         (folder / QUALITY_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def lines(self) -> list[str]:
@@ -106,7 +106,7 @@ def measure(
 ) -> Quality:
     """Compare a folder with the reference's answers, each with the tile (1, 3, S, S) that it is about.
 
-    `alone` False leaves out the parts alone. `reached` is called once an answer.
+    `alone` False measures only all parts together. `reached` is called once per answer.
     """
     vision, text, language = Part(folder, "vision"), Part(folder, "text_embeddings"), LanguagePart(folder)
     parts = {part: Measured() for part in (("language", "vision", "text_embeddings", WHOLE) if alone else (WHOLE,))}

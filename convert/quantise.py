@@ -1,9 +1,9 @@
-"""w8a8: the vision part with weights and activations in 8 bits, ranges and smoothing found on pictures, proven on others.
+"""w8a8: the vision part with weights and activations in 8 bits, calibrated on pictures and proven on held-out ones.
 
-Every product with a constant matrix gets 8-bit inputs: one range a layer, asymmetric, and weights with a scale a row, symmetric.
-What a few channels have too much of is moved into the matrix before: X diag(s)^-1 diag(s) W, s_j = max|X_j|^a / max|W_j|^(1-a):
-SmoothQuant, G. Xiao et al. 2022, arXiv:2211.10438. Takes and gives ov.Model; knows nothing of checkpoints, folders or of where the
-pictures come from.
+Every product with a constant matrix gets 8-bit inputs with one asymmetric range per layer, and weights with a symmetric scale a
+row. Outlier channels are first scaled down, and the matrix scaled up: X diag(s)^-1 diag(s) W, s_j = max|X_j|^a / max|W_j|^(1-a):
+SmoothQuant, G. Xiao et al. 2022, arXiv:2211.10438. Takes and returns ov.Model; knows nothing of checkpoints, folders or the source
+of the pictures.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from tqdm import tqdm
 from runtime.parts.attention import open_attention
 from runtime.parts.memory import leaving, page_out
 
-LEAST_COSINE, LEAST_WORST = 0.998, 0.99  # of all context embeddings to the model's before, and of the worst hundredth of them
-SMOOTHING = 0.3  # stronger ones fit the pictures that were seen, and clip what others bring (docs/experiments.md)
-SPARED = (0.0, 0.125, 0.25)  # share of the products that keep their inputs, the noisiest: what is tried, until the proof holds
-SAMPLED = 3  # tiles that tell which products are noisy
-LEVELS, MOST = 256, 127  # of activations, and the largest weight
+LEAST_COSINE, LEAST_WORST = 0.998, 0.99  # of image features before and after: all of them, and the worst hundredth
+SMOOTHING = 0.3  # larger values overfit the calibration pictures and clip others (docs/experiments.md)
+SPARED = (0.0, 0.125, 0.25)  # shares of the products, noisiest first, that are not quantised: tried until the proof holds
+SAMPLED = 3  # tiles that rank the products by noise
+LEVELS, MOST = 256, 127  # of an activation, and the largest quantised weight
 TINY = 1e-5
 WITHOUT_8_BIT_INPUTS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # as exact as the processor's own precision
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How close context embeddings come to those of the model before: cosine of all, and of the worst hundredth of tokens."""
+    """How close image features come to the unquantised model's: cosine of all, and of the worst hundredth of tokens."""
 
     cosine: float
     worst: float
 
     @property
     def holds(self) -> bool:
-        """Whether the bounds are kept; not for NaN."""
+        """Whether both bounds hold; False for NaN."""
         return self.cosine >= LEAST_COSINE and self.worst >= LEAST_WORST
 
     def __str__(self) -> str:
@@ -54,9 +54,9 @@ class _Range:
 
 
 def quantise(model: ov.Model, tiles: Sequence[np.ndarray], unseen: Sequence[np.ndarray]) -> tuple[ov.Model, Proof]:
-    """The vision part in 8 bits, with ranges of `tiles`, and its proof on `unseen` ones, all (1, 3, S, S); `model` stays as it is.
+    """The vision part in 8 bits, calibrated on `tiles`, and its proof on `unseen` ones, all (1, 3, S, S); `model` is not changed.
 
-    If the proof does not hold, the noisiest products keep their inputs as they are; the last one tried comes back in any case.
+    If the proof does not hold, the noisiest products stay unquantised; the last attempt is returned in any case.
     """
     with tqdm(total=len(tiles) + 2 * len(unseen), desc="Finding ranges", disable=None, leave=False) as bar:
         seen, wanted = _observed(model, (opset.reduce_min, opset.reduce_max), tiles, unseen, bar)
@@ -78,13 +78,13 @@ def _compiled(model: ov.Model, properties: dict[str, str]) -> ov.CompiledModel:
 
 
 def _rows(features: np.ndarray, bar: tqdm) -> np.ndarray:
-    """Features (1, P, D) -> rows (P, D) of their own."""
+    """Features (1, P, D) -> a copy of their rows (P, D)."""
     bar.update()
     return np.array(features).reshape(-1, features.shape[-1])
 
 
 def _cosines(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Of all values of two sets of rows (N, D), and of the worst hundredth of rows."""
+    """Cosine of all values of two sets of rows (N, D), and of the worst hundredth of rows."""
     a, b = wanted.astype(np.float64), found.astype(np.float64)
     products, lengths = (a * b).sum(1), np.sqrt((a * a).sum(1) * (b * b).sum(1))
     whole = products.sum() / np.sqrt((a * a).sum() * (b * b).sum())
@@ -92,7 +92,7 @@ def _cosines(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
 
 
 def _products(model: ov.Model) -> list[ov.Node]:
-    """Every product with a constant matrix, in order."""
+    """Every product with a constant matrix, in topological order."""
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
     return [node for node in found if _matrix(node).get_type_name() == "Constant" and len(_matrix(node).get_output_shape(0)) == 2]
 
@@ -111,7 +111,7 @@ def _observed(
     unseen: Sequence[np.ndarray],
     bar: tqdm,
 ) -> tuple[list[list[np.ndarray]], np.ndarray]:
-    """What the reductions give of every product's inputs, (tiles, K) each, and the features (N, D) of the unseen tiles."""
+    """The reductions of every product's inputs, (tiles, K) each, and the features (N, D) of the unseen tiles."""
     watched, own = model.clone(), len(model.outputs)
     ends = []
     for product in _products(watched):
@@ -128,7 +128,7 @@ def _observed(
 
     found: list[list[np.ndarray]] = []
     for tile in tiles:
-        with nullcontext() if found else leaving(let_go):  # weights are packed by the first run
+        with nullcontext() if found else leaving(let_go):  # the first run packs the weights
             given = run([tile])
         found.append([np.array(given[place]) for place in range(own, own + len(ends))])
         bar.update()
@@ -139,7 +139,7 @@ def _observed(
 
 
 def _noisiest_first(model: ov.Model, ranges: list[_Range], tiles: Sequence[np.ndarray], bar: tqdm) -> list[int]:
-    """The products by what rounding adds to their outputs, as a share of those, where errors and inputs are independent."""
+    """The products, ranked by their relative rounding noise, if errors and inputs are independent."""
 
     def square(given: ov.Output, axes: ov.Node) -> ov.Node:
         return opset.reduce_mean(opset.multiply(given, given), axes)
@@ -156,7 +156,7 @@ def _noisiest_first(model: ov.Model, ranges: list[_Range], tiles: Sequence[np.nd
 
 
 def _in_8_bits(model: ov.Model, ranges: list[_Range], kept: set[int]) -> ov.Model:
-    """`model` with 8-bit products, but for those numbers that are kept as they are."""
+    """`model` with 8-bit products, except those whose numbers are in `kept`."""
     made = model.clone()
     for number, (product, seen) in enumerate(zip(_products(made), ranges, strict=True)):
         if number not in kept:
@@ -166,7 +166,7 @@ def _in_8_bits(model: ov.Model, ranges: list[_Range], kept: set[int]) -> ov.Mode
 
 
 def _to_8_bits(product: ov.Node, seen: _Range) -> None:
-    """Put a product in the place of this one whose inputs and weights are rounded."""
+    """Replace a product by one with quantised inputs and weights."""
     weights = _weights(product)
     scale = _smoothing(seen, weights)
     given = product.input_value(0)
@@ -191,19 +191,19 @@ def _weights(product: ov.Node) -> np.ndarray:
 
 
 def _smoothing(seen: _Range, weights: np.ndarray) -> np.ndarray:
-    """What each input (K,) is divided by; about 1 in the mean."""
+    """The smoothing divisor of each input channel (K,); its geometric mean is 1."""
     inputs = np.maximum(np.maximum(np.abs(seen.low), np.abs(seen.high)), TINY)
     scale = inputs**SMOOTHING / np.maximum(np.abs(weights).max(0), TINY) ** (1 - SMOOTHING)
     return (scale / np.exp(np.log(scale).mean())).astype(np.float32)
 
 
 def _steps(weights: np.ndarray) -> np.ndarray:
-    """How far apart the levels of each row's weights are, (N, 1)."""
+    """The scale of each row's weights, (N, 1)."""
     return np.maximum(np.abs(weights).max(1, keepdims=True) / MOST, np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def _levels(seen: _Range, scale: np.ndarray) -> tuple[float, float]:
-    """The range of a layer's input after smoothing, widened so that one level is 0."""
+    """The range of a layer's input after smoothing, widened so that one level is exactly 0."""
     low, high = min(float((seen.low / scale).min()), 0.0), max(float((seen.high / scale).max()), TINY)
     zero = round(-low * (LEVELS - 1) / (high - low))
     step = high / (LEVELS - 1 - zero) if zero < LEVELS - 1 else 0.0

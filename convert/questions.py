@@ -1,6 +1,6 @@
-"""What a checkpoint is asked: to calibrate its language part, and to prove a folder. Plain data, no model.
+"""The questions to a checkpoint, to calibrate its language part and to prove a folder; and the texts made from its answers.
 
-The two have no question and no picture in common (tests hold it); what judges a recipe (tests/bench_quality.py) has others again.
+The two sets share no question and no picture (tests check it); tests/bench_quality.py, which judges recipes, has a third set.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from convert.recipe import Texts
 from convert.reference.model import in_float32, load_text_embeddings
 from convert.tokenizer import end_tokens
 
-CALIBRATION_TOKENS, OF_PICTURE_TOKENS = 64, 16  # at most, after each; what is said of a picture costs a batch of its own
+CALIBRATION_TOKENS, OF_PICTURE_TOKENS = 64, 16  # most tokens of an answer; answers about pictures need a batch of their own
 
-# Answered with the likeliest tokens; kinds of what people ask: facts, code, tables, JSON, translation, sums, letters, stories.
+# Answered greedily; typical kinds of questions: facts, code, tables, JSON, translation, sums, letters, stories.
 CALIBRATION = (
     "What is the capital of Australia, and what is it known for?",
     "Explain in three sentences why the sky is blue.",
@@ -57,9 +57,9 @@ CALIBRATION = (
     "What should a person do when a kitchen fire starts?",
     "Explain how a hash table works, and what happens when two keys collide.",
 )
-# About pictures that ranges of the vision part are found on too.
+# About pictures on which the vision part is calibrated too.
 OF_SEEN = ("Describe this picture in detail.", "What is in the middle?", "请描述这张图片。", "Read the text in this picture.")
-# Texts that are no answers and that every installation has: source code of Python's library, and what packages say of themselves.
+# Texts other than answers that every installation has: source code of Python's library, and descriptions of packages.
 MODULES = ("textwrap", "heapq", "statistics", "argparse", "json.decoder", "zipfile", "random", "gzip")
 PACKAGES = (
     "numpy",
@@ -96,10 +96,10 @@ OF_PICTURES = (  # a page, a chart, a photograph
 def calibration_texts(
     checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vision: Part, reached: Callable[[], Any]
 ) -> Texts:
-    """What the checkpoint writes after the questions, with them, and passages of texts; `reached` is called once a token of all.
+    """The questions with the checkpoint's own answers, and passages of texts; `reached` is called once per decode step.
 
-    `model` is its decoder over mapped matrices, `vision` the part that is converted already. Where answers are empty, what is asked
-    is what is read.
+    `model` is its decoder over mapped matrices, `vision` the part that is converted already. If an answer is empty, the text is
+    the question alone.
     """
     table = load_text_embeddings(checkpoint, None)
     plain = [Question(text) for text in CALIBRATION]
@@ -132,7 +132,7 @@ def calibration_texts(
 
 
 def _passages() -> Iterator[str]:
-    """A piece of each of the texts that are here, from a third of its length on: behind licences and badges."""
+    """A piece of each installed text, from a third of its length on: after licences and badges."""
     texts = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -143,7 +143,7 @@ def _passages() -> Iterator[str]:
 
 
 def packed(texts: list[Tensor], visual: list[Tensor]) -> Texts:
-    """Texts (T, D), with 1 on context tokens (T), in rows as long as the longest: short ones stand behind each other in one."""
+    """Pack texts (T, D), and their marks of context tokens (T), into rows of the longest's length: short ones share a row."""
     longest = max(map(len, texts))
     rows: list[list[int]] = []
     for number in sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True):
@@ -159,9 +159,9 @@ def packed(texts: list[Tensor], visual: list[Tensor]) -> Texts:
 
 
 def questions_of_proof(side: int, pictures: Iterable[Path] = ()) -> list[Question]:
-    """What a folder is proven with: plain questions, and some about pictures that no part was calibrated on.
+    """The questions that prove a folder: plain ones, and some about held-out pictures.
 
-    `pictures` of a dataset, each with its question (PICTURE.txt, or a general one), are asked about too, as one tile.
+    `pictures` of a dataset are added as one tile each, with their questions (PICTURE.txt, or a general one).
     """
     own = [Question(text, tile) for text, tile in zip(OF_PICTURES, tiles_kept_apart(side), strict=False)]
     given = [Question(question_of(path), tile_of(path, side)) for path in pictures]

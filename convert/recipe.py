@@ -1,7 +1,7 @@
-"""What int4 means for a language part: which matrix gets which bits, and groups, found in one pass over texts.
+"""int4 of a language part: bits and quantisation groups of each matrix, calibrated in one forward pass over texts.
 
-A matrix is put in four bits when the pass reaches it, so that those behind it see what it gives, and one layer is in memory at a
-time. Takes a decoder and what it reads; knows nothing of checkpoints, of pictures or of where the texts come from.
+A matrix is quantised when the pass first uses it, so that later matrices get the outputs of its quantised weights, and one layer
+is in memory at a time. Takes a decoder and its inputs; knows nothing of checkpoints, pictures or the source of the texts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from convert.reference.model import quick_type
 Empty = Callable[..., Tensor]
 NORMS = ("input_layernorm", "post_attention_layernorm")
 POWERS = (0.25, 0.5, 0.75, 1.0)
-HELPS = 0.95  # of the loss without it: less is noise
+HELPS = 0.95  # scaling must lower the loss to this share; smaller gains are noise
 TRIED_ROWS = 512
-LEAST_SIZE, TINY = 1e-2, 1e-6  # of a column, as a share of the mean
+LEAST_SIZE, TINY = 1e-2, 1e-6  # lower bounds of a column's mean size: a share of the overall mean, plus a constant
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What a decoder reads: embeddings (B, T, D) float32; which of them are there, and which stand for pictures (B, T)."""
+    """Inputs of a decoder: embeddings (B, T, D) float32, the attention mask (B, T), and 1 on context tokens (B, T)."""
 
     embeds: Tensor
     mask: Tensor
@@ -45,17 +45,17 @@ class Texts:
 def round_by_inputs(
     model: PreTrainedModel, texts: Texts, recipe: Recipe, empty: Empty, reached: Callable[[], Any]
 ) -> tuple[dict[str, FourBits], list[str]]:
-    """The matrices of a decoder's layers in four bits, by name, and the names of those whose H was singular and that were rounded.
+    """The matrices of a decoder's layers in four bits, by name, and the names of those that were only rounded: singular Hessian.
 
-    Where a norm gives some channels far more than others, a part of it is moved from the norm into the columns behind it, in the
-    model too: X diag(s)^-1 diag(s) W, J. Lin et al. 2023, arXiv:2306.00978. `empty` gives the memory of what is kept; `reached` is
-    called once a matrix.
+    Where some channels after a norm are much larger than others, a scale moves from the norm into the next matrices' columns, in
+    `model` too: X diag(s)^-1 diag(s) W, J. Lin et al. 2023, arXiv:2306.00978 (AWQ). `empty` gives the memory of the results;
+    `reached` is called once per matrix.
     """
     walk = _Walk(texts.mask.bool(), recipe, empty, reached, quick_type())
     layers: nn.Module = model.model.layers
     names: dict[Any, str] = {module: f"layers.{name}" for name, module in layers.named_modules() if type(module) is nn.Linear}
     norms = [module for name, module in layers.named_modules() if name.endswith(NORMS)]
-    if isinstance(model, LlamaWithVisualExperts):  # whose experts for pictures read the second norm too
+    if isinstance(model, LlamaWithVisualExperts):  # its visual experts read the second norm too
         norms = [module for name, module in layers.named_modules() if name.endswith(NORMS[0])]
     hooks = [norm.register_forward_hook(walk.normed) for norm in norms]
     try:
@@ -73,7 +73,7 @@ def round_by_inputs(
 
 
 class _Watched(nn.Linear):
-    """A linear layer that is put in four bits when it is first used, and computes with what those stand for."""
+    """A linear layer that is quantised when it is called, and computes with the dequantised weights."""
 
     walk: _Walk
     called: str
@@ -84,7 +84,7 @@ class _Watched(nn.Linear):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What some matrices see: x itself, what its columns are divided by, and H of the rest."""
+    """The shared input of some matrices: x, the divisor of its columns, and the Hessian after the division."""
 
     x: Tensor
     divisor: Tensor | None
@@ -100,11 +100,11 @@ class _Walk:
         self._seen: _Seen | None = None
 
     def normed(self, norm: nn.Module, _: Any, x: Tensor) -> None:
-        """Remember which norm gave x."""
+        """Remember the norm that returned x."""
         self._norm = norm, x
 
     def through(self, module: nn.Linear, name: str, x: Tensor) -> Tensor:
-        """x (..., K) -> what the matrix in its new bits gives."""
+        """x (..., K) -> the output of the quantised matrix; quantises it first."""
         seen = self._look(module, x)
         matrix: Tensor = module.weight
         if seen.divisor is not None:
@@ -125,7 +125,7 @@ class _Walk:
         return out if module.bias is None else out + module.bias
 
     def _look(self, module: nn.Linear, x: Tensor) -> _Seen:
-        """What is known of x, once for all matrices that see it; the first of them chooses what moves into the columns."""
+        """The statistics of x, computed once for all matrices that read it; the first of them chooses the divisor."""
         if self._seen is not None and self._seen.x is x:
             return self._seen
         width = x.shape[-1]
@@ -144,9 +144,9 @@ class _Walk:
 
 
 def _divisor(rows: Tensor, matrix: Tensor, group: int) -> Tensor | None:
-    """By what to divide the columns of inputs (N, K) so that rounding a matrix (R, K) loses least; None where nothing helps.
+    """The divisor of the columns of inputs (N, K) with which rounding a matrix (R, K) loses least; None if none helps.
 
-    A power of the columns' mean size, of those in POWERS; tried on some rows of the matrix.
+    It is a power, from POWERS, of the columns' mean absolute value; tried on some rows of the matrix.
     """
     size = rows.abs().mean(0).clamp(min=LEAST_SIZE * float(rows.abs().mean()) + TINY)
     size = size / size.log().mean().exp()
@@ -163,9 +163,9 @@ def _divisor(rows: Tensor, matrix: Tensor, group: int) -> Tensor | None:
 def take_place(
     model: PreTrainedModel, found: dict[str, FourBits], recipe: Recipe, ready: Ready, plain: Callable[[Tensor], FourBits]
 ) -> None:
-    """Leave placeholders in a decoder, which is to be traced, for its matrices in four bits.
+    """Replace a decoder's matrices by placeholders for their four-bit versions, before tracing.
 
-    A matrix that the pass did not reach (of experts that no token went to) is rounded by `plain`.
+    A matrix that the pass did not use (of a visual expert that got no token) is rounded by `plain`.
     """
     for name, module in model.model.layers.named_modules():
         called = f"layers.{name}"
@@ -173,5 +173,5 @@ def take_place(
             continue
         matrix = module.weight
         load = partial(found.pop, called) if called in found else partial(plain, matrix)
-        # float16, as packed matrices are: bfloat16 is one more conversion between codes and products
+        # float16, as packed matrices are: bfloat16 adds a conversion between codes and products
         module.weight = nn.Parameter(ready.placeholder(matrix.shape, torch.float16, load), requires_grad=False)

@@ -1,6 +1,6 @@
-"""Pictures that every installation has, to calibrate and to prove a vision part on: photographs; drawn pages, charts and windows.
+"""Built-in pictures to calibrate and to prove a vision part: photographs; drawn pages, charts and windows.
 
-The photographs come with libraries that the conversion installs. Knows pictures, no tiles and no models.
+The photographs come with libraries that the conversion installs. Knows pictures, but no tiles and no models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#1
 
 
 def photographs() -> list[Image.Image]:
-    """What scikit-learn and matplotlib bring: a building, a flower, a person. Those that are not there are left out."""
+    """The sample photographs of scikit-learn and matplotlib, as far as installed: a building, a flower, a person."""
     found: list[Image.Image] = []
     try:
         import sklearn
@@ -109,7 +109,7 @@ def chart(seed: int) -> Image.Image:
 
 
 def window(seed: int) -> Image.Image:
-    """A screenshot: a bar of titles, a list at the side, fields, buttons and a text in a dark or a light theme."""
+    """A screenshot in a dark or a light theme: a title bar, a list at the side, text, buttons."""
     draw = random.Random(f"window {seed}")
     dark = draw.random() < 0.5
     ground, ink, line = ("#1e1e1e", "#d4d4d4", "#3c3c3c") if dark else ("#f3f3f3", "#1a1a1a", "#c8c8c8")

@@ -1,6 +1,6 @@
-"""Tensors on disk: what a conversion has to copy from a checkpoint need not fit in memory.
+"""Tensors on disk, so that copies of a checkpoint's tensors need not fit in memory.
 
-The system writes their pages out when memory gets short and reads them back when they are used. Knows nothing of models.
+The system writes their pages out when memory is short and reads them back on use. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ DELETES_MAPPED = os.name != "nt"  # Windows does not
 
 
 class Scratch:
-    """Files in a folder, each mapped by one tensor and gone with it."""
+    """Files in a folder, each mapped by one tensor and deleted with it."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
-        """As torch.empty. Raises OSError when the disk is full."""
+        """Like torch.empty. Raises OSError if the disk is full."""
         count = math.prod(shape)
         if count * dtype.itemsize < LEAST:
             return torch.empty(shape, dtype=dtype)
@@ -44,14 +44,14 @@ class Scratch:
         return tensor.view(*shape)
 
     def clear(self) -> None:
-        """Delete what is left of the files, once no tensor is."""
+        """Delete the remaining files, once their tensors are gone."""
         gc.collect()
         for file in self._folder.glob(f"{PREFIX}*"):
             file.unlink()
 
 
 def _fill(file: int, size: int) -> None:
-    """Take the room on the disk now: a mapped file that finds none later ends the process."""
+    """Allocate the disk space now: a mapped file that finds none later kills the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
         return

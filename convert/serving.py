@@ -1,6 +1,6 @@
-"""What OpenVINO Model Server wants around a model folder: the graph in it, and the repository's list of models.
+"""The files that OpenVINO Model Server needs: the graph in a model folder, and the repository's list of models.
 
-Writes small text files and converts nothing. Their form: openvinotoolkit/model_server@7e4df0c7 src/llm/llm_calculator.proto,
+Writes small text files and converts nothing. Their formats: openvinotoolkit/model_server@7e4df0c7 src/llm/llm_calculator.proto,
 src/graph_export/graph_export.cpp, src/schema.cpp
 """
 
@@ -13,9 +13,9 @@ from runtime.errors import ModelFolderError
 
 OVMS = "ovms"
 GRAPH_FILE, REPOSITORY_FILE = "graph.pbtxt", "config.json"
-CACHE_GB = 2  # KV cache of all requests
+CACHE_GB = 2  # of the KV cache of all requests
 
-# One node that calls itself for the next token, over the folder that the graph lies in. VLM_CB: pictures, continuous batching.
+# One node that calls itself for the next token, over the graph's own folder. VLM_CB: pictures, continuous batching.
 GRAPH = f"""\
 input_stream: "HTTP_REQUEST_PAYLOAD:input"
 output_stream: "HTTP_RESPONSE_PAYLOAD:output"
@@ -66,7 +66,7 @@ def write_graph(folder: Path) -> None:
 
 
 def add_to_repository(repository: Path, name: str) -> None:
-    """List the model folder `name` in the repository, beside those that are in it."""
+    """Add the model folder `name` to the repository's list."""
     models = [model for model in _models(repository) if model["config"]["name"] != name]
     models.append({"config": {"name": name, "base_path": name}})
     text = json.dumps({"model_config_list": models}, indent=2) + "\n"
@@ -74,7 +74,7 @@ def add_to_repository(repository: Path, name: str) -> None:
 
 
 def _models(repository: Path) -> list[dict]:
-    """The models of a repository's list. Raises ModelFolderError when the file there is another one."""
+    """The models of a repository's list. Raises ModelFolderError if the file is something else."""
     file = repository / REPOSITORY_FILE
     if not file.exists():
         return []

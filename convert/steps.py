@@ -1,4 +1,4 @@
-"""What every recipe needs: the summary, a step that tells its time and memory, a part in 8 bits, a part that is saved, JSON."""
+"""Steps of every conversion: the summary, a step that prints its time and memory, a part in 8 bits, saving a part, JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from runtime.folder.files import PART_FILES, save_model
 from runtime.media.tiles import IMAGENET_MEAN, IMAGENET_STD
 from runtime.parts import memory
 
-LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the others start from the stored type, mapped
+LOAD_TYPES = {"fp32": torch.float32, "fp16": torch.float16}  # other formats start from the stored type, mapped
 BYTES_A_WEIGHT = {"fp32": 4.0, "fp16": 2.0, W8A8: 1.02, AUTO: 1.02, "int8": 1.02, "int4": 0.70}  # with an int8 head and scales
 
 
 @dataclass
 class Summary:
-    """What a conversion wrote, and what it took."""
+    """What a conversion wrote, and the time and memory that it took."""
 
     folder: Path
     seconds: float = 0.0
@@ -75,7 +75,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
-    """Say what is being done, then its time, the bytes it wrote and the peak memory so far."""
+    """Print the name of a step, then its time, the bytes it wrote and the peak memory so far."""
     started = time.monotonic()
     print(f"{name} ...", flush=True)
     yield
@@ -86,7 +86,7 @@ def step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
 def in_8_bits(
     model: ov.Model, weight_format: str, tiles: Sequence[np.ndarray], unseen: Sequence[np.ndarray]
 ) -> tuple[ov.Model, str, str]:
-    """The vision part in w8a8, or, if it was not asked for and is not proven, as it is for int8; and a line of what was found."""
+    """The vision part in w8a8, or unchanged for int8 if w8a8 is neither proven nor requested; its format; a line on the proof."""
     made, proof = quantise(model, tiles, unseen)
     if proof.holds or weight_format == W8A8:
         return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
@@ -94,7 +94,7 @@ def in_8_bits(
 
 
 def save_part(model: ov.Model, part: str, work: Path, source: str, weight_format: str, summary: Summary) -> None:
-    """Write a part with where it comes from, and note the widths of its weights. Raises OSError."""
+    """Write a part with its source in rt_info, and note the bit widths of its weights. Raises OSError."""
     for key, value in {"version": __version__, "source": source, "weight_format": weight_format}.items():
         model.set_rt_info(value, ["internvl_openvino", key])
     save_model(model, work / PART_FILES[part])

@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 1024  # the model cards' setting; without one, GenAI and OVMS g
 # transformers' own defaults, spelled out: optimum-intel 2.2 forgets to fill them in for InternVL on transformers 5
 OPTIMUM_NEEDS = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
-# What InternLM2's published tokenizer_config.json lays over the pieces of tokenizer.model
+# The tokens with which InternLM2's published tokenizer_config.json overrides pieces of tokenizer.model
 INTERNLM2_TOKENS = {
     0: "<unk>",
     1: "<s>",
@@ -50,10 +50,10 @@ INTERNLM2_TOKENS = {
 
 
 def load_tokenizer(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint, give it the model's own chat template and check what the prompts need of it.
+    """Load the tokenizer of a checkpoint, give it the model's own chat template and check the special tokens of prompts.
 
-    Raises TokenizerError when the files are missing or unreadable, when a special token of the prompts is not one id, or when
-    an id has no row in the embedding table.
+    Raises TokenizerError if the files are missing or unreadable, a special token of the prompts is not one id, or an id has no
+    row in the embedding table.
     """
     try:
         with _without_warnings():
@@ -98,7 +98,7 @@ def _read_files(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerBase
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """transformers 5.5 takes any tokenizer beside an older config.json for a Mistral one and says it is wrong."""
+    """transformers 5.5 takes any tokenizer with an older config.json for Mistral's and warns that it is wrong."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -117,7 +117,7 @@ def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
             **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"},
         }
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **settings)
-    # transformers adds the pieces that were laid over ([UNUSED_TOKEN_141] ...) again, past the end of the embedding table
+    # transformers adds the overridden pieces ([UNUSED_TOKEN_141] ...) again, past the end of the embedding table
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     end = max(INTERNLM2_TOKENS) + 1
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < end]
@@ -126,7 +126,7 @@ def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every text is encoded with the begin-of-sequence token in front."""
+    """Whether encoding puts the begin-of-sequence token before every text."""
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
 
 
@@ -136,9 +136,9 @@ def context_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def chat_template(template: Template, *, bos: str | None) -> str:
-    """The conversation template as Jinja, equal to upstream's prompt to the letter.
+    """The conversation template as Jinja; its prompts equal upstream's to the letter.
 
-    `bos` is written in front because chat prompts are tokenised without special tokens, whereas upstream's chat() adds it.
+    `bos` comes first, because chat prompts are tokenised without special tokens, whereas upstream's chat() adds it.
     """
 
     def block(start: str, message: str) -> str:
@@ -169,7 +169,7 @@ def _quote(text: str) -> str:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write transformers' files, then the OpenVINO tokenizer and detokenizer with the chat template in their rt_info.
 
-    Raises TokenizerError when the OpenVINO tokenizer does not give the same ids for a prompt: GenAI would answer another one.
+    Raises TokenizerError if the OpenVINO tokenizer gives other ids for a prompt: GenAI would answer a different prompt.
     """
     from openvino_tokenizers import convert_tokenizer
 
@@ -204,7 +204,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig, check
 def generation_config(tokenizer: PreTrainedTokenizerBase, config: InternVLConfig, checkpoint: Path) -> dict[str, Any]:
     """generation_config.json of the model folder: the checkpoint's own, with the template's stop token among its end tokens.
 
-    Phi-3's `<|end|>` is no end token of its tokenizer, so that other engines would run past the answer.
+    Phi-3's tokenizer does not list `<|end|>` as an end token, so other engines would run past the answer.
     """
     file = checkpoint / GENERATION_CONFIG_FILE
     own = read_config(file) if file.exists() else {}

@@ -1,9 +1,9 @@
 """The parts as OpenVINO models: names, dynamic axes, KV cache as state.
 
-Takes modules of convert/reference, gives ov.Model whose weights still are the module's own memory (mapped from the checkpoint).
-The signatures are the contract with openvino_genai and optimum-intel: names by which they feed and read, float32 in and out,
-all positions of the logits. The language part goes through optimum-intel's patches, whose graph is the one that GenAI's paged
-attention recognises: huggingface/optimum-intel@e1de5bee optimum/exporters/openvino/convert.py export_pytorch. Differences:
+Takes modules of convert/reference, returns ov.Model whose weights share the module's memory (mapped from the checkpoint).
+The signatures are the contract with openvino_genai and optimum-intel: names of inputs and outputs, float32 in and out, logits at
+all positions. The language part goes through optimum-intel's patches, which give the graph that GenAI's paged attention
+recognises: huggingface/optimum-intel@e1de5bee optimum/exporters/openvino/convert.py export_pytorch. Differences:
 nothing is written to disk in between, and the trace is not run a second time to check it (verify.py does better).
 """
 
@@ -51,7 +51,7 @@ def trace_text_embeddings(table: Tensor) -> ov.Model:
 def trace_vision(part: VisionPart) -> ov.Model:
     """Vision part -> model `pixel_values` (N, 3, S, S) float32 -> `last_hidden_state` (N, P, D) float32.
 
-    Where a router reads the patches, the tensor inside that holds them is called so. It is no output: others read the only one.
+    For a router, the inner tensor of the patches gets a name. It is no output: other runtimes expect a single one.
     """
     side, routed = part.config.tile_size, part.config.flash is not None
     example = {"pixel_values": torch.zeros(EXAMPLE_TILES, 3, side, side)}
@@ -65,7 +65,7 @@ def trace_vision(part: VisionPart) -> ov.Model:
 
 
 class _WithPatches(nn.Module):
-    """A vision part that gives its patches too."""
+    """A vision part that also returns its patches."""
 
     def __init__(self, part: VisionPart):
         super().__init__()
@@ -90,8 +90,8 @@ def trace_language(model: PreTrainedModel, *, quantised: bool, ready: Ready | No
 
     Its output is `logits` (B, T, V) float32 at all positions; keys and values live in states of (B, heads, past, head size).
     A model with visual experts has one more input, `visual_token_mask` (B, T) int64, 1 on context tokens.
-    `quantised` weights leave the KV cache's precision to the device; otherwise float16 is asked for, as optimum-intel does. What
-    waits in `ready` is put in its place.
+    With `quantised` weights the device chooses the KV cache's precision; otherwise float16 is set, as optimum-intel does. The
+    matrices in `ready` replace their placeholders.
     """
     from optimum.exporters.openvino.model_configs import get_vlm_text_generation_config
     from optimum.exporters.openvino.stateful import patch_stateful
@@ -134,12 +134,12 @@ def trace_vision_embedding(part: VisionEmbeddingPart) -> ov.Model:
 def trace_features(part: FeaturesPart) -> ov.Model:
     """InternViT -> model `pixel_values` (N, 3, S, S) -> `last_hidden_state` (N, T, C).
 
-    The tensors of the other layers are called hidden_states.0 (the embeddings) and so on; who wants one makes it an output.
+    The tensors of the other layers are named hidden_states.0 (the embeddings) and so on; a caller can make them outputs.
     """
     names = [f"hidden_states.{number}" for number in range(part.config.vision.num_hidden_layers + 1)]
     model = _trace_pictures(part, part.config.image_size, names)
     for result, name in zip(model.get_results()[:-1], names, strict=False):
-        result.input_value(0).get_tensor().set_names({name})  # a name of its result would go with it
+        result.input_value(0).get_tensor().set_names({name})  # a name on the result would be removed with it
         model.remove_result(result)
     model.output().get_tensor().set_names({"last_hidden_state"})
     return model
@@ -162,7 +162,7 @@ def trace_query_pool(part: QueryPoolPart) -> ov.Model:
 
 
 class _FlatCache(nn.Module):
-    """QLLaMA with its cache as single tensors, keys and values by turns, as a traced module has to have it."""
+    """QLLaMA with its cache as single tensors, keys and values alternating, as tracing requires."""
 
     def __init__(self, part: QLlamaPart):
         super().__init__()
@@ -178,14 +178,14 @@ def trace_qllama(part: QLlamaPart) -> ov.Model:
     """QLLaMA -> stateful model `inputs_embeds` (B, T, D), `attention_bias` (B, 1, T, past + T), `position_ids` (B, T),
     `vision_hidden_states` (B, N, C), `looking` (K) int64, `beam_idx` (B).
 
-    The bias is added to scores; `looking` are the columns that look at the picture, none with N 0. Outputs: `logits` (B, 1, V)
+    The bias is added to scores; `looking` are the columns that attend to the picture, none if N is 0. Outputs: `logits` (B, 1, V)
     after the last column, `text_embeds` (B, E) of the last column, `last_hidden_state` (B, T, D).
     """
     from optimum.exporters.openvino.stateful import fuse_cache_reorder, make_stateful
 
     q, width = part.config.qllama, part.config.vision.hidden_size
     past = [torch.zeros(1, q.num_attention_heads, 1, q.head_size) for _ in range(2 * q.num_hidden_layers)]
-    inputs = {  # an example, and the axes that are fixed
+    inputs = {  # an example, and a shape with -1 for dynamic axes
         "inputs_embeds": (torch.zeros(1, EXAMPLE_TOKENS, q.hidden_size), [-1, -1, q.hidden_size]),
         "attention_bias": (torch.zeros(1, 1, EXAMPLE_TOKENS, EXAMPLE_TOKENS + 1), [-1, 1, -1, -1]),
         "position_ids": (torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64), [-1, -1]),
@@ -216,7 +216,7 @@ def _to_openvino(
         decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
-    finally:  # or torch.bmm stays one that computes nothing
+    finally:  # otherwise torch.bmm stays patched and computes nothing
         unpatch_model(module, PATCHED_FORWARD)
     for parameter, shape in zip(model.get_parameters(), shapes, strict=True):
         parameter.set_partial_shape(shape)
@@ -228,9 +228,9 @@ def _to_openvino(
 
 
 def _take_turned(model: ov.Model) -> None:
-    """Let matrix multiplications take constants as they are stored, instead of turned by a node between.
+    """Fold transposes of constants into the matrix multiplications that read them.
 
-    NNCF compresses only what it finds right before a multiplication: the joined experts of GPT-OSS would stay float32.
+    NNCF compresses only constants directly before a multiplication: the joined experts of GPT-OSS would stay float32.
     """
     for node in model.get_ops():
         if node.get_type_name() != "MatMul":
@@ -247,9 +247,9 @@ def _take_turned(model: ov.Model) -> None:
 
 
 def forget_traces() -> None:
-    """Let go of all modules traced so far, and with them of the checkpoint's mapped pages.
+    """Release all modules traced so far, and with them the checkpoint's mapped pages.
 
-    TorchScript keeps every traced module. The models made here live on that memory: call this when they are not used any more.
+    TorchScript keeps every traced module. The models made here use that memory: call this once they are no longer used.
     """
     clear_class_registry()
 
@@ -265,7 +265,7 @@ def _name(model: ov.Model, inputs: list[str], outputs: list[str]) -> ov.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what a trace says of itself; what it gets wrong, verify.py finds."""
+    """Silence the warnings of a trace; verify.py finds what a trace gets wrong."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,6 +1,6 @@
-"""The proof of a conversion: the model folder's parts, run in float32, against the PyTorch path, on a small input and by answers.
+"""The proof of a conversion: the model folder's parts in float32 against the PyTorch path, on a small input and on answers.
 
-Reads a finished folder as any runtime would; its bounds say how far a weight format may drift.
+Reads a finished folder as any runtime would; its bounds limit the drift of each weight format.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from runtime.errors import DriftError
 from runtime.folder.files import PART_FILES, PARTS
 
 PROBE = "probe"  # name of the small input's arrays
-AT_ONCE = 8  # answers that are written together
+AT_ONCE = 8  # answers in a batch
 GREEDY_TOKENS = 8  # of a caption
 SEED = 0
 
-# What a weight format may cost on the probe: the least cosine to the reference, and the largest difference as a share of the
-# reference's largest value. Set from random weights of the published shapes, which keep less of a signal than trained ones:
-# the language parts of 1B to 8B reached 0.84 to 0.89 in int4. A part that is wrong falls to 0.
+# Bounds of each weight format on the probe: the least cosine to the reference, and the largest difference as a share of the
+# reference's largest value. Set with random weights of the published shapes, which lose more than trained ones: the language
+# parts of 1B to 8B had 0.84 to 0.89 in int4. A wrong part falls to 0.
 LEAST_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.99, W8A8: 0.95, "int4": 0.7}
 LARGEST_DIFFERENCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.5, W8A8: 1.0, "int4": 2.0}
 
@@ -64,11 +64,11 @@ class Row:
 class Report:
     rows: list[Row]
     quality: Quality | None = None  # on the reference's answers, of a chat model
-    greedy_agreed: int = 0  # of a caption: tokens the folder picks like the reference, given the reference's tokens before
+    greedy_agreed: int = 0  # of a caption: tokens that the folder picks as the reference does, after the reference's tokens
     greedy_tokens: int = 0
 
     def lines(self) -> list[str]:
-        """The report as a table for people."""
+        """The report as a table."""
         head = f"{'part':<16}{'weights':<9}{'largest diff':>13}{'mean diff':>12}{'cosine':>11}   bound"
         body = [
             f"{row.part:<16}{row.weight_format:<9}{row.largest:>13.2e}{row.mean:>12.2e}{row.cosine:>11.6f}   "
@@ -79,7 +79,7 @@ class Report:
         return [head, *body, *greedy, *(self.quality.lines() if self.quality is not None else [])]
 
     def raise_if_drifted(self) -> None:
-        """Raise DriftError naming the parts that are past the bound of their weight format."""
+        """Raise DriftError naming the parts that exceed the bound of their weight format."""
         bad = [
             f"{row.part} ({row.weight_format}: cosine {row.cosine:.6f}, largest {row.largest:.2e})"
             for row in self.rows
@@ -100,11 +100,11 @@ def verify(
     questions: Sequence[Question],
     cache: Path | None = None,
 ) -> Report:
-    """Compare a folder with the reference: each part on a small input, and what it answers to `questions`.
+    """Compare a folder with the reference: each part on a small input, and all parts on the answers to `questions`.
 
-    Every part gets the reference's input, so that a difference is its own. Of the small input, one random tile and a short prompt,
-    the language part sees two rows of the tile, which is enough to tell. What the reference says is kept in `cache`, and read from
-    there if it was there before. Writes what the answers lose into the folder. Raises OptionError for another checkpoint's cache.
+    Every part gets the reference's input, so that a difference is its own. The small input is one random tile and a short prompt,
+    in which the language part gets two rows of the tile; that suffices. The reference's results are stored in `cache`, and read
+    from it if they are there. Writes the quality into the folder. Raises OptionError for another checkpoint's cache.
     """
     scratch = Scratch(folder)
     prompts = prompts_of(questions, tokenizer, checkpoint.config.tokens_per_tile)
@@ -122,7 +122,7 @@ def verify(
 
 
 def reference_steps(prompts: int) -> int:
-    """How often `ask_reference` moves its bar, about."""
+    """The approximate number of progress steps of `ask_reference`."""
     return len(PARTS) + prompts + TOKENS * -(-prompts // AT_ONCE)
 
 
@@ -135,7 +135,7 @@ def ask_reference(
     scratch: Scratch,
     bar: tqdm,
 ) -> None:
-    """Keep what the reference says of the small input and of the prompts, as far as it is not kept yet."""
+    """Compute and store the reference's results for the small input and for the prompts that `kept` lacks."""
     missing = [prompt for prompt in prompts if prompt.key not in kept]
     if not missing and PROBE in kept:
         return
@@ -196,7 +196,7 @@ def _compare_parts(
     rows.append(row("vision", Part(folder, "vision")(_random_tile(checkpoint.config.tile_size).numpy()), "vision"))
     if checkpoint.config.flash is not None:
         found = ov.Core().compile_model(folder / PART_FILES["router"], "CPU", EXACT)(probe["patches"])
-        exact = formats | {"router": "fp16" if formats["router"] == "fp16" else "fp32"}  # its last digits choose
+        exact = formats | {"router": "fp16" if formats["router"] == "fp16" else "fp32"}  # small differences change its choice
         rows += [row("router", found[0], "few"), row("router", found[1], "probabilities", exact)]
     logits = LanguagePart(folder).logits(probe["embeds"], np.ones(ids.shape, np.int64), visual=probe["visual"])
     return [*rows, row("language", logits, "language")]

@@ -1,6 +1,6 @@
 """The proof of a folder of InternVL-C and -G or of InternViT: each part in float32 against the PyTorch path, on a small input.
 
-Bounds, and how a part is compared, are those of verify.py.
+The bounds and the comparison are those of verify.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from convert.verify import GREEDY_TOKENS, SEED, Report, Row, compare
 from runtime.folder.contrastive import ContrastiveConfig
 from runtime.folder.files import PART_FILES
 
-TEXT_LENGTHS = (3, 7)  # of the two texts that are compared
+TEXT_LENGTHS = (3, 7)  # tokens of the two compared texts
 PROMPT_TOKENS = 4  # of a caption
 
 

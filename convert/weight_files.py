@@ -1,7 +1,7 @@
-"""The weight files of a checkpoint folder: which they are, what their headers say, and their tensors, mapped.
+"""The weight files of a checkpoint folder: their names, their headers and their mapped tensors.
 
-Safetensors, or torch's own files, of which nothing but tensors is read (weights_only), so that no code in them runs. Knows names of
-files and of tensors as they are stored, not what a tensor is for.
+Safetensors, or torch's own files, from which only tensors are read (weights_only), so that no code in them runs. Knows the names of
+files and stored tensors, not what a tensor is for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from runtime.folder.config import read_config
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
-KINDS = ((WEIGHTS_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))  # whole file and index, better ones first
-ZERO = "zero_to_fp32.py"  # DeepSpeed's, beside what it leaves
+KINDS = ((WEIGHTS_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))  # single file and index, the preferred kind first
+ZERO = "zero_to_fp32.py"  # DeepSpeed's script, in its checkpoint folders
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NAMES_SHOWN = 3
 
@@ -30,14 +30,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def some(names: list[str]) -> str:
-    """The first of many names."""
+    """The first NAMES_SHOWN of the names, as text."""
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 class WeightFiles:
-    """Stored tensors of a folder: `shapes` and `dtypes` by name, and `notes`, lines that a person should read.
+    """Stored tensors of a folder: `shapes` and `dtypes` by name, and `notes`, lines for the user.
 
-    Opening reads headers only. Raises CheckpointError for files that are missing, broken or hold more than tensors.
+    Opening reads headers only. Raises CheckpointError for files that are missing or broken, or hold more than tensors.
     """
 
     def __init__(self, folder: Path):
@@ -104,7 +104,7 @@ class WeightFiles:
         return paths
 
     def _shards(self, whole: str) -> list[Path]:
-        """Files that are numbered as parts of the whole one, where no index lists them."""
+        """Numbered shards of a file, where no index lists them."""
         stem, _, kind = whole.partition(".")
         found: dict[int, Path] = {}
         counts = set()
@@ -144,7 +144,7 @@ def _header(path: Path) -> Iterable[tuple[str, tuple[int, ...], str]]:
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that torch.save wrote, mapped. Raises CheckpointError for a file with more in it, which is not run."""
+    """The mapped tensors of a file that torch.save wrote. Raises CheckpointError, without running code, if it holds more."""
     try:
         mapped = zipfile.is_zipfile(path)  # older files cannot be mapped
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -1,1 +1,1 @@
-"""The PyTorch path: what a conversion is traced from and measured against."""
+"""The reference, our PyTorch path: conversions are traced from it and compared with it."""

@@ -1,10 +1,10 @@
 """InternVL-C and -G: InternViT with attention pooling, and QLLaMA, whose queries and texts are pooled to embeddings.
 
-Module names are the published tensor names. Each class that ends in Part is traced as one part of the model folder. Knows nothing
-of tokens or files.
+Module names are the published tensor names. Each class whose name ends in Part is traced as one part of the model folder. Knows
+nothing of tokens or files.
 Ported rules: OpenGVLab/InternVL@2410d1d clip_benchmark/clip_benchmark/models/internvl_huggingface/modeling_internvl.py (pooling,
-heads) and modeling_qllama.py (decoder). Differences: queries may look at a picture wherever they stand, the key/value cache is
-handed in and out, and a text's embedding is that of the last column, so that shorter texts of a batch are padded on the left.
+heads) and modeling_qllama.py (decoder). Differences: queries may attend to a picture at any position, the KV cache is an argument
+and a result, and a text's embedding is that of the last column, so shorter texts of a batch are padded on the left.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from convert.reference.vision import RMSNorm, VisionTransformer
 from runtime.folder.contrastive import ContrastiveConfig, FeaturesConfig, QLlamaConfig
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, heads, past, head size), a layer each
+Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, heads, past, head size) of each layer
 
 
 class PoolAttention(nn.Module):
-    """Attention of one query a picture, and the projection of what it finds."""
+    """Attention of one query per picture, and an output projection."""
 
     def __init__(self, width: int, heads: int, out: int):
         super().__init__()
@@ -50,7 +50,7 @@ class AttentionPool(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Llama's, with rotary positions."""
+    """Llama's attention, with rotary positions."""
 
     def __init__(self, q: QLlamaConfig):
         super().__init__()
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, T, D), mask (B, 1, T, past + T) added to scores -> (B, T, D), and the keys and values of all."""
+        """x (B, T, D), mask (B, 1, T, past + T) added to scores -> (B, T, D), and all keys and values."""
         q, k, v = (
             rearrange(proj(x), "b t (heads d) -> b heads t d", heads=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries look at all tokens of a picture; without positions, without a mask."""
+    """Queries attend to all tokens of a picture, without positions and without a mask."""
 
     def __init__(self, q: QLlamaConfig, image_width: int):
         super().__init__()
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
             rearrange(t, "b t (heads d) -> b heads t d", heads=self.heads)
             for t in (self.q_proj(self.norm1(x)), self.k_proj(image), self.v_proj(image))
         )
-        # two products and not one operation: both may be empty where no picture is looked at
+        # two products instead of one operation: both may be empty if there is no picture
         weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3), dim=-1)
         return self.o_proj(rearrange(weights @ v, "b heads t d -> b t (heads d)"))
 
@@ -148,7 +148,7 @@ class QLlama(nn.Module):
 
 
 class QLlamaPart(nn.Module):
-    """Embeddings of queries and tokens -> hidden states, what the last column means as a text, what comes after it."""
+    """Embeddings of queries and tokens -> next-token logits, the text embedding of the last column, and hidden states."""
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__()
@@ -167,9 +167,9 @@ class QLlamaPart(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Cache]:
         """Run the decoder.
 
-        inputs_embeds (B, T, D); attention_bias (B, 1, T, past + T) is added to scores; position_ids (B, T); vision_hidden_states
-        (B, N, C) are what the columns `looking` (K) look at. Returns logits (B, 1, V) after the last column, text embeddings (B, E)
-        of the last column, hidden states (B, T, D) after the final norm, and the cache.
+        inputs_embeds (B, T, D); attention_bias (B, 1, T, past + T) is added to scores; position_ids (B, T); the columns `looking`
+        (K) attend to vision_hidden_states (B, N, C). Returns logits (B, 1, V) after the last column, text embeddings (B, E) of the
+        last column, hidden states (B, T, D) after the final norm, and the cache.
         """
         q, batch = self.config.qllama, inputs_embeds.shape[0]
         frequencies = q.rope_theta ** -(torch.arange(0, q.head_size, 2, device=inputs_embeds.device).float() / q.head_size)
@@ -202,7 +202,7 @@ class VisionEmbeddingPart(nn.Module):
 
 
 class QueryPoolPart(nn.Module):
-    """Hidden states of the queries (B, Q, D) -> what they add to InternVL-G's embedding (B, E)."""
+    """Hidden states of the queries (B, Q, D) -> their summand of InternVL-G's embedding (B, E)."""
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__()

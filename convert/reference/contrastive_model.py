@@ -1,4 +1,4 @@
-"""The PyTorch path of InternVL-C and -G as one model, and loaders of its parts: what the converted parts must agree with."""
+"""The reference of InternVL-C and -G as one model, and loaders of its parts; converted parts must agree with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def expected_shapes(checkpoint: ContrastiveCheckpoint) -> Shapes:
     if isinstance(config, ContrastiveConfig):
         width = config.qllama.hidden_size
         found |= {TABLE: (config.qllama.vocab_size, width), QUERIES: (1, config.queries, width), SCALE: ()}
-        found |= {"itm_head.weight": (2, width), "itm_head.bias": (2,)}  # of training; nothing here asks it
+        found |= {"itm_head.weight": (2, width), "itm_head.bias": (2,)}  # for training; not used here
     return found
 
 
@@ -42,7 +42,7 @@ def load_part(
     *,
     empty: Empty = torch.empty,
 ) -> Part:
-    """Load one part. `dtype` None keeps matrices as they are stored, mapped from the file; copies go to what `empty` gives."""
+    """Load one part. `dtype` None keeps matrices as they are stored, mapped from the file; copies go to memory from `empty`."""
     with torch.device("meta"):
         part = kind(checkpoint.config)
     part.load_state_dict(cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
@@ -95,7 +95,7 @@ class InternVLModel(nn.Module):
         return torch.arange(first, first + self.config.queries, device=self.table.weight.device)
 
     def run_queries(self, tokens: Tensor) -> Tensor:
-        """Tokens of pictures (B, N, C) -> hidden states of the queries (B, Q, D), which see each other and the picture."""
+        """Tokens of pictures (B, N, C) -> hidden states of the queries (B, Q, D), which attend to each other and the picture."""
         count = self.config.queries
         embeds = self.table(self._query_ids).expand(len(tokens), -1, -1)
         places = torch.arange(count, device=tokens.device)
@@ -103,7 +103,7 @@ class InternVLModel(nn.Module):
         return self.qllama(embeds, bias, places[None], tokens, places)[2]
 
     def encode_image(self, pixel_values: Tensor, mode: str) -> Tensor:
-        """Pictures (B, 3, S, S) -> embeddings (B, E): of mode C as they are, of mode G the sum of two unit vectors."""
+        """Pictures (B, 3, S, S) -> embeddings (B, E): in mode C as they are, in mode G the sum of two unit vectors."""
         check_mode(mode)
         tokens, embeds = self.vision(pixel_values)
         if mode == MODES[0]:
@@ -111,7 +111,7 @@ class InternVLModel(nn.Module):
         return F.normalize(embeds, dim=-1) + F.normalize(self.pool(self.run_queries(tokens)), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Texts (B, T), 0 behind their ends -> embeddings (B, E)."""
+        """Token ids of texts (B, T), padded on the right -> embeddings (B, E)."""
         pad = self.config.qllama.pad_token_id
         lengths = (ids != pad).sum(1)
         count = int(lengths.max())
@@ -143,7 +143,7 @@ class InternVLModel(nn.Module):
 
 
 def left_padded(ids: Tensor, lengths: Tensor, count: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Texts (B, T) with padding behind -> (B, count) with padding before, and the mask (B, count) of tokens."""
+    """Texts (B, T) padded on the right -> (B, count) padded on the left, and the mask (B, count) of tokens."""
     mask = torch.arange(count, device=ids.device) >= (count - lengths)[:, None]
     made = ids.new_full((len(ids), count), pad)
     for row, length in enumerate(lengths.tolist()):
@@ -152,7 +152,7 @@ def left_padded(ids: Tensor, lengths: Tensor, count: int, pad: int) -> tuple[Ten
 
 
 def causal_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask of tokens (B, T) -> bias (B, 1, T, T): each sees itself, and tokens before it; padding sees itself alone."""
+    """Mask of tokens (B, T) -> bias (B, 1, T, T): each attends to itself and the tokens before it; padding only to itself."""
     count = mask.shape[1]
     seen = torch.ones(count, count, dtype=torch.bool, device=mask.device).tril() & mask[:, None]
     seen = seen | torch.eye(count, dtype=torch.bool, device=mask.device)

@@ -1,8 +1,8 @@
-"""The experts of a layer: a few feed-forward networks a token, of many, as Qwen3-MoE and GPT-OSS have them.
+"""The experts of a layer: many feed-forward networks, of which each token uses a few, as in Qwen3-MoE and GPT-OSS.
 
-transformers joins the experts of a layer in tensors of its own order. Here each matrix has its outputs as rows, gates and ups of
-Qwen3-MoE stay apart, as OpenVINO takes them, and matrices may stay where they lie in the checkpoint, one by one, so that a large
-model is compared with in little memory. Arithmetic: huggingface/transformers@v5.5.4 modeling_qwen3_moe.py, modeling_gpt_oss.py
+transformers joins the experts of a layer in its own tensor layout. Here each matrix has its outputs as rows, and gates and ups of
+Qwen3-MoE stay separate, as OpenVINO takes them; matrices may stay mapped one by one from the checkpoint, so that comparing with a
+large model takes little memory. Arithmetic: huggingface/transformers@v5.5.4 modeling_qwen3_moe.py, modeling_gpt_oss.py
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(count, *shape)))
 
     def leave(self, name: str, matrices: Matrices) -> None:
-        """Take matrices one by one, as they lie; they are no parameters then."""
+        """Use matrices one by one as they are stored, in place of a parameter."""
         delattr(self, name)
         setattr(self, name, matrices)
 
@@ -36,7 +36,7 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def each(self, x: Tensor) -> Tensor:
-        """Tokens of every expert (E, T, D) through all of them."""
+        """Tokens of every expert (E, T, D) through their experts."""
         raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor | None = None, routing_weights: Tensor | None = None) -> Tensor:
@@ -52,7 +52,7 @@ class Experts(nn.Module):
         return out
 
     def all(self, tokens: Tensor, numbers: Tensor, shares: Tensor) -> Tensor:
-        """The same sum over all experts (T, 1, D), in the form in which OpenVINO sees that most shares are zero.
+        """The same sum over all experts (T, 1, D), in the form in which OpenVINO recognises that most shares are zero.
 
         Form: huggingface/optimum-intel@e1de5bee optimum/exporters/openvino/model_patcher.py batched_mm_experts_forward_patched.
         """
@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
 
 class QwenExperts(Experts):
-    """Three matrices an expert: the gate's through silu, times the ups, down."""
+    """Three matrices per expert: down(silu(gate(x)) * up(x))."""
 
     gate_proj: Tensor  # (E, I, D)
     up_proj: Tensor
@@ -84,7 +84,7 @@ class QwenExperts(Experts):
 
 
 class GptOssExperts(Experts):
-    """Two matrices with biases an expert; outputs of the first are gates and ups by turns."""
+    """Two matrices with biases per expert; outputs of the first alternate between gates and ups."""
 
     gate_up_proj: Tensor  # (E, 2I, D)
     gate_up_proj_bias: Tensor

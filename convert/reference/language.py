@@ -1,7 +1,7 @@
 """The language part: a checkpoint's llm_config and tensors -> a transformers decoder.
 
-The table LANGUAGE_MODELS says which kinds are supported and how their tensors are named. Knows nothing of pictures,
-but for Mono-InternVL, whose feed-forward layers have weights of their own for the tokens of pictures.
+The table LANGUAGE_MODELS lists the supported kinds and their tensor names. Knows nothing of pictures, except in
+Mono-InternVL, whose feed-forward layers have separate weights for context tokens.
 InternLM2 is Llama after a rename and a split of its packed attention matrix: OpenGVLab/InternVL@2410d1d
 internvl_chat/internvl/model/internlm2/modeling_internlm2.py, and huggingface/transformers@v5.5.4
 src/transformers/models/internvl/convert_internvl_weights_to_hf.py.
@@ -33,7 +33,7 @@ from runtime.folder.config import InternVLConfig
 PREFIX = "language_model."
 Empty = Callable[..., torch.Tensor]  # torch.empty's kind
 
-# Architecture keys only: the published sections are full dumps with generation defaults and an attention implementation in them.
+# Architecture keys only: the published sections also contain generation defaults and an attention implementation.
 CONFIG_KEYS = [
     *["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"],
     *["head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "partial_rotary_factor"],
@@ -71,12 +71,12 @@ class LanguageModel:
     class_name: str
     settings: dict[str, Any] = field(default_factory=dict)
     names: list[tuple[str, str]] = field(default_factory=list)
-    packed_attention: bool = False  # wqkv rows: a key/value group's query heads, its key head, its value head
+    packed_attention: bool = False  # wqkv rows, group by group: query heads, one key head, one value head
     head: str = "lm_head.weight"
     visual_experts: bool = False
-    experts: Callable[[PretrainedConfig], Experts] | None = None  # published one by one, or
-    turned_experts: bool = False  # joined, with their outputs as columns
-    keys: tuple[str, ...] = ()  # of llm_config that shape it, beside those of all
+    experts: Callable[[PretrainedConfig], Experts] | None = None  # published one by one
+    turned_experts: bool = False  # published joined, with outputs as columns
+    keys: tuple[str, ...] = ()  # architecture keys of llm_config besides CONFIG_KEYS
     required: tuple[str, ...] = ()
     attention: str = "sdpa"
 
@@ -111,12 +111,12 @@ LANGUAGE_MODELS = {
 
 
 class DynamicRope(nn.Module):
-    """Rotary positions whose base grows with the sequence once it is longer than in training: dynamic NTK.
+    """Rotary positions whose base grows once the sequence is longer than in training: dynamic NTK.
 
     With s = last position + 1, base' = base (f s / trained - (f - 1))^(d / (d - 2)), for all positions of one call; up to the
     trained length base' = base. Source: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internlm2/modeling_internlm2.py.
-    There and in transformers a longer sequence leaves its base behind for later shorter ones; here nothing is left behind, and the
-    choice is part of the traced graph.
+    There and in transformers a longer sequence changes the base of later, shorter ones too; here every call computes its own, and
+    the choice is part of the traced graph.
     """
 
     inv_freq: torch.Tensor
@@ -139,16 +139,16 @@ class DynamicRope(nn.Module):
 
 
 class Routing(threading.local):
-    """Which tokens of a forward stand for pictures; every thread has a forward of its own."""
+    """The context tokens of a forward; each thread has its own mask."""
 
-    mask: torch.Tensor | None = None  # (B, T), 1 on context tokens; None where all tokens are text
+    mask: torch.Tensor | None = None  # (B, T), 1 on context tokens; None if all tokens are text
 
 
 class VisualExperts(LlamaMLP):
     """A feed-forward layer with a second set of weights for context tokens.
 
-    Source: OpenGVLab/Mono-InternVL@5b17ab4 internvl_chat/internvl/model/internlm2/modeling_internlm2_ve.py. There both sets see
-    every token of a prompt and a mask adds them up; here each token goes through its own, which is the same sum.
+    Source: OpenGVLab/Mono-InternVL@5b17ab4 internvl_chat/internvl/model/internlm2/modeling_internlm2_ve.py. There both sets
+    compute every token of a prompt and a mask selects; here each token uses only its own set, with the same result.
     """
 
     def __init__(self, config: LlamaConfig, routing: Routing):
@@ -168,7 +168,7 @@ class VisualExperts(LlamaMLP):
 
 
 class LlamaWithVisualExperts(LlamaForCausalLM):
-    """Llama as InternLM2VE is one: a prompt comes with `visual_token_mask` (B, T) int64; new tokens are text."""
+    """InternLM2VE as a Llama: a prompt has a `visual_token_mask` (B, T) int64; new tokens are text."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -186,9 +186,9 @@ class LlamaWithVisualExperts(LlamaForCausalLM):
         visual_token_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """As the parent's."""
+        """The parent's forward, with `visual_token_mask`."""
         length = (inputs_embeds if inputs_embeds is not None else input_ids).shape[1]  # type: ignore[union-attr]
-        told = visual_token_mask is not None and visual_token_mask.shape[1] == length  # generate() hands a prompt's to every step
+        told = visual_token_mask is not None and visual_token_mask.shape[1] == length  # generate() passes a prompt's to every step
         self.routing.mask = visual_token_mask if told else None
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options)
 
@@ -211,7 +211,7 @@ def language_config(config: InternVLConfig) -> PretrainedConfig:
     kind = language_kind(config)
     keys = (*CONFIG_KEYS, *kind.keys)
     chosen = {key: config.language[key] for key in keys if config.language.get(key) is not None} | kind.settings
-    rope = chosen.pop("rope_parameters", None)  # how transformers 5 writes the two keys
+    rope = chosen.pop("rope_parameters", None)  # transformers 5 joins the two keys in it
     if rope:
         chosen["rope_theta"] = rope.get("rope_theta", chosen.get("rope_theta"))
         chosen["rope_scaling"] = (
@@ -220,7 +220,7 @@ def language_config(config: InternVLConfig) -> PretrainedConfig:
     scaling = chosen.get("rope_scaling")
     if scaling and scaling.get("type", scaling.get("rope_type")) == "su":  # Phi-3's first name for it
         chosen["rope_scaling"] = {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}
-    chosen["sliding_window"] = config.window  # transformers would mask for one that is no shorter than the context
+    chosen["sliding_window"] = config.window  # None if no shorter than the context: transformers would mask for it
     try:
         built = getattr(transformers, kind.class_name).config_class(**chosen)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
@@ -239,12 +239,12 @@ def build_language(config: InternVLConfig, *, tied: bool) -> PreTrainedModel:
     build: Any = LlamaWithVisualExperts if kind.visual_experts else getattr(transformers, kind.class_name)
     with torch.device("meta"):
         model = build(hf_config)
-    # Rotary tables are computed, not stored: the ones made on the meta device hold nothing.
     if kind.experts is not None:
         for layer in model.model.layers:
             if hasattr(layer.mlp, "experts"):
                 with torch.device("meta"):
                     layer.mlp.experts = kind.experts(hf_config)
+    # Rotary tables are computed, not stored: those made on the meta device are empty.
     rope: nn.Module = type(model.model.rotary_emb)(hf_config)
     model.model.rotary_emb = DynamicRope(rope) if rope.rope_type == "dynamic" else rope
     return model.eval()
@@ -288,8 +288,8 @@ def to_transformers(
 ) -> dict[str, torch.Tensor]:
     """Give published tensors the names (and, for packed attention, the split) of transformers' class.
 
-    What has to be copied for it goes into tensors that `empty` gives; joined experts as `dtype`, or float32 where it is None,
-    unless they wait in `ready`. The parts of a packed matrix that waits in `later` or `ready` wait there in its place.
+    Copies go to memory from `empty`; joined experts become `dtype`, or float32 if it is None, unless `ready` takes them. If a
+    packed matrix is registered in `later` or `ready`, its query, key and value matrices take its place there.
     """
     kind = language_kind(config)
     state: dict[str, torch.Tensor] = {}
@@ -311,7 +311,7 @@ def to_transformers(
 def _join_experts(
     tensors: dict[str, torch.Tensor], dtype: torch.dtype, empty: Empty, ready: Ready | None
 ) -> dict[str, torch.Tensor]:
-    """The matrices of single experts, (E, rows, columns) of a kind and layer; whatever else there is stays as it is."""
+    """Join the matrices of single experts to (E, rows, columns), by kind and layer; other tensors are not changed."""
     joined, kinds = apart(tensors)
     for name, matrices in kinds.items():
         if ready is not None:
@@ -326,7 +326,7 @@ def _join_experts(
 def _turn_experts(
     tensors: dict[str, torch.Tensor], dtype: torch.dtype, empty: Empty, ready: Ready | None
 ) -> dict[str, torch.Tensor]:
-    """Joined experts (E, columns, rows) as (E, rows, columns); whatever else there is stays as it is."""
+    """Transpose joined experts (E, columns, rows) to (E, rows, columns); other tensors are not changed."""
 
     def turned(tensor: torch.Tensor) -> torch.Tensor:
         if ready is not None:
@@ -338,7 +338,7 @@ def _turn_experts(
 
 
 def apart(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
-    """Tensors that belong to no single expert, and those that do: of a kind and layer, expert by expert."""
+    """Separate tensors that belong to no single expert from those that do: by kind and layer, in order of experts."""
     others: dict[str, torch.Tensor] = {}
     kinds: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():

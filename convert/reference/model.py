@@ -1,6 +1,6 @@
-"""The PyTorch path as one model: the checkpoint's own weights on CPU or CUDA, what the converted parts must agree with.
+"""The reference as one model, with the checkpoint's own weights on CPU or CUDA; converted parts must agree with it.
 
-Three loaders, one a part, serve the conversion too, which holds one part in memory at a time.
+The loaders, one per part, serve the conversion too, which holds one part in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from runtime.parts.part import VISUAL_MASK
 from runtime.progress import Progress
 from runtime.upstream.chat import UpstreamCalls
 
-ROWS_AT_ONCE = 8192  # of a matrix that is cast at use; bounds the extra memory of a large head
+ROWS_AT_ONCE = 8192  # of a matrix that is cast on use; bounds the extra memory of a large head
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -63,7 +63,7 @@ def load_vision(
 ) -> VisionPart:
     """Load the vision part. `dtype` None keeps the matrices as they are stored, mapped from the file.
 
-    What has to be copied goes into tensors that `empty` gives; matrices that can be merged later are left to `later`.
+    Copies go to memory from `empty`; matrices that can be merged later are registered in `later`.
     """
     with torch.device("meta"):
         part = VisionPart(checkpoint.config)
@@ -73,7 +73,7 @@ def load_vision(
 
 
 def load_router(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, *, empty: Empty = torch.empty) -> RouterPart:
-    """Load the router part of a checkpoint that has one. `dtype` and `empty` as in `load_vision`."""
+    """Load the router part of a checkpoint that has one; `dtype` and `empty` as in `load_vision`."""
     with torch.device("meta"):
         part = RouterPart(checkpoint.config)
     part.load_state_dict(cast(checkpoint.tensors(part.state_dict(), empty=empty), dtype, part, empty), assign=True)
@@ -90,12 +90,12 @@ def load_language(
     ready: Ready | None = None,
     single: bool = False,
 ) -> PreTrainedModel:
-    """Load the language part. `dtype`, `empty` and `later` as in `load_vision`; what is in four bits is left to `ready`.
+    """Load the language part; `dtype`, `empty` and `later` as in `load_vision`. Four-bit matrices are registered in `ready`.
 
-    `single` leaves experts that are published one by one where they lie, to be used and not to be traced.
+    `single` does not join experts: each matrix is read from the checkpoint on use, and the model cannot be traced.
 
-    `head_only` leaves the embedding table out (it stays on the meta device) when the head does not need it: the traced part
-    takes embeddings, so the table would only take memory.
+    `head_only` leaves the embedding table out (it stays on the meta device) if the head does not need it: the traced part takes
+    embeddings, so the table would only take memory.
     """
     tied = is_tied(checkpoint)
     model = build_language(checkpoint.config, tied=tied)
@@ -119,7 +119,7 @@ def load_language(
 
 
 def _single_experts(checkpoint: Checkpoint, names: list[str]) -> tuple[list[str], dict[str, Matrices]]:
-    """Names of what belongs to no single expert, and the matrices of those that do, by kind and layer, expert by expert."""
+    """Names of tensors that belong to no single expert, and the matrices of experts by kind and layer, in order of experts."""
     kind, shapes = language_kind(checkpoint.config), checkpoint.shapes
     if kind.experts is None:
         return names, {}
@@ -166,7 +166,7 @@ class _CastAtUse(nn.Linear):
 
 
 class _FloatRows(nn.Embedding):
-    """A table whose rows come out as float32 whatever type it is stored in."""
+    """An embedding table that returns float32 rows whatever type it is stored in."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids).float()
@@ -182,7 +182,7 @@ def compute_in_float32(part: nn.Module) -> None:
 
 
 class _InBfloat16(nn.Linear):
-    """A linear layer that computes in bfloat16 and gives its input's type."""
+    """A linear layer that computes in bfloat16 and returns its input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16)).to(x.dtype)
@@ -190,13 +190,13 @@ class _InBfloat16(nn.Linear):
 
 
 def quick_type() -> torch.dtype:
-    """The type in which this processor multiplies quickest: bfloat16 where it has instructions for it."""
+    """The type in which this processor multiplies fastest: bfloat16 if it has instructions for it, else float32."""
     return torch.bfloat16 if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else torch.float32
 
 
 @contextmanager
 def computing_quickly(part: nn.Module) -> Iterator[None]:
-    """Inside, a part that computes in float32 over mapped matrices multiplies in `quick_type`: what it writes is as good."""
+    """Inside, a part that computes in float32 over mapped matrices multiplies in `quick_type`: good enough to decode."""
     modules = [module for module in part.modules() if type(module) is _CastAtUse] if quick_type() == torch.bfloat16 else []
     for module in modules:
         module.__class__ = _InBfloat16  # type: ignore[assignment]
@@ -209,7 +209,7 @@ def computing_quickly(part: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(part: nn.Module) -> Iterator[None]:
-    """Inside, a part computes in float32 over its mapped matrices; behind it, it can be traced as before."""
+    """Inside, a part computes in float32 over its mapped matrices; afterwards it can be traced as before."""
     kinds = {module: module.__class__ for module in part.modules()}
     compute_in_float32(part)
     try:
@@ -237,7 +237,7 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
         self.flash = config.flash
         self.img_context_token_id = tokenizer.encode(CONTEXT_TOKEN, add_special_tokens=False)[0]
         self.system_message = self.conv_template.system_message
-        self.feature_cache = FeatureCache(0)  # computes everything anew, as the original does
+        self.feature_cache = FeatureCache(0)  # no cache: every tile is encoded again, as upstream does
         self.generation_defaults: dict[str, Any] = {}
 
     @classmethod
@@ -252,7 +252,7 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
 
     @property
     def _where(self) -> Tensor:
-        """A tensor of the device and type that the model computes in."""
+        """A tensor with the device and type of the model's computation."""
         return self.vision.mlp1[0].weight  # type: ignore[return-value]
 
     @property
@@ -298,14 +298,14 @@ class InternVLChatModel(nn.Module, UpstreamCalls):
         return self.language(inputs_embeds=inputs_embeds.to(self._where), use_cache=False, **self.routing(visual_token_mask)).logits
 
     def routing(self, visual_token_mask: Tensor | None) -> dict[str, Tensor]:
-        """The mask, if this language model asks for it."""
+        """The mask as an argument, if this language model takes it."""
         if visual_token_mask is None or not isinstance(self.language, LlamaWithVisualExperts):
             return {}
         return {VISUAL_MASK: visual_token_mask.to(self._where.device)}
 
 
 class ReferenceCache:
-    """The calls of runtime's KV caches over transformers' own: every prompt is computed anew and at once, as the original does."""
+    """The interface of runtime's KV caches over transformers' own: every prompt is prefilled anew and at once, as upstream does."""
 
     room_for_drafts = free_guesses = 0
     ids = np.zeros(0, np.int64)
@@ -316,16 +316,16 @@ class ReferenceCache:
         self.keep(self.ids)
 
     def keep(self, keys: np.ndarray) -> int:
-        """Nothing."""
+        """Clear the cache and keep nothing; returns 0 tokens."""
         self._past: Any = None
         self._mask = torch.zeros((1, 0), dtype=torch.int64)
         return 0
 
     def cancel(self) -> None:
-        """Nothing: the next token is soon there."""
+        """Do nothing: a step is short."""
 
     def reorder(self, rows: list[int]) -> None:
-        """Let row i go on as row `rows[i]` did."""
+        """Let row i continue row `rows[i]`."""
         self._past.reorder_cache(torch.tensor(rows, device=self._model.device))
         self._mask = self._mask[rows]
 

@@ -1,6 +1,6 @@
-"""The router part of InternVL3.5-Flash: patches of a tile -> few context embeddings, and how likely they suffice.
+"""The router part of InternVL3.5-Flash: patches of a tile -> few image features, and how likely they suffice.
 
-Module names are the published tensor names. Knows nothing of thresholds: they look at all tiles of a prompt.
+Module names are the published tensor names. Knows nothing of thresholds, which depend on all tiles of a prompt.
 Ported rules: modeling_internvl_chat.py of OpenGVLab/InternVL3_5-8B-Flash, and InternLM/lmdeploy@1263d5c
 lmdeploy/pytorch/models/internvl.py. Not ported: attn3, attn4, norm3, norm4, which are published and unused.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from convert.reference.vision import pixel_shuffle
 from runtime.folder.config import InternVLConfig
 
-TENSORS = re.compile(r"^(mlp2|pooling_before_gating|gating)\.")  # of this part, by their names
+TENSORS = re.compile(r"^(mlp2|pooling_before_gating|gating)\.")  # names of this part's tensors
 UNUSED = re.compile(r"^pooling_before_gating\.(attn|norm)[34]\.")
 KEPT_EXACT = r".*(pooling_before_gating|gating).*"  # nodes of the router itself, which is never compressed
 HEADS = 16
@@ -26,7 +26,7 @@ ROUNDS = 3  # of the second attention, whose keys and values are the same each t
 
 
 class CrossAttention(nn.Module):
-    """torch.nn.MultiheadAttention by its tensors: one query (N, 1, C) over the patches (N, side * side, C)."""
+    """torch.nn.MultiheadAttention over its tensors: one query (N, 1, C) attends to the patches (N, side * side, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -49,7 +49,7 @@ class CrossAttention(nn.Module):
 
 
 class Pooling(nn.Module):
-    """Patches (N, side * side, C) -> one vector a tile (N, C)."""
+    """Patches (N, side * side, C) -> one vector per tile (N, C)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -67,7 +67,7 @@ class Pooling(nn.Module):
 
 
 class Gating(nn.Module):
-    """One vector a tile (N, C) -> probabilities (N, 2), of few tokens and of all."""
+    """One vector per tile (N, C) -> probabilities (N, 2): few tokens suffice, all are needed."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -91,7 +91,7 @@ class Gating(nn.Module):
 
 
 class RouterPart(nn.Module):
-    """The part as it is traced: patches (N, side * side, C) -> few context embeddings (N, P', D) and probabilities (N, 2)."""
+    """The traced part: patches (N, side * side, C) -> few image features (N, P', D) and probabilities (N, 2)."""
 
     def __init__(self, config: InternVLConfig):
         super().__init__()

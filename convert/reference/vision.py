@@ -1,4 +1,4 @@
-"""The vision part: InternViT, pixel shuffle and projector, tiles (N, 3, S, S) -> context embeddings (N, P, D).
+"""The vision part: InternViT, pixel shuffle and projector, tiles (N, 3, S, S) -> image features (N, P, D).
 
 Module names are the published tensor names, so weights load without a rename. Knows nothing of prompts or language models.
 Ported rules: OpenGVLab/InternVL@2410d1d internvl_chat/internvl/model/internvl_chat/modeling_intern_vit.py (transformer) and
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         return hidden
 
     def hidden_states(self, tiles: Tensor) -> tuple[Tensor, ...]:
-        """What each layer gives, (N, 1 + side * side, C), the embeddings first."""
+        """The embeddings and the output of each layer, (N, 1 + side * side, C) each."""
         states = [self.embeddings(tiles)]
         for layer in self.encoder.layers:  # type: ignore[union-attr]
             states.append(layer(states[-1]))
@@ -133,7 +133,7 @@ def pixel_shuffle(x: Tensor, side: int, factor: int, version: str) -> Tensor:
 
 
 class VisionPart(nn.Module):
-    """The part as it is traced: tiles (N, 3, S, S), normalised -> context embeddings (N, P, D)."""
+    """The traced part: tiles (N, 3, S, S), normalised -> image features (N, P, D)."""
 
     def __init__(self, config: InternVLConfig):
         super().__init__()
@@ -143,7 +143,7 @@ class VisionPart(nn.Module):
         joined = v.hidden_size * factor**2
         width = config.language["hidden_size"]
         self.mlp1 = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, width), nn.GELU(), nn.Linear(width, width))
-        # select_layer indexes the hidden states: the embedding output first, then one a layer
+        # select_layer indexes the hidden states: the embeddings first, then one per layer
         states = v.num_hidden_layers + 1
         self.layers_run = config.select_layer % states
 
@@ -152,7 +152,7 @@ class VisionPart(nn.Module):
         return self.vision_model(pixel_values, self.layers_run)[:, 1:]
 
     def context(self, patches: Tensor) -> Tensor:
-        """Patches (N, side * side, C) -> context embeddings (N, P, D)."""
+        """Patches (N, side * side, C) -> image features (N, P, D)."""
         c = self.config
         return self.mlp1(pixel_shuffle(patches, c.grid_side, c.shuffle_factor, c.ps_version))
 

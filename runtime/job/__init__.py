@@ -1,1 +1,1 @@
-"""Jobs of many questions: requests are read as a stream, answered as fast as there is room, kept so that a job can go on."""
+"""Jobs of many questions: requests are streamed, answered as fast as there is room, and stored so that a job can resume."""

@@ -1,7 +1,7 @@
-"""The answers of a job: a file of lines that only grows, and which ids it holds, so that a job that was ended goes on.
+"""The answers of a job: an append-only file of lines, and the ids in it, so that an interrupted job can resume.
 
-Lines have the Batch API's form. Beside the file, NAME.job says of which requests and which model it is, and is locked while a job
-runs. A parquet file is written at the end, from lines that stand beside it until then. Knows no requests and no models.
+Lines have the Batch API's form. Next to the file, NAME.job names its requests and its model, and is locked while a job runs. A
+parquet file is written at the end, from a file of lines next to it. Knows no requests and no models.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from runtime.errors import OptionError, not_installed
 FORMAT = 1
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 1024  # of a parquet file
-SEEN, ANSWERED, FAILED = 1, 2, 4  # marks of an id: in the requests of this run; with a line of an answer; with a line of an error
-FULLEST = 0.6  # of the table of ids
+SEEN, ANSWERED, FAILED = 1, 2, 4  # marks of an id: it was in this run's requests; the file has its answer; the file has its error
+FULLEST = 0.6  # load factor of the table of ids
 AGAIN = "run the same command again, and the job goes on"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, or why there is none."""
+    """One answer, or the reason why there is none."""
 
     number: int  # of its row, from 1
     id: str
@@ -42,7 +42,7 @@ class Answer:
     code: str = ""  # of the error
 
     def line(self, model: str, fingerprint: str) -> dict[str, Any]:
-        """In the Batch API's form."""
+        """The answer's line in the Batch API's form."""
         name, failed = f"batch_req_{self.number}", {"code": self.code, "message": self.error}
         if self.error:
             return {"id": name, "custom_id": self.id, "response": None, "error": failed}
@@ -64,9 +64,9 @@ class Answer:
 
 
 class Ids:
-    """Marks of ids, in some 15 to 30 bytes each: a table of 64 bits of their hashes, in which no id is kept.
+    """Marks of ids, in 15 to 30 bytes each: a hash table of 64-bit hashes, without the ids themselves.
 
-    Two of a million ids are taken for the same one once in 40 million jobs.
+    With a million ids, two are confused in one of 40 million jobs.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Ids:
         self._hashes, self._marks = array("Q", bytes(8 * self._room)), bytearray(self._room)
 
     def mark(self, name: str, mark: int) -> int:
-        """Add a mark to an id; returns those that it had."""
+        """Add a mark to an id; returns the marks it had before."""
         place = self._place(int.from_bytes(blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "little") or 1)
         had = self._marks[place]
         self._marks[place] = had | mark
@@ -103,9 +103,9 @@ class Ids:
 
 
 class AnswerFile:
-    """A file of answers, open for one job. `about` says what they are of, by names that are told where a file is of another job.
+    """A file of answers, open for one job. `about` identifies the job; its names appear in the error for another job's file.
 
-    Raises OptionError for a file of another job, one that another job writes to, or a place where nothing can be written.
+    Raises OptionError for a file of another job, a file that another job is writing, or a place that is not writable.
     """
 
     def __init__(self, file: Path, about: Mapping[str, str], model: str, fingerprint: str, *, retry_failed: bool = False):
@@ -136,12 +136,12 @@ class AnswerFile:
         self._size = os.fstat(self._out).st_size
 
     def _check(self, beside: Path, about: dict[str, str]) -> None:
-        """Raise OptionError unless the file is of this job; a new one is from now on."""
+        """Raise OptionError unless the file belongs to this job; a new file belongs to it from now on."""
         self._job.seek(0)
         told = self._job.read()
         try:
             known = json.loads(told) if told else {}
-        except ValueError:  # was ended as it was written
+        except ValueError:  # the process ended while it wrote the file
             known = {}
         if not known:
             for file in (self.file, self._lines):
@@ -159,7 +159,7 @@ class AnswerFile:
                 )
 
     def _mend(self) -> None:
-        """Read what is there, and cut off a last line that is torn."""
+        """Read the existing lines, and cut off an incomplete last line."""
         if not self._lines.exists():
             return
         whole = 0
@@ -178,7 +178,7 @@ class AnswerFile:
         self.answered += not failed
 
     def _drop_failed(self) -> None:
-        """Leave the lines of errors out, all at once or not at all."""
+        """Remove the lines of errors, all or none."""
         beside = self._lines.with_name(f".{self._lines.name}.part")
         self._ids, self.answered, self.failed = Ids(), 0, 0
         with open(self._lines, "rb") as lines, open(beside, "wb") as kept:
@@ -190,11 +190,11 @@ class AnswerFile:
         os.replace(beside, self._lines)
 
     def meets(self, name: str) -> int:
-        """The marks of an id that the requests have; SEEN is among them from the second time on."""
+        """Mark an id of the requests as SEEN; returns its earlier marks, which include SEEN from the second time on."""
         return self._ids.mark(name, SEEN)
 
     def add(self, answer: Answer) -> bool:
-        """Write an answer, unless its id has one; whether it had none. Raises OptionError where the disk is full."""
+        """Write an answer unless its id has a line; returns whether it was written. Raises OptionError if the disk is full."""
         if self._ids.mark(answer.id, 0) & (ANSWERED | FAILED):
             return False
         data = _written(answer.line(self._model, self._fingerprint))
@@ -210,7 +210,7 @@ class AnswerFile:
         return True
 
     def finish(self) -> None:
-        """All rows are answered: write what is to be parquet."""
+        """Finish a job whose rows are all answered: write the parquet file, if it is one."""
         os.fsync(self._out)
         if self.file != self._lines:
             try:
@@ -220,7 +220,7 @@ class AnswerFile:
             self._lines.unlink()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         os.close(self._out)
         self._job.close()
 
@@ -232,7 +232,7 @@ class AnswerFile:
 
 
 def _written(line: dict[str, Any]) -> bytes:
-    """A line, as people read it unless it has half of a character."""
+    """A line as UTF-8; with a lone surrogate in it, as ASCII with escapes."""
     try:
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -253,7 +253,7 @@ def _id_of(line: bytes, file: Path) -> tuple[str, Any]:
 
 
 def _lock(job: Any, file: Path) -> None:
-    """Hold a file until it is closed or the process ends, however it ends. Raises OptionError where another process does."""
+    """Lock a file until it is closed or the process ends in any way. Raises OptionError if another process holds the lock."""
     try:
         try:
             import fcntl
@@ -262,14 +262,14 @@ def _lock(job: Any, file: Path) -> None:
         except ModuleNotFoundError:  # Windows
             import msvcrt
 
-            job.seek(1 << 30)  # a place behind the text, which stays readable
+            job.seek(1 << 30)  # past the text, so that the text stays readable
             msvcrt.locking(job.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError:
         raise OptionError(f"another job writes to {file}: wait for it, or name another file") from None
 
 
 def read_answers(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of answers. Raises OptionError for a file that is none."""
+    """The lines of a file of answers. Raises OptionError for any other file."""
     if file.suffix.lower() == PARQUET:
         yield from _rows_of(file)
         return
@@ -283,14 +283,14 @@ def read_answers(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def text_of(line: Mapping[str, Any]) -> str | None:
-    """The text of an answer's line; None where there is none."""
+    """The text of an answer's line; None if the line has no answer."""
     if line.get("response") is None:
         return None
     return line["response"]["body"]["choices"][0]["message"].get("content") or ""
 
 
 def check_parquet(file: Path) -> None:
-    """Raise OptionError where a file is to be parquet, and nothing can write it."""
+    """Raise OptionError if a file is to be parquet and pyarrow is not installed."""
     if file.suffix.lower() == PARQUET:
         _library()
 
@@ -317,7 +317,7 @@ def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_lines(file: Path, lines: Path) -> None:
-    """Parquet -> lines, all at once or not at all."""
+    """Parquet -> lines, all or none."""
     beside = lines.with_name(f".{lines.name}.part")
     with open(beside, "wb") as out:
         for row in _rows_of(file):
@@ -326,7 +326,7 @@ def _write_lines(file: Path, lines: Path) -> None:
 
 
 def _write_parquet(lines: Path, file: Path) -> None:
-    """Lines -> parquet, all at once or not at all: what a table is asked for in columns, the rest as JSON."""
+    """Lines -> parquet, all or none: common fields as columns, response and error as JSON."""
     parquet = _library()
     import pyarrow as arrow
 

@@ -1,7 +1,7 @@
-"""Rows -> answers: pictures opened ahead by threads, looked at together, answers of many rows written at once.
+"""Rows -> answers: threads open pictures ahead, the vision part encodes them in batches, and many rows decode together.
 
-Rows about the same picture that stand near each other are asked together, so that it is opened, looked at and read once. Knows no
-files of requests or answers.
+Nearby rows about the same picture are asked together, so that it is opened, encoded and prefilled once. Knows no files of requests
+or answers.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from runtime.media.picture import is_data_url
 from runtime.media.tiles import PictureTiles
 from runtime.media.web import is_web_address
 
-WINDOW = 128  # rows among which those about the same picture are put together
+WINDOW = 128  # rows within which those about the same picture are grouped
 OPENED_AHEAD = 64  # rows whose pictures are opened before they are needed
-LOOKED_AT_ONCE = 16  # rows whose tiles the vision part gets together
+LOOKED_AT_ONCE = 16  # rows whose tiles the vision part encodes together
 REFUSED = {"n": (None, 1), "stream": (None, False), "logprobs": (None, False), "top_logprobs": (None, 0)}
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How rows are asked that say nothing of it themselves. Tokens are the likeliest ones, unless a row draws."""
+    """The defaults of rows. Decoding is greedy, unless a row sets a temperature."""
 
     max_tiles: int | None = None  # of a picture, None: the model's
-    max_new_tokens: int = Decoding.max_new_tokens  # where a body names none
-    schema: str | None = None  # what answers fit
+    max_new_tokens: int = Decoding.max_new_tokens  # if a body sets none
+    schema: str | None = None  # JSON schema of the answers
 
     def __post_init__(self) -> None:
         """Raises OptionError."""
@@ -52,16 +52,16 @@ class Asking:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row as the model reads it."""
+    """A row as the model takes it."""
 
     row: Row
     prompt: Prompt
     decoding: Decoding
     chat: Any = None  # of a body: runtime.serve.protocol.ChatRequest
-    in_thought: bool = False  # the prompt ends inside of one
+    in_thought: bool = False  # the prompt ends inside a thought
 
     def answer(self, writing: Writing) -> Answer:
-        """What was written, as the row is answered."""
+        """The row's answer, made of the written text."""
         if writing.error is not None:
             return _failed(self.row, writing.error)
         reason, message = writing.finish_reason, {"role": "assistant", "content": writing.text}
@@ -92,7 +92,7 @@ def _failed(row: Row, error: Exception | str) -> Answer:
 
 
 class Reader:
-    """Rows -> prompts. May be used by several threads."""
+    """Rows -> prompts. Several threads may use it."""
 
     def __init__(self, model: OpenedModel, asking: Asking):
         """Raises OptionError for a schema that cannot be followed."""
@@ -101,7 +101,7 @@ class Reader:
         model.rule_of(self._plain)
 
     def read(self, rows: Sequence[Row]) -> list[Prepared | Answer]:
-        """Rows about the same pictures: the prompt of each, or why it has none."""
+        """Rows about the same pictures -> the prompt of each, or an answer with its error."""
         cut: tuple[list[PictureTiles], list[PictureTiles]] | None = None
         made: list[Prepared | Answer] = []
         for row in rows:
@@ -116,7 +116,7 @@ class Reader:
                     asked = asked if row.video is None else replace(asked, video=_below(row.base, row.video))
                     cut = cut or asked.cut(self._model.config)
                     made.append(self._question(row, asked, cut))
-            except Exception as error:  # whatever a picture or a text does to a library: the other rows are answered
+            except Exception as error:  # whatever a library raises on a picture or a text, the other rows are answered
                 made.append(_failed(row, error))
         return made
 
@@ -169,28 +169,28 @@ class Reader:
         return Prepared(row, prompt, self._bounded(decoding, prompt), chat, inside)
 
     def _bounded(self, decoding: Decoding, prompt: Prompt) -> Decoding:
-        """No more tokens than the model reads; its check leaves room for one."""
+        """Limit the new tokens to the model's context; its check leaves room for one."""
         context = self._model.config.context_length
         room = context - len(prompt.ids) if context else decoding.max_new_tokens
         return decoding if room >= decoding.max_new_tokens else replace(decoding, max_new_tokens=max(1, room))
 
 
 def _below(base: str, image: Any) -> Any:
-    """A relative path below a folder; anything else as it is."""
+    """Join a relative path to the folder `base`; return anything else as it is."""
     if not base or not isinstance(image, str) or is_data_url(image) or is_web_address(image):
         return image
     return os.path.join(base, image)
 
 
 def _pictures_of(row: Row) -> Hashable:
-    """What tells rows about the same pictures."""
+    """A key that rows about the same pictures share."""
     if row.body is not None or row.error:
         return row.number
     return row.video, *(one if isinstance(one, str | bytes) else id(one) for one in row.images)
 
 
 def together(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows of the short form about the same pictures, from among `WINDOW` that follow each other."""
+    """Group rows of the short form about the same pictures, within `WINDOW` consecutive rows."""
     rows = iter(rows)
     while window := [*islice(rows, WINDOW)]:
         groups: dict[Hashable, list[Row]] = {}
@@ -201,9 +201,9 @@ def together(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def answers(model: OpenedModel, asking: Asking, cache_bytes: int, rows: Iterable[Row]) -> Iterator[Answer]:
-    """The answers to rows, in the order in which they are over. Rows are read as a stream.
+    """The answers to rows, in the order in which they finish. Rows are read as a stream.
 
-    The vision part works between two steps of the writer: beside it, on the same cores, both together take longer (docs/speed.md).
+    The vision part works between two steps of the writer: in parallel, on the same cores, both take longer (docs/speed.md).
 
     Raises OptionError for a schema that cannot be followed.
     """
@@ -224,7 +224,7 @@ def answers(model: OpenedModel, asking: Asking, cache_bytes: int, rows: Iterable
 
 
 def _read(reader: Reader, rows: Iterable[Row]) -> Iterator[list[Prepared | Answer]]:
-    """Groups of rows -> their prompts, read by several threads and in order."""
+    """Groups of rows -> their prompts, read by several threads, in order."""
     with ThreadPoolExecutor(os.cpu_count(), "pictures") as pool:
         waiting: deque[tuple[int, Future[list[Prepared | Answer]]]] = deque()
         count = 0
@@ -240,7 +240,7 @@ def _read(reader: Reader, rows: Iterable[Row]) -> Iterator[list[Prepared | Answe
 
 
 def _looked_at(model: OpenedModel, groups: Iterable[list[Prepared | Answer]]) -> Generator[Prepared | Answer, None, None]:
-    """Prompts with the features of their pictures, those of some rows looked at together."""
+    """Prompts with the features of their pictures, encoded together for several rows."""
     some: list[Prepared | Answer] = []
     for group in groups:
         some += group

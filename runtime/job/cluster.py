@@ -1,7 +1,7 @@
-"""The same job on the nodes of a Ray cluster: Ray Data reads, spreads, waits and tries again; nothing of that is ours.
+"""The same job on the nodes of a Ray cluster: Ray Data reads, distributes, waits and retries.
 
-Each actor opens the model folder and answers rows on cores of its own. Folder, requests and pictures have the same paths on every
-node, as on a mounted volume; pictures may be web addresses, or bytes in a table, instead. Knows rows and answers.
+Each actor opens the model folder and answers rows on its own cores. Folder, requests and pictures have the same paths on every
+node, as on a mounted volume; pictures may instead be web addresses, or bytes in a table. Knows rows and answers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from runtime.job.answers import Answer
 from runtime.job.requests import Requests, Row
 
 COLUMN = "pickled"
-ROWS_A_BLOCK = ask.WINDOW  # that an actor gets at once, and another one if its node dies
-TOLD_AT_ONCE, TOLD_BYTES = 16, 1 << 12  # answers, and how large they may become before they are told
+ROWS_A_BLOCK = ask.WINDOW  # rows that an actor gets at once; if its node dies, another actor gets them
+TOLD_AT_ONCE, TOLD_BYTES = 16, 1 << 12  # answers and bytes after which an actor returns a block
 EXTRA = "; it spreads a job over machines"
 
 
 def library() -> Any:
     """Ray Data. Raises OptionError where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray
         import ray.data
@@ -36,7 +36,7 @@ def library() -> Any:
 
 
 def connect(address: str) -> Any:
-    """The cluster at an address, `auto` for the one of this machine. Raises OptionError where none is."""
+    """Connect to the cluster at an address, `auto` for this machine's. Raises OptionError if there is none."""
     ray = library()
     if not ray.is_initialized():
         try:
@@ -50,10 +50,10 @@ def connect(address: str) -> Any:
 def answers(
     address: str, open_model: Any, asking: Any, cache_bytes: int, requests: Requests, rows: Iterator[Row]
 ) -> Iterator[Answer]:
-    """The answers to those of the requests that are among `rows`, in the order in which they are over.
+    """The answers to those of the requests that are among `rows`, in the order in which they finish.
 
-    `open_model` is called in every actor, with OpenVINO's properties. Raises OptionError where there is no cluster, InternVLError
-    kinds of an actor that cannot begin.
+    `open_model` is called in every actor, with OpenVINO's properties. Raises OptionError if there is no cluster, and the
+    InternVLError of an actor that cannot start.
     """
     ray = connect(address)
     left = Left()
@@ -67,11 +67,11 @@ def answers(
     if not cores:
         raise OptionError("the Ray cluster has no CPUs: add a node with  ray start --address ADDRESS")
     share = min(cores)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans, on the terminal
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would print its plans
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.raise_original_map_exception = False, True
     context.execution_options.preserve_order = False
-    context.target_max_block_size = TOLD_BYTES  # or answers come when an actor has all of its rows
+    context.target_max_block_size = TOLD_BYTES  # otherwise answers arrive only when an actor has finished all its rows
     asked = ray.data.read_datasource(_source(requests, left), num_cpus=0, override_num_blocks=1)
     found = asked.map_batches(
         _answering(),
@@ -89,13 +89,13 @@ def answers(
 
 
 class Left:
-    """Numbers of rows, in a bit each."""
+    """A set of row numbers, one bit each."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
 
     def add(self, number: int) -> None:
-        """One more."""
+        """Add a number."""
         if number // 8 >= len(self._bits):
             self._bits.extend(bytes(max(1024, number // 8 + 1 - len(self._bits))))
         self._bits[number // 8] |= 1 << number % 8
@@ -111,7 +111,7 @@ def _block(values: list[Any]) -> Any:
 
 
 def _blocks(requests: Requests, left: Left) -> Iterator[Any]:
-    """The same blocks each time: a task that is lost is run again."""
+    """Blocks of the rows that are left; the same every time, since Ray runs a lost task again."""
     some: list[Row] = []
     for row in requests:
         if row.number in left:

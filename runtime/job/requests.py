@@ -1,6 +1,6 @@
-"""Requests from wherever they are, one row after the other: JSON lines, a folder of pictures, a parquet or Arrow file, Python.
+"""The requests of a job, row by row: from JSON lines, a folder of pictures, a parquet or Arrow file, or Python.
 
-What a row says is read and checked for its form here; pictures are not opened, and nothing is known of models. Form of JSON lines:
+Reads a row and checks its form; opens no pictures and knows no models. Form of JSON lines:
 the Batch API's, https://platform.openai.com/docs/guides/batch, or {"id", "image" or "images" or "video", "question"}.
 """
 
@@ -19,15 +19,15 @@ from runtime.errors import OptionError, not_installed
 TABLES = (".parquet", ".arrow", ".feather")
 ROWS_AT_ONCE = 256  # of a table
 BLOCK = 1 << 20  # bytes that are read at once to count lines
-ENDS = 1 << 16  # bytes at both ends of a file by which it is known
+ENDS = 1 << 16  # bytes at both ends of a file that go into its fingerprint
 URL = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request: its place, from 1, its id, and what is asked; or why it cannot be.
+    """One request: its number, from 1, its id, and the question; or an error.
 
-    `body` is a chat completion's; without one, `question` is asked about `images` (what runtime.media.document.open_pictures takes)
+    `body` is a chat completion's; without one, `question` is about `images` (as runtime.media.document.open_pictures takes them)
     or `video`. Relative paths are below `base`.
     """
 
@@ -42,7 +42,7 @@ class Row:
 
     @classmethod
     def of(cls, number: int, given: Any, question: str = "", base: str = "") -> Row:
-        """From a row of either form; one without an id gets its number for one, a row without a question is asked `question`."""
+        """A row of either form; a row without an id gets its number as id, a row without a question gets `question`."""
         if not isinstance(given, Mapping):
             return cls.broken(number, f"a request is an object, this is {json.dumps(given, default=str)[:60]}")
         name = next((given[key] for key in ("custom_id", "id", "question_id") if given.get(key) is not None), number)
@@ -60,7 +60,7 @@ class Row:
 
     @classmethod
     def broken(cls, number: int, error: str) -> Row:
-        """A row that has no id of its own."""
+        """A row with an error and without an id of its own."""
         return cls(number, f"#{number}", error=error)
 
 
@@ -84,7 +84,7 @@ def _media(given: Mapping[str, Any]) -> tuple[tuple[Any, ...], str | None]:
 
 
 def _plain(image: Any) -> Any:
-    """A picture as it is; of datasets' {"bytes", "path"} what is there."""
+    """A picture as it is; from a {"bytes", "path"} of the datasets library, the one that is set."""
     if isinstance(image, Mapping):
         image = next((image[key] for key in ("bytes", "path", "url") if image.get(key) is not None), None)
     if image is None or isinstance(image, int | float):
@@ -93,10 +93,10 @@ def _plain(image: Any) -> Any:
 
 
 class Requests:
-    """A source of rows that can be read several times, from its beginning."""
+    """A source of rows; every iteration starts at its beginning."""
 
     def __init__(self, source: Path, question: str = ""):
-        """Raises OptionError for a source that is not there, or cannot be asked."""
+        """Raises OptionError for a source that does not exist or lacks questions."""
         self.source, self.question = source, question
         if source.is_dir() and not question:
             raise OptionError(f'{source} is a folder: say what to ask about its pictures with --question "..."')
@@ -107,7 +107,7 @@ class Requests:
 
     @property
     def fingerprint(self) -> str:
-        """By which the same requests are known again: of a file its size and ends, of a folder its place."""
+        """What identifies the requests: a hash of a file's size and ends, or a folder's path."""
         if self.source.is_dir():
             return str(self.source.resolve())
         told = sha1(usedforsecurity=False)
@@ -179,7 +179,7 @@ class Requests:
 
 
 def record_batches(file: Path, columns: list[str] | None = None) -> Iterator[Any]:
-    """Record batches of a table, an empty one where it has no rows. Raises OptionError where it is none, or without the library."""
+    """Record batches of a table, an empty one if it has no rows. Raises OptionError for any other file, or without pyarrow."""
     try:
         import pyarrow as arrow
         from pyarrow import ipc, parquet
@@ -199,7 +199,7 @@ def record_batches(file: Path, columns: list[str] | None = None) -> Iterator[Any
             try:
                 opened = ipc.open_file(mapped)
                 batches: Iterable[Any] = map(opened.get_batch, range(opened.num_record_batches))
-            except arrow.ArrowInvalid:  # as datasets keeps them
+            except arrow.ArrowInvalid:  # the datasets library writes streams
                 mapped.seek(0)
                 batches = opened = ipc.open_stream(mapped)
             for batch in batches:

@@ -1,7 +1,7 @@
-"""A job from its requests to its file of answers: what is left of it is asked, however and wherever, and kept.
+"""A job from its requests to its file of answers: asks the remaining rows and stores their answers.
 
-Also `batch`, the same from Python, without a file. Knows rows and answers; how rows are answered is ask.py's, or that of the
-processes of workers.py and cluster.py.
+Also `batch`, the same from Python, without a file. Knows rows and answers; ask.py answers rows, in this process or in those of
+workers.py and cluster.py.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from runtime.job.answers import ANSWERED, FAILED, SEEN, Answer, AnswerFile
 from runtime.job.requests import Requests, Row
 
 DEFAULT_NEW_TOKENS = 512  # of an answer
-CACHE_GB = 2  # of keys and values of the rows that are being answered
+CACHE_GB = 2  # of the KV cache of the rows that are being answered
 
 AnswerRows = Callable[[Iterator[Row]], Iterator[Answer]]
 
 
 @dataclass
 class Progress:
-    """How far a job is."""
+    """The progress of a job."""
 
     rows: int  # in all
-    before: int = 0  # rows that had an answer, or an error, when it began
+    before: int = 0  # rows that had an answer or an error when the job began
     answered: int = 0
     failed: int = 0
     pictures: int = 0
@@ -41,7 +41,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the job began."""
         return time.perf_counter() - self.started
 
     @property
@@ -50,7 +50,7 @@ class Progress:
         return self.before + self.answered + self.failed
 
     def note(self, answer: Answer) -> None:
-        """One more."""
+        """Count one more answer."""
         self.answered += not answer.error
         self.failed += bool(answer.error)
         self.pictures += answer.pictures
@@ -58,7 +58,7 @@ class Progress:
         self.completion_tokens += answer.completion_tokens
 
     def summary(self) -> dict[str, Any]:
-        """In figures."""
+        """The figures of the job, with rates."""
         seconds = self.seconds
         told = {name: value for name, value in asdict(self).items() if name != "started"}
         rates = {"rows_a_second": (self.answered + self.failed) / seconds, "pictures_a_second": self.pictures / seconds}
@@ -66,7 +66,7 @@ class Progress:
 
 
 def about(folder: Path, requests: Requests, asking: Any) -> dict[str, str]:
-    """What a file of answers is of, by names that are told where another job wants to write to it. Raises ModelFolderError."""
+    """What identifies a job, by names that appear in AnswerFile's error for another job's file. Raises ModelFolderError."""
     check_folder(folder)
     schema = "" if asking.schema is None else sha1(asking.schema.encode(), usedforsecurity=False).hexdigest()[:16]
     return {
@@ -80,7 +80,7 @@ def about(folder: Path, requests: Requests, asking: Any) -> dict[str, str]:
 
 
 def left_of(requests: Iterable[Row], file: AnswerFile) -> Iterator[Row]:
-    """The rows that the file holds nothing of; one whose id came before is broken."""
+    """The rows without a line in the file; a row with a repeated id becomes an error."""
     for row in requests:
         marks = file.meets(row.id)
         if marks & SEEN:
@@ -93,7 +93,7 @@ def left_of(requests: Iterable[Row], file: AnswerFile) -> Iterator[Row]:
 def run_job(
     requests: Requests, file: AnswerFile, answer: AnswerRows, *, strict: bool = False, report: Callable[[Progress], None]
 ) -> Progress:
-    """Answer what is left, and write it as it comes. Raises OptionError for a full disk, and with `strict` at the first bad row."""
+    """Answer the remaining rows and write each answer at once. Raises OptionError for a full disk; with `strict`, for an error."""
     progress = Progress(requests.count(), file.answered + file.failed)
     report(progress)
     with closing(answer(left_of(requests, file))) as found:  # type: ignore[type-var]
@@ -119,11 +119,11 @@ def batch(
     cache_size: float = CACHE_GB,
     **placed: Any,
 ) -> Iterator[Answer]:
-    """The answers to rows, in the order in which they are over; `id` says to which row one belongs, `error` why there is none.
+    """The answers to rows, in the order in which they finish; `id` names an answer's row, `error` says why there is none.
 
-    `folder` is a model folder, or an OpenedModel that is asked again and again. Rows have the forms of Requests, read as a
-    stream; pictures may be PIL's too, and a row that is no object is a picture. A row without an id has its place, from 1, as a
-    text. `schema` is a JSON schema as text; `placed` is what OpenedModel takes. Raises InternVLError kinds for what concerns all.
+    `folder` is a model folder, or an OpenedModel to reuse. Rows have the forms of Requests, read as a stream; pictures may be
+    PIL's too, and a row that is no dict is a picture. A row without an id gets its number, from 1, as text. `schema` is a JSON
+    schema as text; `placed` are arguments of OpenedModel. Raises InternVLError for mistakes that concern all rows.
     """
     from runtime.answer.model import OpenedModel
     from runtime.job.ask import Asking, answers

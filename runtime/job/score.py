@@ -1,12 +1,12 @@
-"""How right answers are: the metrics of visual question answering, by their published definitions.
+"""The accuracy of answers: the metrics of visual question answering, by their published definitions.
 
-Knows texts, and boxes as far as runtime/answer/boxes.py reads them; no models. Sources, whose numbers the tests have:
-exact, contains  no source: case and outer white space apart
+Knows texts, and boxes through runtime/answer/boxes.py; no models. Sources, whose numbers are in the tests:
+exact, contains  no source: case and the amount of white space do not count
 relaxed          ChartQA, arXiv:2203.10244 section 5.1, with google-research/pix2struct@main pix2struct/metrics.py
-anls             DocVQA, arXiv:1907.00490 equation 1, threshold 0.5, with its evaluation script, in which 0.5 itself counts
+anls             DocVQA, arXiv:1907.00490 equation 1, threshold 0.5, with its evaluation script, where 0.5 itself counts
 vqa              https://visualqa.org/evaluation.html with GT-Vision-Lab/VQA@07aecec PythonEvaluationTools/vqaEvaluation/vqaEval.py
-bleu             of the corpus, arXiv P02-1040 (Papineni 2002), tokens and smoothing of mjpost/sacrebleu's defaults (13a, exp)
-refcoco          intersection over union of the first box, right from 0.5 on
+bleu             of the corpus, ACL P02-1040 (Papineni 2002), tokens and smoothing of mjpost/sacrebleu's defaults (13a, exp)
+refcoco          intersection over union (IoU) of the first box, right if at least 0.5
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from runtime.errors import OptionError
 from runtime.job.answers import read_answers, text_of
 from runtime.job.requests import TABLES, record_batches
 
-WITHIN = 0.05  # of the right number
+WITHIN = 0.05  # relative error of a right number
 LEAST_SIMILAR = 0.5
-AGREEING, FEWEST_ANSWERS = 3, 4  # people that make an answer right, and of whom one is left out
+AGREEING, FEWEST_ANSWERS = 3, 4  # people whose agreement makes an answer right; people needed to leave one out
 NGRAMS = 4
-RIGHT_FROM = 0.5  # intersection over union
+RIGHT_FROM = 0.5  # IoU
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(DIGITS)}
@@ -45,7 +45,7 @@ SEVERAL_APOSTROPHES = (
     "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've there'd've "
     "they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at"
 )
-CONTRACTIONS = {  # without one of their apostrophes
+CONTRACTIONS = {  # contraction without one of its apostrophes -> contraction
     word[:at] + word[at + 1 :]: word
     for word in (ONE_APOSTROPHE + " " + SEVERAL_APOSTROPHES).split()
     for at in range(len(word))
@@ -55,7 +55,7 @@ CONTRACTIONS = {  # without one of their apostrophes
 
 @dataclass(frozen=True)
 class Truth:
-    """What is right about a row: answers, or for boxes one box in pixels of a picture of a size."""
+    """The ground truth of a row: answers, or one box in pixels of a picture of `size` (width, height)."""
 
     answers: tuple[str, ...] = ()
     box: Box | None = None
@@ -63,12 +63,12 @@ class Truth:
 
 
 def exact(answer: str, truth: Truth) -> float:
-    """Whether it is one of the right answers."""
+    """Whether the answer is one of the right ones."""
     return float(_plain(answer) in map(_plain, truth.answers))
 
 
 def contains(answer: str, truth: Truth) -> float:
-    """Whether one of the right answers stands in it."""
+    """Whether the answer contains one of the right ones."""
     return float(any(_plain(right) in _plain(answer) for right in truth.answers))
 
 
@@ -78,7 +78,7 @@ def relaxed(answer: str, truth: Truth) -> float:
 
 
 def anls(answer: str, truth: Truth) -> float:
-    """How similar it is to the nearest right answer, by edits a letter; 0 below a half."""
+    """Similarity to the nearest right answer, 1 - edits / length; 0 if below 0.5."""
     best = 0.0
     for right in truth.answers:
         one, other = (" ".join(text.strip().lower().split()) for text in (answer, right))
@@ -88,7 +88,7 @@ def anls(answer: str, truth: Truth) -> float:
 
 
 def vqa(answer: str, truth: Truth) -> float:
-    """How many people gave the answer: three of the others make it right, in the mean over who is left out."""
+    """VQA accuracy: min(1, people who gave the answer / 3), averaged over leaving each person out."""
     given = [normal_answer(right) for right in truth.answers]
     agreeing = sum(right == normal_answer(answer) for right in given)
     scores = [min(1.0, (agreeing - (right == normal_answer(answer))) / AGREEING) for right in given]
@@ -96,7 +96,7 @@ def vqa(answer: str, truth: Truth) -> float:
 
 
 def refcoco(answer: str, truth: Truth) -> float:
-    """Intersection over union of the first box with the right one; 0 without a box."""
+    """IoU of the first box with the right one; 0 without a box."""
     assert truth.box is not None
     found = find_boxes(answer, truth.size or ())
     return intersection_over_union(found[0], truth.box) if found else 0.0
@@ -132,7 +132,7 @@ def _number(text: str) -> float | None:
 
 
 def edits(one: str, other: str) -> int:
-    """Levenshtein's distance: letters put in, left out or changed."""
+    """Levenshtein distance: letters inserted, deleted or replaced."""
     row = [*range(len(other) + 1)]
     for count, letter in enumerate(one, 1):
         before, row[0] = row[0], count
@@ -142,7 +142,7 @@ def edits(one: str, other: str) -> int:
 
 
 def normal_answer(text: str) -> str:
-    """A text as VQA compares it: lower case, no articles, digits for numbers, apostrophes put in, most punctuation left out."""
+    """A text as VQA compares it: lower case, no articles, digits for number words, apostrophes restored, little punctuation."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     between_digits, made = re.search(r"\d,\d", text), text
     for mark in PUNCTUATION:
@@ -154,9 +154,9 @@ def normal_answer(text: str) -> str:
 
 
 def bleu(answers: Sequence[str], truths: Sequence[Truth]) -> float:
-    """BLEU of a corpus, 0 to 1: up to four words in a row, the nearest length.
+    """BLEU of a corpus, 0 to 1: n-grams up to 4, the reference nearest in length for the brevity penalty.
 
-    Where nothing of an order is right, half a run counts, of the next such order a quarter.
+    If an order has no match, 1/2 match counts; in the next such order 1/4, and so on.
     """
     right, counts = [0] * NGRAMS, [0] * NGRAMS
     length = wanted = 0
@@ -187,7 +187,7 @@ def _runs(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
 
 
 def words_of(text: str) -> list[str]:
-    """The tokens that mteval-v13a.pl makes, case kept."""
+    """The tokens of mteval-v13a.pl, with case."""
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for mark, letter in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(mark, letter)
@@ -202,13 +202,13 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Scored:
-    """A file of answers, judged."""
+    """The score of a file of answers."""
 
     metric: str
-    texts: dict[str, str | None]  # of the rows that have a truth; None where there is no answer
-    values: dict[str, float] = field(repr=False)  # of rows; none for bleu
+    texts: dict[str, str | None]  # of the rows with a ground truth; None if there is no answer
+    values: dict[str, float] = field(repr=False)  # per row; empty for bleu
     score: float = 0.0
-    strangers: int = 0  # answers without a truth
+    strangers: int = 0  # answers without a ground truth
     mean_iou: float | None = None
 
     @property
@@ -217,13 +217,13 @@ class Scored:
         return sum(text is None for text in self.texts.values())
 
     def summary(self) -> dict[str, Any]:
-        """In figures."""
+        """The figures of the score."""
         told = {"metric": self.metric, "score": self.score, "rows": len(self.texts), "without_an_answer": self.missing}
         return told | ({} if self.mean_iou is None else {"mean_iou": self.mean_iou}) | {"without_a_truth": self.strangers}
 
 
 def score(file: Path, truths: Mapping[str, Truth], metric: str) -> Scored:
-    """Judge a file of answers. Raises OptionError for what cannot be judged so."""
+    """Score a file of answers. Raises OptionError if none of them has a ground truth."""
     texts: dict[str, str | None] = dict.fromkeys(truths)
     strangers = 0
     for line in read_answers(file):
@@ -246,9 +246,9 @@ def score(file: Path, truths: Mapping[str, Truth], metric: str) -> Scored:
 
 
 def read_truth(file: Path, metric: str) -> dict[str, Truth]:
-    """What is right, by id, from JSON lines or a table with id and answer or answers; for refcoco with box and size.
+    """The ground truth by id, from JSON lines or a table with id and answer or answers; for refcoco with box and size.
 
-    A .json file may be one object, from id to answer or answers. Raises OptionError.
+    A .json file may be one object that maps an id to its answer or answers. Raises OptionError.
     """
     found: dict[str, Truth] = {}
     for number, row in enumerate(_rows(file), 1):

@@ -1,6 +1,6 @@
-"""The same job in several processes of this machine, each on cores of its own: a NUMA node, or a share of the cores.
+"""The same job in several processes of this machine, each on its own cores: a NUMA node, or a share of the cores.
 
-Weights are mapped from one file; what OpenVINO packs of them is each process's own. Knows rows and answers that go over queues.
+Weights are mapped from one file; OpenVINO's packed copies are per process. Rows and answers travel over queues.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from runtime.job.answers import AGAIN, Answer
 from runtime.job.requests import Row
 from runtime.parts.memory import return_freed_memory
 
-ROWS_AHEAD = 2 * ask.WINDOW  # of a process: more than it ever waits for before it answers one
-WAIT_SECONDS = 1.0  # between looks whether a process is still there
+ROWS_AHEAD = 2 * ask.WINDOW  # per process: more rows than it ever needs before its first answer
+WAIT_SECONDS = 1.0  # between checks that the processes are alive
 NODES = Path("/sys/devices/system/node")
 
 
 def shares_of_cores(count: int) -> list[list[int]]:
-    """The cores that this process may use in `count` shares, those of a NUMA node together. Raises OptionError."""
+    """Divide the cores that this process may use into `count` shares, by NUMA node. Raises OptionError."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     if not 1 <= count <= len(cores):
         raise OptionError(f"{count} workers for {len(cores)} cores: give from 1 to {len(cores)}")
@@ -36,15 +36,15 @@ def shares_of_cores(count: int) -> list[list[int]]:
 
 
 def _cores_of(node: Path) -> list[int]:
-    """Of a list like 0-3,8."""
+    """The cores of a NUMA node, from a list like 0-3,8."""
     spans = [span.split("-") for span in (node / "cpulist").read_text().strip().split(",") if span]
     return [core for span in spans for core in range(int(span[0]), int(span[-1]) + 1)]
 
 
 def answers(count: int, open_model: Any, asking: Any, cache_bytes: int, rows: Iterator[Row]) -> Iterator[Answer]:
-    """The answers to rows, in the order in which they are over; `open_model` is called in each process, and can be pickled.
+    """The answers to rows, in the order in which they finish; each process calls `open_model`, which must be picklable.
 
-    Raises InternVLError kinds of a process that cannot begin, and OptionError for one that was killed.
+    Raises the InternVLError of a process that cannot start, and OptionError for one that was killed.
     """
     spawning = multiprocessing.get_context("spawn")
     found: Any = spawning.Queue()
@@ -59,7 +59,7 @@ def answers(count: int, open_model: Any, asking: Any, cache_bytes: int, rows: It
         while more or any(waiting):
             while more and min(waiting) < ROWS_AHEAD:
                 row = next(rows, None)
-                if not handed % ask.LOOKED_AT_ONCE:  # rows about one picture stand near each other
+                if not handed % ask.LOOKED_AT_ONCE:  # nearby rows share pictures: they go to one process
                     number = waiting.index(min(waiting))
                 handed += 1
                 if row is None:
@@ -87,8 +87,8 @@ def answers(count: int, open_model: Any, asking: Any, cache_bytes: int, rows: It
 
 
 def _work(number: int, cores: list[int], open_model: Any, asking: Any, cache_bytes: int, inbox: Any, found: Any) -> None:
-    """In a process: answer what comes, until None does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the job's, which ends this
+    """In a worker process: answer rows until None arrives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and terminates this process
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     return_freed_memory()

@@ -1,6 +1,6 @@
-"""A request as the engine takes it, and its answer piece by piece: the common work of the routes that write answers.
+"""A request as the engine takes it, and its answer piece by piece: the common work of the routes that generate answers.
 
-Knows no routes and no form of events.
+Knows no routes and no forms of events.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from runtime.serve.reception import Metrics, Reception, Refused, Rules
 from runtime.serve.turns import prompt_of_request
 
 SLOW_AT_ONCE = 4  # requests whose media take long
-LOOK_SECONDS = 0.5  # between looks whether a client is still there
+LOOK_SECONDS = 0.5  # between checks that a client is still connected
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A chat request as the engine takes it; `thinking` where the prompt ends inside of a thought."""
+    """A chat request as the engine takes it; `thinking` if the prompt ends inside a thought."""
 
     prompt: Prompt
     decoding: Decoding
     thinking: bool
 
     def choice(self) -> Choice:
-        """An answer to it, of which nothing is written yet."""
+        """An empty answer to the request."""
         return Choice(AnswerReader(calls=self.decoding.calls is not None, thinking=self.thinking))
 
 
 @dataclass
 class Choice:
-    """One answer as far as it is written, and what it means where somebody reads that."""
+    """One answer as far as it is written, parsed by `reader` if there is one."""
 
     reader: AnswerReader | None = None
     text: str = ""
@@ -57,7 +57,7 @@ class Choice:
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> list[Said]:
-        """Take what came next; returns what it means."""
+        """Add the next piece; returns what the reader parsed from it."""
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason
@@ -72,24 +72,24 @@ class Choice:
 
 
 class Server(Reception):
-    """The common work of the routes that write answers."""
+    """The common work of the routes that generate answers."""
 
     def __init__(self, engine: Engine, rules: Rules):
         super().__init__(rules, Metrics(engine))
         self.engine = engine
         self._slow = ThreadPoolExecutor(SLOW_AT_ONCE, "media")
-        self._told: set[asyncio.Queue[tuple[int, Piece]]] = set()  # of the answers that are being written
+        self._told: set[asyncio.Queue[tuple[int, Piece]]] = set()  # queues of the answers that are being written
 
     def stop(self) -> None:
-        """End all answers with an error: the server must go. From the thread of the loop."""
+        """End all answers with an error, because the server shuts down. Must run in the event loop's thread."""
         for told in self._told:
             told.put_nowait((0, Piece("", error=Refused(503, "the server is being stopped", "stopping"))))
 
     def close(self) -> None:
-        """Begin with no more media."""
+        """Start opening no more media."""
         self._slow.shutdown(wait=False, cancel_futures=True)
 
-    # what is asked
+    # requests
 
     async def asked(self, ask: ChatRequest) -> Asked:
         """Open the pictures and tokenise, in a thread. Raises InternVLError kinds."""
@@ -115,14 +115,14 @@ class Server(Reception):
         return Asked(prompt, decoding, inside)
 
     async def plain_prompt(self, text: str) -> Prompt:
-        """A prompt of text alone, as it is."""
+        """The prompt of a text without a chat template. Raises PromptError for an empty text."""
         ids = await asyncio.to_thread(self.engine.model.tokenizer.encode, text)
         if not ids:
             raise PromptError("the prompt is empty: write one")
         return Prompt(np.array(ids, np.int64), [])
 
     def decoding(self, ask: Writing, prompt: Prompt, most_tokens: int | None, **more: Any) -> Decoding:
-        """The request's wishes, then generation_config.json, then the defaults of Decoding."""
+        """Decoding options: the request's, then generation_config.json's, then the defaults of Decoding."""
         model = self.engine.model
         model.check(prompt)
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -141,10 +141,10 @@ class Server(Reception):
             **more,
         )
 
-    # what is answered
+    # answers
 
     async def pieces(self, prompts: list[Prompt], decoding: Decoding, count: int) -> AsyncIterator[tuple[int, Piece]]:
-        """`count` answers to each prompt, piece by piece with their number; all are cancelled when nobody reads on."""
+        """`count` answers to each prompt, as (number, piece); all are cancelled if the caller stops reading."""
         loop, told = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         started, first, left = time.perf_counter(), True, len(prompts) * count
 
@@ -194,7 +194,7 @@ class Server(Reception):
     async def whole(
         self, request: Request, prompts: list[Prompt], decoding: Decoding, count: int, take: Callable[[int, Piece], Any]
     ) -> None:
-        """Write `count` answers to each prompt to their end, and `take` their pieces; given up when the client is gone."""
+        """Generate `count` whole answers to each prompt and `take` their pieces. Raises Refused if the client disconnects."""
 
         async def collect() -> None:
             async for number, piece in self.pieces(prompts, decoding, count):
@@ -224,11 +224,11 @@ class Server(Reception):
         return {"content": [one(t.id, t.logprob) | {"top_logprobs": [one(*other) for other in t.top]} for t in tokens]}
 
     def alternatives(self, count: int) -> int:
-        """How many of the likeliest tokens are told beside each; one of them is the chosen one, which every engine tells."""
+        """How many likeliest tokens to report per token; 1 becomes 0 on an engine without alternatives: the chosen one is it."""
         return count if count > 1 or self.engine.tells_alternatives else 0
 
     def old_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        """The same in the form of completions."""
+        """Tokens and log probabilities in the form of completions."""
         words = [self.word(token.id) for token in tokens]
         return {
             "tokens": words,
@@ -241,7 +241,7 @@ class Server(Reception):
 
 
 def takes_long(ask: ChatRequest) -> bool:
-    """Whether others decide how long its media take: what is fetched, videos, documents. They wait for each other alone."""
+    """Whether the request has slow media (web addresses, videos, documents), which get their own threads."""
     parts = [part for message in ask.messages if isinstance(message.content, list) for part in message.content]
     return any(
         is_web_address(part.image_url.url) if isinstance(part, ImagePart) else not isinstance(part, TextPart | RefusalPart)
@@ -250,7 +250,7 @@ def takes_long(ask: ChatRequest) -> bool:
 
 
 def usage(prompts: list[Prompt], choices: list[Choice]) -> dict[str, Any]:
-    """Tokens read and written."""
+    """The numbers of prompt tokens and new tokens, in OpenAI's form."""
     read, written = sum(len(prompt.ids) for prompt in prompts), sum(len(choice.tokens) for choice in choices)
     thought = sum(choice.thought_tokens for choice in choices)
     details = {"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}

@@ -1,6 +1,6 @@
-"""OpenAI's routes that write answers, whole or as a stream of events, over one engine.
+"""OpenAI's routes that generate answers, whole or as a stream of events, over one engine.
 
-Knows the forms of requests and answers; what is in between is answering.py's.
+Knows the forms of requests and answers; answering.py does the work in between.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from runtime.serve.protocol import ChatRequest, CompletionRequest, message_of, n
 from runtime.serve.reception import Refused, Rules, base_app
 from runtime.serve.responses import ResponsesRequest, ResponseWriter
 
-COMPLETION_TOKENS = 16  # OpenAI's default where a text is completed
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
 def build_app(engine: Engine, rules: Rules) -> FastAPI:
-    """The application over an engine, which it closes at its end. `app.state.stop()` ends all answers."""
+    """The application over an engine, which it closes on shutdown. `app.state.stop()` ends all answers."""
     server = Server(engine, rules)
 
     @asynccontextmanager
@@ -140,7 +140,7 @@ def _failed(message: str) -> str:
 async def _told(
     server: Server, events: AsyncIterator[str], failed: Callable[[str], str] = _failed, *, end: str = "data: [DONE]\n\n"
 ) -> AsyncIterator[str]:
-    """Events, then what went wrong, then the end: a stream that has begun cannot change its status."""
+    """Events, then an error if there was one, then `end`: a stream that has begun cannot change its HTTP status."""
     try:
         async with server.place(sure=True):
             async for event in events:
@@ -156,7 +156,7 @@ def _take(choices: list[Choice], number: int, piece: Piece) -> None:
 
 
 def _delta(said: Said) -> dict[str, Any]:
-    """What came next, as a chunk tells it."""
+    """The delta of a chunk for the next piece of an answer."""
     if said.name:
         return {"tool_calls": [{"index": said.call, **told_call(Call(said.name, ""))}]}
     if said.call is not None:

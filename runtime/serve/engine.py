@@ -1,7 +1,7 @@
-"""Many answers at once from one model folder: which tokens come next is somebody else's work, what they say is told as it comes.
+"""Many answers at once from one model folder: an engine generates tokens and passes their text to the caller as it comes.
 
-`GenaiEngine` hands our embeddings to openvino_genai's ContinuousBatchingPipeline, so that templates, tile limits and the cache of
-features are ours and paged attention over many requests is theirs. `NativeEngine` decodes itself, one answer after the other.
+`GenaiEngine` hands our embeddings to openvino_genai's ContinuousBatchingPipeline: templates, tile limits and the feature cache are
+ours, paged attention over many requests is theirs. `NativeEngine` decodes itself, one answer after the other.
 Knows no HTTP and no JSON.
 """
 
@@ -33,26 +33,26 @@ from runtime.serve import worker
 from runtime.serve.grammar import SchemaCheck
 from runtime.serve.process import Process
 
-DEFAULT_NEW_TOKENS = 1024  # of an answer, where neither the request nor the model bounds it
-UNWELL_SECONDS = 60.0  # within which a second end of the process that answers is no accident, and for which that is told
-MOST_STARTS = 3  # of that process that come to nothing one after the other
-KEPT_SHAPES = 500  # of which the CPU keeps what it compiled for a step
-SMALLEST = 1e-3  # of what single precision would make 0
+DEFAULT_NEW_TOKENS = 1024  # of an answer, if neither the request nor the model sets a limit
+UNWELL_SECONDS = 60.0  # if the worker process ends twice within this time, /health fails for this time
+MOST_STARTS = 3  # failed starts of the worker process in a row, after which the engine gives up
+KEPT_SHAPES = 500  # input shapes whose compiled kernels the CPU plugin caches
+SMALLEST = 1e-3  # lower bound of top_p and repetition_penalty, which float32 could round to 0
 logger = logging.getLogger(__name__)
 
 
 class ProcessEnded(Exception):
-    """The process that answers has ended, with all answers that it was writing."""
+    """The worker process has ended, with all answers that it was writing."""
 
     def __init__(self) -> None:
         super().__init__("the process that answers has ended: ask again")
 
 
 def decoding_of(model: OpenedModel, most_tokens: int | None, room: int | None, wishes: Mapping[str, Any], **more: Any) -> Decoding:
-    """Wishes that are not None, then generation_config.json, then the defaults of Decoding.
+    """Decoding options: `wishes` that are not None, then generation_config.json, then the defaults of Decoding.
 
-    `wishes` are of temperature, top_p, top_k, min_p and repetition_penalty;
-    `room` is how many tokens the model can still read after the prompt; `more` are other fields of Decoding.
+    `wishes` may have temperature, top_p, top_k, min_p and repetition_penalty; `room` is the number of tokens that the context has
+    left after the prompt; `more` are other fields of Decoding.
     """
     defaults = model.generation_defaults
     drawn = ("temperature", "top_p", "top_k", "min_p") if defaults.get("do_sample") else ()
@@ -68,7 +68,7 @@ def decoding_of(model: OpenedModel, most_tokens: int | None, room: int | None, w
 
 @dataclass(frozen=True)
 class Piece:
-    """What came next of an answer: text, its tokens, at the end why it ended ("stop", "length")."""
+    """The next piece of an answer: text, its tokens and, in the last one, the finish reason ("stop", "length")."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -77,31 +77,30 @@ class Piece:
 
 
 class Engine(ABC):
-    """Answers prompts, several at once; `tell` is called from a thread of the engine for every piece of an answer."""
+    """Answers prompts, several at once; a thread of the engine calls `tell` for every piece of an answer."""
 
-    tells_alternatives = False  # the likeliest tokens beside the chosen one
+    tells_alternatives = False  # reports the likeliest tokens besides the chosen one
 
     def __init__(self, model: OpenedModel):
         self.model = model
         ends = model.generation_defaults.get("eos_token_id", model.stop_id)
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
-        self.kv_cache_share: float | None = None  # how much of the KV cache is in use, 0 to 1, where there is one for all
+        self.kv_cache_share: float | None = None  # used share of the KV cache, 0 to 1, if all requests share one
 
     @property
     def alive(self) -> bool:
-        """Whether it can still answer."""
+        """Whether the engine can answer."""
         return True
 
     def text_of(self, decoding: Decoding) -> TextStream:
-        """What turns the tokens of an answer into its text."""
+        """The stream that turns the tokens of an answer into text."""
         return self.model.text_of(decoding)
 
     @abstractmethod
     def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
-        """Begin an answer; returns what cancels it, from any thread. Raises OptionError.
+        """Start an answer; returns a function that cancels it, from any thread. Raises OptionError.
 
-        Tokens that end an answer are the engine's to know. The last piece has a finish reason or an error; after cancelling there
-        may be none.
+        The engine adds the end tokens itself. The last piece has a finish reason or an error; after cancelling it may be missing.
         """
 
     @abstractmethod
@@ -110,17 +109,17 @@ class Engine(ABC):
 
 
 class NativeEngine(Engine):
-    """Our own decoding, one answer after the other in the order in which they were asked."""
+    """Our own decoding, one answer after the other, in the order of the requests."""
 
     tells_alternatives = True
 
     def __init__(self, model: OpenedModel):
         super().__init__(model)
-        model.wait_until_packed()  # who says that he serves can
+        model.wait_until_packed()  # a server that reports ready can answer at once
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
 
     def start(self, prompt: Prompt, decoding: Decoding, tell: Callable[[Piece], None]) -> Callable[[], None]:
-        self.model.rule_of(decoding)  # what is wrong with a schema is told at once
+        self.model.rule_of(decoding)  # raises for a bad schema at once
         cancelled = threading.Event()
         decoding = replace(decoding, eos_token_ids=tuple(self.ends))
 
@@ -144,11 +143,11 @@ class NativeEngine(Engine):
                         if text.stopped:
                             reason = "stop"
                             break
-                reason = reason or ("length" if count >= decoding.max_new_tokens else "stop")  # or the schema's end
+                reason = reason or ("length" if count >= decoding.max_new_tokens else "stop")  # or a complete schema
                 tell(Piece(text.end(), finish_reason=reason))
             except Cancelled:
                 pass
-            except Exception as error:  # carried to the one who asked
+            except Exception as error:  # passed to the caller
                 tell(Piece("", error=error))
 
         self._worker.submit(run)
@@ -165,7 +164,7 @@ class _Request:
 
 
 class GenaiEngine(Engine):
-    """openvino_genai's continuous batching over our embeddings, in a process of its own: many requests in every step."""
+    """openvino_genai's continuous batching over our embeddings, in a worker process: many requests in every step."""
 
     def __init__(self, model: OpenedModel, cache_gb: int):
         """`model` is opened without its language part; `cache_gb` bounds the KV cache of all requests. Raises DeviceError."""
@@ -220,7 +219,7 @@ class GenaiEngine(Engine):
             try:
                 embeds = self.model.embeddings_of(prompt)  # (1, T, D)
                 with self._lock:
-                    if cancelled.is_set():  # while its pictures were looked at
+                    if cancelled.is_set():  # while its pictures were encoded
                         return
                     if self._ended:
                         raise ProcessEnded
@@ -265,7 +264,7 @@ class GenaiEngine(Engine):
             self._process.send(worker.Cancel(number))
 
     def _listen(self) -> None:
-        """Hear the process; where it ends and should not, start another, which takes what is asked from then on."""
+        """Receive from the worker process; if it ends unexpectedly, start another for later requests."""
         failed = 0
         while not self._ended:
             self._hear()
@@ -276,7 +275,7 @@ class GenaiEngine(Engine):
                 self._process.finish()
 
     def _hear(self) -> None:
-        """Tell what the process says, until it ends."""
+        """Pass on the worker's news until it ends."""
         while (news := self._process.receive()) is not None:
             self.kv_cache_share = news.cache_share
             for number in {*news.tokens, *news.over, *news.failed}:
@@ -287,7 +286,7 @@ class GenaiEngine(Engine):
                 self.kv_cache_share = 0.0
 
     def _lose(self) -> None:
-        """The process has ended, and its answers with it; there is another at once, unless it was to end."""
+        """The worker has ended: end its answers with an error, and start another worker unless the engine is closing."""
         with self._lock:
             left = [*self._running.values()]
             self._running.clear()
@@ -331,5 +330,5 @@ class GenaiEngine(Engine):
 
 
 def _last_words(answer: Any) -> str:
-    """Why a process did not become ready."""
+    """The reason why a worker process did not become ready."""
     return last_line(answer) if isinstance(answer, Exception) else "its process ended"

@@ -1,7 +1,7 @@
-"""What clients send, as OpenAI and LMDeploy define it: which fields are taken, ignored and refused, and which media may be read.
+"""Request bodies, as OpenAI and LMDeploy define them: fields that are accepted, ignored or refused, and media that may be read.
 
 Field names and ranges: OpenAI's chat completions, and InternLM/lmdeploy@v0.6.4 lmdeploy/serve/openai/protocol.py. Knows no HTTP and
-no engine. Media are opened here, under the server's rules: data URLs always, web addresses and files only where they were allowed.
+no engine. Opens media under the server's rules: data URLs always, web addresses and files only if allowed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.media.picture import is_data_url, open_picture, read_data_url
 from runtime.media.video import DEFAULT_SEGMENTS, read_frames
 from runtime.media.web import fetch, is_web_address
 
-REFUSED = {  # fields of OpenAI's that would be ignored in silence, and why
+REFUSED = {  # OpenAI's fields that would otherwise be silently ignored -> the reason
     "audio": "answers are text",
     "function_call": "tool_choice took its place",
     "functions": "tools took its place",
@@ -37,20 +37,20 @@ REFUSED = {  # fields of OpenAI's that would be ignored in silence, and why
     "verbosity": "the models know none: ask for it in the system message",
     "web_search_options": "nothing is searched for here",
 }
-IGNORED = (  # fields of OpenAI's that change no answer here
+IGNORED = (  # OpenAI's fields that change no answer here
     "metadata",  # nothing is stored
-    "prediction",  # it would only be sooner
-    "prompt_cache_key",  # caches go by content
+    "prediction",  # it would only be faster
+    "prompt_cache_key",  # caches are keyed by content
     "prompt_cache_options",
     "prompt_cache_retention",
     "safety_identifier",
-    "service_tier",  # there is one
+    "service_tier",  # there is only one
     "store",  # nothing is stored
     "user",
 )
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-NO_EFFORT = ("none", "minimal")  # the others are one: the models think or do not
-VIDEO_SECONDS = 20.0  # to read the frames of one, where others ask
+NO_EFFORT = ("none", "minimal")  # the others are all the same: the models either think or do not
+VIDEO_SECONDS = 20.0  # limit for reading a video's frames, for clients that are not trusted
 MOST_MESSAGES, MOST_PARTS, MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, MOST_TOOLS = 1000, 64, 16, 16, 20, 128
 MOST_GUESSES = 16
 
@@ -81,7 +81,7 @@ class RefusalPart(BaseModel):
 
     @property
     def text(self) -> str:
-        """What was said in place of an answer."""
+        """The text of the refusal."""
         return self.refusal
 
 
@@ -115,7 +115,7 @@ class CalledFunction(BaseModel):
 
     @model_validator(mode="after")
     def is_json(self) -> CalledFunction:
-        """A call of the history is one that the model could have written."""
+        """Raise ValueError unless the arguments of a call in the history are JSON."""
         try:
             json.loads(self.arguments or "{}")
         except ValueError as error:
@@ -137,7 +137,7 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def says_something(self) -> Message:
-        """Only an assistant and a tool may have nothing to say; only a user and a tool show something."""
+        """Only an assistant's or a tool's message may be empty; only a user's or a tool's may have pictures."""
         if self.content is None and self.role not in ("assistant", "tool"):
             raise ValueError(f"content: a message of role {self.role} needs one")
         if self.role not in ("user", "tool") and not all(isinstance(part, Text) for part in self.parts):
@@ -146,7 +146,7 @@ class Message(BaseModel):
 
     @property
     def parts(self) -> list[Any]:
-        """The parts of the content; a text is one."""
+        """The parts of the content; a plain text is one part."""
         return [TextPart(text=self.content)] if isinstance(self.content, str) else list(self.content or [])
 
     @property
@@ -186,7 +186,7 @@ class ResponseFormat(BaseModel):
 
     @property
     def schema_text(self) -> str | None:
-        """What the answer must fit, as JSON; None where it is free."""
+        """The JSON schema of the answer as text; None if the answer is free."""
         if self.type == "text":
             return None
         return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.schema_)
@@ -202,11 +202,11 @@ def _refuse(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-Nothing = Annotated[Any, AfterValidator(_refuse)]  # of OpenAI's; what would be ignored in silence is refused
+Nothing = Annotated[Any, AfterValidator(_refuse)]  # a field of REFUSED
 
 
 def message_of(reader: AnswerReader) -> dict[str, Any]:
-    """An answer in OpenAI's form; without content where it is calls alone."""
+    """An answer in OpenAI's form; `content` is None if the answer is only calls."""
     made: dict[str, Any] = {"role": "assistant", "content": None if reader.calls and not reader.content else reader.content}
     if reader.thought:
         made["reasoning_content"] = reader.thought
@@ -221,12 +221,12 @@ def told_call(call: Call) -> dict[str, Any]:
 
 
 def new_call_id() -> str:
-    """A name for a call, by which the client says what it returned."""
+    """A new id of a call, to which the client's tool result refers."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def check_texts(body: Any) -> Any:
-    """Raise ValueError for half of a character anywhere in a body: in a name too it would break what tells of it."""
+    """Raise ValueError for a lone surrogate anywhere in a body: even in a key it would break the error message."""
     level = [body]
     while level:
         for text in level:
@@ -241,17 +241,17 @@ def check_texts(body: Any) -> Any:
 
 
 class Request(BaseModel):
-    """What every body is checked for."""
+    """The check of every request body."""
 
     @model_validator(mode="before")
     @classmethod
     def whole(cls, body: Any) -> Any:
-        """Every text of it is one."""
+        """Check that every text is valid Unicode."""
         return check_texts(body)
 
 
 class Writing(Request):
-    """How to write: None leaves a choice to generation_config.json."""
+    """Decoding options of a request; None leaves the choice to generation_config.json."""
 
     model: str = ""
     stream: bool | None = False
@@ -274,12 +274,12 @@ class Writing(Request):
 
     @property
     def count(self) -> int:
-        """How many answers to a prompt."""
+        """The number of answers per prompt."""
         return self.n or 1
 
     @property
     def stops(self) -> list[str]:
-        """The strings at which an answer is cut off; empty ones stop nothing."""
+        """The stop strings; empty ones are dropped."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [one for one in given if one]
 
@@ -295,7 +295,7 @@ class ChatRequest(Writing):
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
     modalities: list[Literal["text"]] | None = None
-    continue_final_message: bool = False  # the last message is of the assistant, and its text what the answer begins with
+    continue_final_message: bool = False  # the last message is the assistant's; the answer continues its text
     audio: Nothing = None
     function_call: Nothing = None
     functions: Nothing = None
@@ -305,7 +305,7 @@ class ChatRequest(Writing):
 
     @model_validator(mode="after")
     def belongs_together(self) -> ChatRequest:
-        """What one field says of another."""
+        """Rules between fields."""
         names = [tool.function.name for tool in self.tools or []]
         chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
         if len({*names}) < len(names):
@@ -322,17 +322,17 @@ class ChatRequest(Writing):
 
     @property
     def most_tokens(self) -> int | None:
-        """The newer name wins."""
+        """The limit of new tokens; max_completion_tokens, the newer name, wins."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def schema_text(self) -> str | None:
-        """What the answer must fit, as JSON."""
+        """The JSON schema of the answer as text; None if the answer is free."""
         return None if self.response_format is None else self.response_format.schema_text
 
     @property
     def calls(self) -> CallRule | None:
-        """Which functions the answer may call."""
+        """The functions that the answer may call; None if it may call none."""
         if not self.tools or self.tool_choice == "none":
             return None
         chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
@@ -346,11 +346,11 @@ class ChatRequest(Writing):
         )
 
     def thinks(self, *, default: bool) -> bool:
-        """Whether the answer is to begin with thoughts; `default` where the request says nothing of it."""
+        """Whether the answer begins with thoughts; `default` if the request has no reasoning_effort."""
         return default if self.reasoning_effort is None else self.reasoning_effort not in NO_EFFORT
 
     def system(self, given: str | None, own: str, config: InternVLConfig, *, thinking: bool) -> str:
-        """The system message: `given` by the messages or the model's `own`, thinking mode, tools.
+        """The system message: `given` by the messages or the model's `own`, with thinking mode and tools.
 
         Raises OptionError for a model that does not think, or was not trained to call tools.
         """
@@ -370,9 +370,9 @@ class CompletionRequest(Writing):
 
 @dataclass(frozen=True)
 class MediaRules:
-    """What a client may have the server read: media it sends itself, and what the one who starts the server allows.
+    """The media that the server may read: those in the request, and those that the server's options allow.
 
-    `trusted` is who runs the model on his own machine: everything may be read, relative paths below `folder`.
+    `trusted` is for users on their own machine: everything may be read; relative paths are below `folder`.
     """
 
     domains: frozenset[str] = frozenset()
@@ -402,7 +402,7 @@ class MediaRules:
         return read_frames(file, count, seconds=None if self.trusted else VIDEO_SECONDS)
 
     def file(self, url: str) -> Path:
-        """The file of a path or a file URL, if it lies in the folder that may be read. Raises PictureError."""
+        """The file of a path or a file URL, if it lies in the allowed folder. Raises PictureError."""
         parts = urllib.parse.urlsplit(url) if url.startswith("file:") else None
         path = Path(urllib.parse.unquote(parts.path) if parts else url)
         try:
@@ -410,6 +410,6 @@ class MediaRules:
                 return path if self.folder is None else self.folder / path
             if self.folder is not None and path.resolve().is_relative_to(self.folder.resolve()):
                 return path
-        except (OSError, ValueError, RuntimeError):  # no name of a file
+        except (OSError, ValueError, RuntimeError):  # not a valid file name
             pass
         raise PictureError("this is no data URL and no file that may be read here: send data:image/png;base64,...")

@@ -1,6 +1,6 @@
-"""What every server of a folder has: its rules, keys and limits, places, metrics, and errors in OpenAI's form.
+"""The common base of all servers: rules, API key, limits, the count of active requests, metrics, errors in OpenAI's form.
 
-Every mistake of a client is a 4xx with one line. Knows no answers: answering.py has what is asked and written, app.py the routes.
+Every mistake of a client is a 4xx with one line. Knows no answers: answering.py prepares and generates them, app.py has the routes.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ ROUTES = (
     "/v1/models",
     "/health",
     "/metrics",
-)  # that are counted by name
+)  # routes that the metrics count by name
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes."""
+    """The limits of one server."""
 
-    requests: int = 64  # at once, waiting ones included
-    seconds: float = 600.0  # of one answer
+    requests: int = 64  # at once, including waiting ones
+    seconds: float = 600.0  # per answer
     body_bytes: int = 64 << 20
     body_seconds: float = 120.0  # from the head of a request to the last byte of its body
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Under which name, for whom and with what the server answers."""
+    """The settings of one server: model name, API key, media, limits, thinking."""
 
     model_name: str
     api_key: str | None = None
     media: MediaRules = field(default_factory=MediaRules)
     limits: Limits = field(default_factory=Limits)
-    thinking: bool = False  # where a request says nothing of it
+    thinking: bool = False  # default for requests without reasoning_effort
 
 
 class Refused(Exception):
-    """A request that is not answered: an HTTP status and a line."""
+    """A request that is refused, with an HTTP status and one line."""
 
     def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -69,13 +69,13 @@ class Refused(Exception):
 
 
 class Caches(Collector):
-    """The counts that the caches themselves keep."""
+    """Prometheus metrics of the counts that the caches keep."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """Prometheus'."""
+        """Prometheus' interface: the current counts."""
         cache, share = self._engine.model.feature_cache, self._engine.kv_cache_share
         yield CounterMetricFamily("internvl_feature_cache_hits", "Tiles whose features were kept", value=cache.hits)
         yield CounterMetricFamily("internvl_feature_cache_misses", "Tiles that the vision part looked at", value=cache.misses)
@@ -84,7 +84,7 @@ class Caches(Collector):
 
 
 class Metrics:
-    """What Prometheus is told."""
+    """The Prometheus metrics of a server."""
 
     def __init__(self, engine: Engine | None = None) -> None:
         self.registry = CollectorRegistry()
@@ -101,20 +101,20 @@ class Metrics:
 
 
 class Reception:
-    """What every server of a folder has: rules, metrics, places."""
+    """The base of every server: rules, metrics, the count of active requests."""
 
     def __init__(self, rules: Rules, metrics: Metrics):
         self.rules, self.metrics = rules, metrics
         self.created, self.active = int(time.time()), 0
 
     def check_model(self, name: str) -> None:
-        """Raise Refused for a model of another name; none is this one."""
+        """Raise Refused for another model's name; an empty name means this model."""
         if name and name != self.rules.model_name:
             raise Refused(404, f"the model {name!r} is not here: {self.rules.model_name!r} is", "model_not_found")
 
     @asynccontextmanager
     async def place(self, *, sure: bool = False) -> AsyncIterator[None]:
-        """A place among the requests. Raises Refused when there is none, unless one was `sure` to be had a moment ago."""
+        """Hold one of the `limits.requests` places. Raises Refused if none is free; `sure` skips that check."""
         if not sure and self.active >= self.rules.limits.requests:
             raise Refused(429, f"{self.active} requests are being answered: try again", "queue_full", {"Retry-After": "1"})
         self.active += 1
@@ -127,7 +127,7 @@ class Reception:
 
 
 def problem(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """One line, in OpenAI's form."""
+    """An error response of one line, in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
 
@@ -135,7 +135,7 @@ def problem(status: int, message: str, code: str, headers: dict[str, str] | None
 def base_app(
     reception: Reception, life: Callable[[FastAPI], AbstractAsyncContextManager[None]], alive: Callable[[], bool]
 ) -> FastAPI:
-    """An application with what all have: the door, errors in OpenAI's form, the model's name, health, metrics."""
+    """An application with the common parts: Door, errors in OpenAI's form, /v1/models, /health, /metrics."""
     app = FastAPI(title="InternVL on OpenVINO", version=__version__, lifespan=life)
     app.add_middleware(Door, server=reception)
 
@@ -153,7 +153,7 @@ def base_app(
         if first["type"] == "json_invalid":
             return problem(400, f"the body is not JSON ({first['ctx']['error']})", "invalid_json")
         where, said = ".".join(str(part) for part in first["loc"][1:]), first["msg"].removeprefix("Value error, ")
-        own = first["type"] == "value_error" and not where  # of the whole body, and says of what
+        own = first["type"] == "value_error" and not where  # about the whole body; the message names the field
         return problem(400, said if own else f"{where or 'the body'}: {said}", "invalid_value")
 
     @app.exception_handler(HTTPException)
@@ -183,16 +183,16 @@ def base_app(
 
 
 class Door:
-    """What every request passes: the key, the limit on its body before it is in memory, and the count of answers by status.
+    """Middleware of every request: checks the key, limits the body before it is in memory, and counts responses by status.
 
-    Plain ASGI: a middleware of Starlette's kind would keep the routes from noticing that a client is gone.
+    Plain ASGI: Starlette's BaseHTTPMiddleware would keep the routes from noticing that a client has disconnected.
     """
 
     def __init__(self, app: ASGIApp, server: Reception):
         self._app, self._server = app, server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """ASGI's interface."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -210,7 +210,7 @@ class Door:
                 late = f"the body took longer than {limits.body_seconds:g} s: {read} bytes of it came"
                 raise HTTPException(408, late, hang_up) from None
             read, whole = read + len(message.get("body", b"")), not message.get("more_body", False)
-            if read > most:  # sent in pieces, without its length
+            if read > most:  # chunked, without a Content-Length
                 raise HTTPException(413, too_large, hang_up)
             return message
 

@@ -1,6 +1,6 @@
-"""Messages of a client -> the system message and the turns of a dialogue, with their pictures opened and where they were sent.
+"""Messages of a client -> the system message and the turns of a conversation, with pictures opened and in their places.
 
-Knows what a message may be; what a prompt is made of turns is the chat core's. Tile limits of `detail`: InternLM/lmdeploy@v0.6.4
+Knows the forms of messages; the chat core renders the prompt. Tile limits of `detail`: InternLM/lmdeploy@v0.6.4
 lmdeploy/vl/utils.py. Thoughts of the history: the chat template in tokenizer_config.json of Qwen/Qwen3-8B.
 """
 
@@ -25,16 +25,16 @@ from runtime.media.picture import is_data_url
 from runtime.media.tiles import PictureTiles, Tiling
 from runtime.serve.protocol import ChatRequest, FilePart, ImagePart, MediaRules, Message, Text, VideoPart
 
-DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles a picture; LMDeploy's
+DETAILS = {"low": 6, "medium": 12, "high": 24}  # tiles per picture, LMDeploy's
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def prompt_of_request(
     ask: ChatRequest, model: ChatCore, rules: MediaRules, *, thinking: bool, config: InternVLConfig | None = None
 ) -> tuple[Prompt, bool]:
-    """The prompt of a request, its pictures opened; and whether it ends inside of a thought.
+    """The prompt of a request, with its pictures opened, and whether it ends inside a thought.
 
-    `config` says how pictures are cut, where not as the model's does. Raises InternVLError kinds.
+    `config` overrides the model's for cutting tiles. Raises InternVLError kinds.
     """
     given, turns = turns_of(ask.messages, config or model.config, rules, continue_final=ask.continue_final_message)
     prompt = model.prompt_of(ask.system(given, model.system_message, model.config, thinking=thinking), turns)
@@ -45,7 +45,7 @@ def prompt_of_request(
 
 @dataclass(frozen=True)
 class ResultPart:
-    """What a function returned: a message of role tool."""
+    """The result of a function: a message of role tool."""
 
     text: str
 
@@ -53,35 +53,35 @@ class ResultPart:
 def turns_of(
     messages: list[Message], config: InternVLConfig, rules: MediaRules, *, continue_final: bool = False
 ) -> tuple[str | None, list[Turn]]:
-    """Messages -> the system message, if there is one, and the turns; the last one is without an answer, or has the prefix of it.
+    """Messages -> the system message, if there is one, and the turns; the last turn has no answer, or only its prefix.
 
-    Neighbours of one role are joined, system messages wherever they stand; an assistant that says nothing is left out. Pictures
-    stand where they were sent, or at the `<image>` marks of their turn's texts. Raises PromptError, PictureError, VideoError,
-    and OptionError where a model was not trained to call tools.
+    Adjacent messages of one role are joined, system messages from any position; empty assistant messages are left out. Pictures
+    stay where they were sent, or go to the `<image>` marks of their turn's texts. Raises PromptError, PictureError, VideoError,
+    and OptionError if a model was not trained to call tools.
     """
     told = [message.text for message in messages if message.role in ("system", "developer")]
     spoken = [message for message in messages if message.role not in ("system", "developer")]
     last = max((n for n, message in enumerate(spoken) if message.role == "user"), default=-1)
-    asked: list[list[Any]] = []  # parts, and what was answered to them
+    asked: list[list[Any]] = []  # parts of each turn's question; `said` has the texts of its answer
     said: list[list[str]] = []
     called = False
     for number, message in enumerate(spoken):
         if message.role == "assistant":
-            kept = number > last and config.language_architecture in THINKERS  # thoughts of the turn that is going on
+            kept = number > last and config.language_architecture in THINKERS  # thoughts of the current turn
             final = continue_final and number == len(spoken) - 1
             words = message.text if final else _answer(message, config, thoughts=kept)
             called = called or bool(message.tool_calls)
             if final and message.tool_calls:
                 raise PromptError("continue_final_message: the last message has tool calls: there is nothing to go on with")
             if words:
-                asked, said = (asked, said) if asked else ([[]], [[]])  # it speaks first
+                asked, said = (asked, said) if asked else ([[]], [[]])  # an assistant's message comes first
                 said[-1].append(words)
             continue
         if message.role == "tool" and not called:
             raise PromptError("a message of role tool answers a call: an assistant's message with tool_calls comes before it")
         if not asked or said[-1]:
             asked, said = [*asked, []], [*said, []]
-        if message.role == "tool":  # what it shows stands behind what it says
+        if message.role == "tool":  # its pictures come after its text
             asked[-1] += [ResultPart(message.text), *(part for part in message.parts if not isinstance(part, Text))]
         else:
             asked[-1] += message.parts
@@ -98,7 +98,7 @@ def turns_of(
 
 
 def _answer(message: Message, config: InternVLConfig, *, thoughts: bool) -> str:
-    """What an assistant said, calls included; thoughts at its beginning are left out, as Qwen3's template does in earlier turns."""
+    """An assistant's text with its calls; without `thoughts`, leading thoughts are dropped, as Qwen3's template does."""
     calls = [Call(call.function.name, call.function.arguments or "{}") for call in message.tool_calls or []]
     if calls:
         check_language(config)
@@ -111,9 +111,9 @@ def _answer(message: Message, config: InternVLConfig, *, thoughts: bool) -> str:
 
 
 def _turn(parts: Sequence[Any], answer: str, config: InternVLConfig, rules: MediaRules) -> Turn:
-    """One turn of its parts, each on lines of its own: texts, pictures, the frames of a video, what functions returned.
+    """One turn of its parts, each on its own lines: texts, pictures, the frames of a video, results of functions.
 
-    Where the texts have marks, those say where the pictures stand. Raises PromptError where they say it of more or fewer.
+    Marks in the texts, if there are any, place the pictures. Raises PromptError if there are more or fewer marks than pictures.
     """
     opened = [(part, _opened(part, Tiling.of(config), rules)) for part in parts]
     shown = [picture for part, own in opened if _is_picture(part) for picture in own]
@@ -127,7 +127,7 @@ def _turn(parts: Sequence[Any], answer: str, config: InternVLConfig, rules: Medi
     pictures: list[PictureTiles] = []
     waiting, numbered = iter(shown), 0
     for together, run in groupby(opened, key=lambda one: _is_picture(one[0])):
-        if together and not marked:  # several in a row are numbered
+        if together and not marked:  # adjacent pictures get numbers
             own = [picture for _, each in run for picture in each]
             lines.append(typed(picture_marks(len(own), numbered).rstrip("\n"), marks=True))
             pictures += own
