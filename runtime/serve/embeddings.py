@@ -18,12 +18,12 @@ from pydantic import Field
 from runtime.contrast.model import OpenedInternVL, unit
 from runtime.errors import OptionError, PromptError
 from runtime.folder.contrastive import TEXT_TOKENS
-from runtime.serve.protocol import ImagePart, MediaRules, TextPart
+from runtime.serve.protocol import NUMBER, ImagePart, MediaRules, TextPart
 from runtime.serve.protocol import Request as Body
 from runtime.serve.reception import Metrics, Reception, Rules, base_app
 
 MOST_INPUTS = 2048  # per request; OpenAI's limit
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=TEXT_TOKENS)]
+Ids = Annotated[list[Annotated[int, NUMBER, Field(ge=0)]], Field(min_length=1, max_length=TEXT_TOKENS)]
 One = str | TextPart | ImagePart
 
 

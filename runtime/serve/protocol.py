@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationInfo, model_validator
 
 from runtime.answer.prompt import thinking_system
 from runtime.answer.reading import AnswerReader
@@ -55,6 +55,15 @@ MOST_MESSAGES, MOST_PARTS, MOST_CHOICES, MOST_STOPS, MOST_TOP_LOGPROBS, MOST_TOO
 MOST_GUESSES = 16
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str):  # pydantic takes true for 1, and digits for a number
+        raise ValueError("a number is needed")
+    return value
+
+
+NUMBER = BeforeValidator(_number)
+
+
 def _as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
@@ -62,12 +71,12 @@ def _as_url(value: Any) -> Any:
 class ImageUrl(BaseModel):
     url: str
     detail: Literal["auto", "low", "medium", "high"] = "auto"
-    max_dynamic_patch: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_dynamic_patch: Annotated[int, NUMBER, Field(ge=1, le=64)] | None = None
 
 
 class VideoUrl(BaseModel):
     url: str
-    num_segments: Annotated[int, Field(ge=1, le=64)] = DEFAULT_SEGMENTS
+    num_segments: Annotated[int, NUMBER, Field(ge=1, le=64)] = DEFAULT_SEGMENTS
 
 
 class TextPart(BaseModel):
@@ -193,7 +202,7 @@ class ResponseFormat(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: StrictBool = False
 
 
 def _refuse(value: Any, info: ValidationInfo) -> Any:
@@ -254,22 +263,22 @@ class Writing(Request):
     """Decoding options of a request; None leaves the choice to generation_config.json."""
 
     model: str = ""
-    stream: bool | None = False
+    stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    n: Annotated[int, NUMBER, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    max_tokens: Annotated[int, NUMBER, Field(ge=1)] | None = None
+    temperature: Annotated[float, NUMBER, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, NUMBER, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, NUMBER, Field(ge=0)] | None = None
+    min_p: Annotated[float, NUMBER, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, NUMBER, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, NUMBER, Field(ge=-2, le=2)] | None = 0.0
+    frequency_penalty: Annotated[float, NUMBER, Field(ge=-2, le=2)] | None = 0.0
+    seed: Annotated[int, NUMBER, Field(ge=0, lt=1 << 63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
-    ignore_eos: bool = False
-    skip_special_tokens: bool | None = True  # in the text of the answer
-    prompt_lookup_num_tokens: Annotated[int, Field(ge=0, le=MOST_GUESSES)] | None = None
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool | None = True  # in the text of the answer
+    prompt_lookup_num_tokens: Annotated[int, NUMBER, Field(ge=0, le=MOST_GUESSES)] | None = None
     logit_bias: Nothing = None
 
     @property
@@ -286,16 +295,16 @@ class Writing(Request):
 
 class ChatRequest(Writing):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    max_completion_tokens: Annotated[int, NUMBER, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[int, NUMBER, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = True
+    parallel_tool_calls: StrictBool | None = True
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
     modalities: list[Literal["text"]] | None = None
-    continue_final_message: bool = False  # the last message is the assistant's; the answer continues its text
+    continue_final_message: StrictBool = False  # the last message is the assistant's; the answer continues its text
     audio: Nothing = None
     function_call: Nothing = None
     functions: Nothing = None
@@ -363,8 +372,8 @@ class ChatRequest(Writing):
 
 class CompletionRequest(Writing):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: bool = False
+    logprobs: Annotated[int, NUMBER, Field(ge=0, le=5)] | None = None
+    echo: StrictBool = False
     suffix: Nothing = None
 
 

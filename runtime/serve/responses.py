@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, StrictBool, Tag, ValidationInfo, model_validator
 
 from runtime.answer.reading import Said
 from runtime.serve.protocol import (
@@ -20,6 +20,7 @@ from runtime.serve.protocol import (
     MOST_PARTS,
     MOST_TOOLS,
     MOST_TOP_LOGPROBS,
+    NUMBER,
     ChatRequest,
     Effort,
     Function,
@@ -145,15 +146,15 @@ class ResponsesRequest(Request):
     model: str = ""
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
-    stream: bool | None = False
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    stream: StrictBool | None = False
+    max_output_tokens: Annotated[int, NUMBER, Field(ge=1)] | None = None
+    temperature: Annotated[float, NUMBER, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, NUMBER, Field(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, NUMBER, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
-    parallel_tool_calls: bool | None = True
+    parallel_tool_calls: StrictBool | None = True
     text: Text | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = None
