@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Errors alone: notices of build tools say nothing to a user.
+QUIETLY := --quiet --quiet --disable-pip-version-check
 # The script that sets up a GPU emulated on the CPU, if it is present.
 IGPU := ../shared/igpu/setup
 # Its compiler fails on AVX-512; a crash in spite of this (exit code 128 and more) is no failure of this project.
@@ -14,8 +16,9 @@ setup: $(VENV)/.installed  ## make the virtual environment and install the proje
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[convert,demo,serve,docs,test]'
+	@echo 'Installing torch, openvino and others into $(VENV), which takes some minutes the first time.'
+	@$(BIN)/python -m pip install $(QUIETLY) --upgrade pip
+	@$(BIN)/python -m pip install $(QUIETLY) -e '.[convert,demo,serve,docs,test]'
 	touch $@
 
 check: setup  ## format, lint, types
@@ -52,6 +55,9 @@ clients: setup  ## clients of others against the server; the one for node is ski
 quickstart: setup  ## the main job offline: convert the built-in model to int4 and ask it about a picture
 	$(BIN)/python -m convert demo/shapes/checkpoint build/shapes-int4 --force
 	$(BIN)/python -m runtime chat build/shapes-int4 "Which shape is purple?" --image demo/examples/shapes.png
+	@echo
+	@echo 'Next, after . $(VENV)/bin/activate:  python -m demo                               (this model in a browser)'
+	@echo '                                 python -m convert OpenGVLab/InternVL2-1B     (a real model)'
 
 docs: setup  ## the book in docs/ as a site in build/docs, offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
