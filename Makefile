@@ -35,7 +35,7 @@ test: setup check notebook  ## everything that CI runs
 	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
 
 test-fast: setup check  ## the tests of answering, without those that convert first; for the daily loop
-	$(BIN)/python -m pytest tests/runtime tests/test_layers.py -m "not converts and not clients"
+	$(BIN)/python -m pytest tests/runtime tests/test_layers.py -m "not converts and not clients and not ray"
 
 test-igpu: setup  ## the GPU tests on a GPU that OpenVINO sees; without one they say how to set one up
 	$(BIN)/python -m pytest tests/igpu -rs
