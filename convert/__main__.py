@@ -121,13 +121,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    """python -m convert compare, imported here so that other commands do not load its libraries."""
+    try:
+        from convert.compare import main as compare
+
+        return compare(arguments)
+    except ModuleNotFoundError as error:
+        print(f"error: {not_installed(error, 'convert')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
 @ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == [COMPARE]:  # imported here, so that other commands do not load its libraries
-        from convert.compare import main as compare
-
-        return compare(given[1:])
+    if given[:1] == [COMPARE]:
+        return _compare(given[1:])
     options = vars(parser().parse_args(given))
     interrupted = threading.Event()
 

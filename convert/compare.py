@@ -29,10 +29,11 @@ from convert.reference.model import load_text_embeddings
 from convert.scratch import Scratch
 from convert.tokenizer import load_tokenizer
 from convert.verify import ask_reference, reference_steps
-from runtime.errors import InternVLError, ModelFolderError, OptionError
+from runtime.errors import InternVLError, ModelFolderError, OptionError, not_installed
 from runtime.folder.config import InternVLConfig, read_config
 from runtime.folder.files import CONFIG_FILE, GENERATION_CONFIG_FILE, PARTS, bytes_of, check_folder
 from runtime.folder.quality import WHOLE
+from runtime.terminal import CommandParser
 
 LEAST_ALIKE = 0.98  # cosine of some rows of the embedding table; about 0.99 in int4, near 0 for another checkpoint
 ROWS = 64
@@ -41,7 +42,7 @@ QUESTION, REPEATS = "Describe this picture.", 5  # of --speed; the first run is 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m convert compare", description="Compare what model folders of one checkpoint lose.")
+    p = CommandParser(prog="python -m convert compare", description="Compare what model folders of one checkpoint lose.")
     p.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="model folders, two or more, or one with --reference")
     p.add_argument(
         "--reference", metavar="CHECKPOINT", help="checkpoint whose answers are the measure (default: the first folder's)"
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
+        if options.plot is not None:
+            _pyplot()  # before minutes of work
         rows = compare(
             options.folders,
             reference=options.reference,
@@ -67,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dataset=options.dataset,
             speed=options.speed,
         )
+        print(*(map(json.dumps, rows) if options.json else _table(rows)), sep="\n", flush=True)
         if options.plot is not None:
             _plot(rows, options.plot)
     except InternVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(*(map(json.dumps, rows) if options.json else _table(rows)), sep="\n")
     return 0
 
 
@@ -226,13 +229,21 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, asked]
 
 
-def _plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plot KL per token against megabytes. Raises OptionError if nothing was measured or the file cannot be written."""
-    import matplotlib
-
+def _pyplot() -> Any:
+    """Matplotlib's pyplot, without a screen. Raises OptionError if it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "demo", "; --plot draws with it") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Plot KL per token against megabytes. Raises OptionError if nothing was measured or the file cannot be written."""
+    pyplot = _pyplot()
     if any(WHOLE not in row["parts"] for row in rows):
         raise OptionError("the answers are empty: there is nothing to plot")
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")

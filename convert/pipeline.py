@@ -202,12 +202,10 @@ def _in_four_bits(
 ) -> PreTrainedModel:
     """The language part with its matrices in `ready`, quantised to four bits on texts that the checkpoint itself writes."""
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
-    print("language: rounded by what it sees; --recipe fast takes a fraction of the time and loses more", flush=True)
+    print("language: int4 calibrated on its own answers (GPTQ); --recipe fast is quicker and loses more", flush=True)
     rope = copy.deepcopy(model.model.rotary_emb)  # some models change it in a forward and cannot be traced afterwards
     matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
-    with tqdm(
-        total=CALIBRATION_TOKENS + OF_PICTURE_TOKENS + matrices, desc="Rounding by what is seen", disable=None, leave=False
-    ) as bar:
+    with tqdm(total=CALIBRATION_TOKENS + OF_PICTURE_TOKENS + matrices, desc="Calibrating int4", disable=None, leave=False) as bar:
         texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
     model.model.rotary_emb = rope

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.commands.chat import read_schema
 from runtime.commands.options import BAR, add_flash, add_placement, open_model, show_line
 from runtime.errors import OptionError
+from runtime.job import CACHE_GB, DEFAULT_NEW_TOKENS
 
 if TYPE_CHECKING:
     from runtime.job.run import Progress
@@ -34,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--question", metavar="TEXT", default="", help="question of rows without one")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles a picture (default: the model's, often 12)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", default=512, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", default=DEFAULT_NEW_TOKENS, help="tokens of an answer (default: %(default)s)"
+    )
     parser.add_argument("--schema", metavar="FILE", type=Path, help="JSON schema that every answer follows")
     parser.add_argument("--retry-failed", action="store_true", help="ask failed rows again")
     parser.add_argument("--strict", action="store_true", help="end at the first bad row")
-    parser.add_argument("--cache-size", type=float, metavar="GB", default=2, help="KV cache (default: %(default)g)")
+    parser.add_argument("--cache-size", type=float, metavar="GB", default=CACHE_GB, help="KV cache (default: %(default)g)")
     parser.add_argument(
         "--workers", type=int, metavar="N", default=1, help="processes, each with its own cores (default: %(default)s)"
     )

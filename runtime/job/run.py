@@ -17,11 +17,9 @@ from typing import Any
 from runtime.contrast.index import fingerprint_of
 from runtime.errors import OptionError
 from runtime.folder.files import check_folder
+from runtime.job import CACHE_GB, DEFAULT_NEW_TOKENS
 from runtime.job.answers import ANSWERED, FAILED, SEEN, Answer, AnswerFile
 from runtime.job.requests import Requests, Row
-
-DEFAULT_NEW_TOKENS = 512  # of an answer
-CACHE_GB = 2  # of the KV cache of the rows that are being answered
 
 AnswerRows = Callable[[Iterator[Row]], Iterator[Answer]]
 

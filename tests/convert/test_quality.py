@@ -4,6 +4,7 @@ The ruler: what a folder's answers lose, against a direct computation with trans
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,10 @@ def test_short_texts_share_a_row():
         [6.0] * 6 + [3.0] * 3,
         [5.0] * 5 + [1.0] + [0.0] * 3,
     ]
+
+
+def test_compare_without_a_library_of_the_converter_is_one_line(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "convert.compare", raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert command(["compare", "a", "b"]) == 2
+    assert capsys.readouterr().err == "error: tqdm is not installed: pip install 'internvl-openvino[convert]'\n"

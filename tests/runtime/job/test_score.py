@@ -10,7 +10,8 @@ import pytest
 
 import runtime.__main__
 from runtime.answer.boxes import Box
-from runtime.job.score import Truth, anls, bleu, contains, edits, exact, normal_answer, refcoco, relaxed, vqa, words_of
+from runtime.commands.score import METRICS as CHOICES
+from runtime.job.score import METRICS, Truth, anls, bleu, contains, edits, exact, normal_answer, refcoco, relaxed, vqa, words_of
 
 
 def test_exact_and_contained():
@@ -208,3 +209,8 @@ def test_what_cannot_be_judged_is_one_line(files, capsys, truth, metric, told):
     assert error.startswith("error: ")
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_the_command_offers_every_metric():
+    """It has names of its own, since --help loads no metrics."""
+    assert sorted(CHOICES) == sorted(METRICS)
