@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         choices=VISION_FORMATS,
         default=default.vision_weight_format,
         help="of the vision part; w8a8 computes in 8 bits too; auto: with int4, w8a8 if test pictures prove it, else int8 (always "
-        "for InternViT-6B); with other formats, that format (default: %(default)s)",
+        "for an InternViT-6B of a chat model); with other formats, that format (default: %(default)s)",
     )
     weights.add_argument(
         "--text-embeddings-weight-format", choices=FORMATS, help="of the text embeddings (default: follows --weight-format)"

@@ -70,7 +70,7 @@ def run(folder: Path, source: str, final: Path, options: ConvertOptions) -> Summ
     checkpoint.check(expected_shapes(checkpoint))
     formats = _formats(checkpoint, options)
     check_group_size(_row_widths(checkpoint, formats), options.nncf_group)
-    check_space(final, int(sum(torch.Size(shape).numel() for shape in checkpoint.shapes.values()) * _most_bytes(formats)))
+    check_space(final, _expected_bytes(checkpoint, formats))
     words = _words(checkpoint)
     pictures = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     with new_folder(final, force=options.force) as work:
@@ -102,9 +102,8 @@ def run(folder: Path, source: str, final: Path, options: ConvertOptions) -> Summ
 
 def _formats(checkpoint: ContrastiveCheckpoint, options: ConvertOptions) -> dict[str, str]:
     """The weight format of each part. Raises OptionError for an InternViT-6B below int8, or options that contradict each other."""
-    is_6b = checkpoint.config.vision.qk_normalization
-    vision = options.formats(["vision"], vision_is_6b=is_6b or checkpoint.kind == CONTRASTIVE)["vision"]
-    if is_6b and vision not in INTERNVIT_6B_FORMATS:
+    vision = options.formats(["vision"], vision_is_6b=False)["vision"]
+    if _is_6b(checkpoint) and vision not in (AUTO, *INTERNVIT_6B_FORMATS):
         raise OptionError(f"InternViT-6B loses too much in {vision}: use {', '.join(INTERNVIT_6B_FORMATS)} for the vision part")
     if options.dataset and vision not in (AUTO, W8A8):
         raise OptionError("the dataset would not be used: it serves a vision part in w8a8")
@@ -144,9 +143,19 @@ def _row_widths(checkpoint: ContrastiveCheckpoint, formats: dict[str, str]) -> l
     return widths
 
 
-def _most_bytes(formats: dict[str, str]) -> float:
-    """The most bytes a weight of any part: the other parts have as many, or are small."""
-    return max(BYTES_A_WEIGHT[each] for each in formats.values())
+def _expected_bytes(checkpoint: ContrastiveCheckpoint, formats: dict[str, str]) -> int:
+    """At most so many bytes of disk: every part has as many a weight as the widest one, or is small.
+
+    Two copies of an InternViT-6B in 8 bits are there as well while its w8a8 is made.
+    """
+    weights = {name: torch.Size(shape).numel() for name, shape in checkpoint.shapes.items()}
+    of_vision = sum(count for name, count in weights.items() if not name.startswith("qllama."))
+    copies = 2 if _is_6b(checkpoint) and formats["vision"] in (AUTO, W8A8) else 0
+    return int(sum(weights.values()) * max(BYTES_A_WEIGHT[each] for each in formats.values()) + copies * of_vision)
+
+
+def _is_6b(checkpoint: ContrastiveCheckpoint) -> bool:
+    return bool(checkpoint.config.vision.qk_normalization)
 
 
 def _convert_part(
@@ -166,7 +175,8 @@ def _convert_part(
         side = checkpoint.config.image_size
         tiles, unseen = tiles_at_hand(side)
         tiles += calibration_tiles(pictures, Tiling(side, max_tiles=1))
-        model, weight_format, summary.proof = in_8_bits(model, weight_format, tiles, unseen)
+        disk = scratch if _is_6b(checkpoint) else None
+        model, weight_format, summary.proof = in_8_bits(model, weight_format, tiles, unseen, disk)
     model = compress(model, weight_format, options)
     save_part(model, part, work, source, weight_format, summary)
     del model

@@ -137,8 +137,8 @@ class ConvertOptions:
     def formats(self, parts: Iterable[str], *, vision_is_6b: bool) -> dict[str, str]:
         """The weight format of each part; `AUTO` for a vision part whose w8a8 is to be proven.
 
-        InternViT-6B is int8: its activations are thousands wide, and finding their ranges takes minutes. A router part's format
-        is that of its projector.
+        An InternViT-6B of a chat model is int8: finding the ranges of its activations takes minutes. A router part's format is
+        that of its projector.
         """
         small = {"int4": "int8"}.get(self.weight_format, self.weight_format)
         vision = AUTO if self.weight_format == "int4" and not vision_is_6b else small

@@ -174,7 +174,8 @@ def _convert_part(
     }[part]()
     if weight_format in (AUTO, W8A8):
         tiles, unseen = tiles_at_hand(checkpoint.config.tile_size)
-        model, weight_format, summary.proof = in_8_bits(model, weight_format, [*tiles, *samples], unseen)
+        disk = scratch if checkpoint.config.vision.qk_normalization else None
+        model, weight_format, summary.proof = in_8_bits(model, weight_format, [*tiles, *samples], unseen, disk)
         samples = ()
     # with a packed checkpoint or our own recipe, NNCF compresses only the remaining matrices
     rest = "int8" if weight_format == "int4" and part == "language" and (checkpoint.recipe or recipe) else weight_format

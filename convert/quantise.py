@@ -53,19 +53,28 @@ class _Range:
     high: np.ndarray
 
 
-def quantise(model: ov.Model, tiles: Sequence[np.ndarray], unseen: Sequence[np.ndarray]) -> tuple[ov.Model, Proof]:
+def quantise(
+    model: ov.Model,
+    tiles: Sequence[np.ndarray],
+    unseen: Sequence[np.ndarray],
+    *,
+    light: ov.Model | None = None,
+    mapped: Callable[[ov.Model], ov.Model] = lambda made: made,
+) -> tuple[ov.Model, Proof]:
     """The vision part in 8 bits, calibrated on `tiles`, and its proof on `unseen` ones, all (1, 3, S, S); `model` is not changed.
 
-    If the proof does not hold, the noisiest products stay unquantised; the last attempt is returned in any case.
+    If the proof does not hold, the noisiest products stay unquantised; the last attempt is returned in any case. Ranges, and the
+    features of the proof, come from `light` if it is given: the same part with int8 weights, so that a large one fits in memory.
+    `mapped` stores what is made on disk before it is compiled.
     """
     with tqdm(total=len(tiles) + 2 * len(unseen), desc="Finding ranges", disable=None, leave=False) as bar:
-        seen, wanted = _observed(model, (opset.reduce_min, opset.reduce_max), tiles, unseen, bar)
+        seen, wanted = _observed(model, light, (opset.reduce_min, opset.reduce_max), tiles, unseen, bar)
         ranges = [_Range(low.min(axis=0), high.max(axis=0)) for low, high in seen]
         kept: list[int] = []
         for share in SPARED:
             if share:
-                kept = kept or _noisiest_first(model, ranges, tiles[:SAMPLED], bar)
-            made = _in_8_bits(model, ranges, {*kept[: int(share * len(kept))]})
+                kept = kept or _noisiest_first(model, light, ranges, tiles[:SAMPLED], bar)
+            made = mapped(_in_8_bits(model, ranges, {*kept[: int(share * len(kept))]}))
             run = _compiled(made, {})
             proof = Proof(*_cosines(wanted, np.concatenate([_rows(run([tile])[0], bar) for tile in unseen])))
             if proof.holds:
@@ -106,16 +115,18 @@ def _matrix(product: ov.Node) -> ov.Node:
 
 def _observed(
     model: ov.Model,
+    light: ov.Model | None,
     reductions: Sequence[Callable[[ov.Output, ov.Node], ov.Node]],
     tiles: Sequence[np.ndarray],
     unseen: Sequence[np.ndarray],
     bar: tqdm,
 ) -> tuple[list[list[np.ndarray]], np.ndarray]:
     """The reductions of every product's inputs, (tiles, K) each, and the features (N, D) of the unseen tiles."""
-    watched, own = model.clone(), len(model.outputs)
+    watched, own = (light or model).clone(), len(model.outputs)
+    nodes = {node.get_friendly_name(): node for node in watched.get_ops()}
     ends = []
-    for product in _products(watched):
-        given = product.input_value(0)
+    for product in _products(model):
+        given = nodes[product.get_friendly_name()].input_value(0)
         axes = opset.constant(np.arange(len(given.get_partial_shape()) - 1))
         ends += [opset.result(reduce(given, axes)) for reduce in reductions]
     watched.add_results(ends)
@@ -138,14 +149,17 @@ def _observed(
     return of_products, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
 
 
-def _noisiest_first(model: ov.Model, ranges: list[_Range], tiles: Sequence[np.ndarray], bar: tqdm) -> list[int]:
+def _noisiest_first(
+    model: ov.Model, light: ov.Model | None, ranges: list[_Range], tiles: Sequence[np.ndarray], bar: tqdm
+) -> list[int]:
     """The products, ranked by their relative rounding noise, if errors and inputs are independent."""
 
     def square(given: ov.Output, axes: ov.Node) -> ov.Node:
         return opset.reduce_mean(opset.multiply(given, given), axes)
 
     noises = []
-    for product, seen, (squares,) in zip(_products(model), ranges, _observed(model, (square,), tiles, (), bar)[0], strict=True):
+    observed, _ = _observed(model, light, (square,), tiles, (), bar)
+    for product, seen, (squares,) in zip(_products(model), ranges, observed, strict=True):
         weights, each = _weights(product), squares.mean(axis=0)
         scale = _smoothing(seen, weights)
         low, high = _levels(seen, scale)

@@ -1,6 +1,6 @@
-"""Tensors on disk, so that copies of a checkpoint's tensors need not fit in memory.
+"""Tensors and OpenVINO models on disk, so that copies of a checkpoint's weights need not fit in memory.
 
-The system writes their pages out when memory is short and reads them back on use. Knows nothing of models.
+The system writes their pages out when memory is short and reads them back on use. Knows nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import openvino as ov
 import torch
+
+from runtime.folder.files import save_model
 
 LEAST = 1 << 20  # bytes; smaller tensors stay in memory
 ZEROS = bytes(1 << 24)
@@ -42,6 +45,18 @@ class Scratch:
         if DELETES_MAPPED:
             os.unlink(name)
         return tensor.view(*shape)
+
+    def mapped(self, model: ov.Model) -> ov.Model:
+        """The model with its weights in a file. Raises OSError if the disk is full."""
+        handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=".xml", dir=self._folder)
+        os.close(handle)
+        file = Path(name)
+        save_model(model, file)
+        stored = ov.Core().read_model(file)
+        if DELETES_MAPPED:
+            file.unlink()
+            file.with_suffix(".bin").unlink()
+        return stored
 
     def clear(self) -> None:
         """Delete the remaining files, once their tensors are gone."""

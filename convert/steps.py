@@ -14,9 +14,10 @@ import numpy as np
 import openvino as ov
 import torch
 
-from convert.compress import bit_widths
-from convert.options import AUTO, W8A8
+from convert.compress import bit_widths, compress
+from convert.options import AUTO, W8A8, ConvertOptions
 from convert.quantise import LEAST_COSINE, LEAST_WORST, quantise
+from convert.scratch import Scratch
 from convert.verify import Report
 from runtime import __version__
 from runtime.folder.files import PART_FILES, save_model
@@ -84,10 +85,17 @@ def step(name: str, size: Callable[[], int] | None = None) -> Iterator[None]:
 
 
 def in_8_bits(
-    model: ov.Model, weight_format: str, tiles: Sequence[np.ndarray], unseen: Sequence[np.ndarray]
+    model: ov.Model, weight_format: str, tiles: Sequence[np.ndarray], unseen: Sequence[np.ndarray], disk: Scratch | None
 ) -> tuple[ov.Model, str, str]:
-    """The vision part in w8a8, or unchanged for int8 if w8a8 is neither proven nor requested; its format; a line on the proof."""
-    made, proof = quantise(model, tiles, unseen)
+    """The vision part in w8a8, or unchanged for int8 if w8a8 is neither proven nor requested; its format; a line on the proof.
+
+    With `disk` it is computed in int8 to find ranges, and what is made is kept on the disk: for InternViT-6B, which fills the
+    memory of a machine in 16 bits.
+    """
+    large: dict[str, Any] = {}
+    if disk is not None:
+        large = {"light": disk.mapped(compress(model.clone(), "int8", ConvertOptions())), "mapped": disk.mapped}
+    made, proof = quantise(model, tiles, unseen, **large)
     if proof.holds or weight_format == W8A8:
         return made, W8A8, f"w8a8: {proof}" + ("" if proof.holds else f", below {LEAST_COSINE} and {LEAST_WORST}")
     return model, "int8", f"int8, since w8a8 gives {proof}"

@@ -101,7 +101,7 @@ def test_each_weight_format_is_proven(weight_format, tmp_path, changed):
     assert not any(row.drifted for row in report.rows)
     rows = {row.part: row.weight_format for row in report.rows}
     assert rows["qllama"] == weight_format
-    assert rows["vision"] == {"int4": "int8"}.get(weight_format, weight_format)
+    assert rows["vision"] == {"int4": "w8a8"}.get(weight_format, weight_format)
 
 
 def test_a_wrong_part_is_drift(monkeypatch, tmp_path):

@@ -16,7 +16,10 @@ from PIL import Image
 
 from convert import ConvertOptions, calibration, convert, quantise, scenes, steps
 from convert.checkpoint import Checkpoint
+from convert.compress import compress
 from convert.reference.model import load_vision
+from convert.scratch import DELETES_MAPPED, Scratch
+from convert.trace import trace_vision
 from runtime.folder.files import PART_FILES
 from runtime.media.tiles import normalise
 from runtime.parts.attention import open_attention
@@ -79,6 +82,28 @@ def test_products_compute_in_8_bits_and_attention_stays_one_operation(built_in):
     opened = ov.Core().compile_model(open_attention(model), "CPU", exact)(tiles)[0]
     assert "ScaledDotProductAttention" not in [node.get_type_name() for node in model.get_ops()]
     assert np.abs(closed - opened).max() <= 0.02 * np.abs(closed).max()
+
+
+def test_ranges_seen_through_int8_weights_serve_as_well(tmp_path):
+    """For InternViT-6B, which fills the memory of a machine in 16 bits."""
+    checkpoint = Checkpoint(CHECKPOINT)
+    model = trace_vision(load_vision(checkpoint, None))
+    seen, unseen = calibration.tiles_at_hand(checkpoint.config.tile_size)
+    disk = Scratch(tmp_path)
+    light = disk.mapped(compress(model.clone(), "int8", ConvertOptions()))
+    direct, proof = quantise.quantise(model, seen, unseen)
+    made, through = quantise.quantise(model, seen, unseen, light=light, mapped=disk.mapped)
+    assert through.holds
+    assert through.cosine == pytest.approx(proof.cosine, abs=5e-4)
+    of_both = [[node.get_type_name() for node in each.get_ops()].count("FakeQuantize") for each in (direct, made)]
+    assert of_both[0] == of_both[1] > 0
+    tiles = tiles_of(others(), checkpoint.config.tile_size)
+    with torch.inference_mode():
+        wanted = load_vision(checkpoint)(torch.from_numpy(tiles)).numpy()
+    whole, worst = cosines(wanted, ov.Core().compile_model(made, "CPU")(tiles)[0])
+    assert whole >= quantise.LEAST_COSINE
+    assert worst >= quantise.LEAST_WORST
+    assert (not any(tmp_path.iterdir())) == DELETES_MAPPED
 
 
 def test_attention_with_a_mask_is_left_alone():
