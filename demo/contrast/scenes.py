@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from demo.shapes.scenes import Item, Maker
+from demo.shapes.shape_scenes import Item, ShapeScenes
 from demo.shapes.texts import COLOURS, PLACES, SHAPES, SIZES, TEXTS
 
 MOST_SHAPES = 3
@@ -37,7 +37,7 @@ class Described:
 def make_described(seed: int, split: str, index: int) -> Described:
     """Scene number `index` of a split."""
     rng = random.Random(f"contrast/{seed}/{split}/{index}")
-    maker = Maker(rng, split, "en", 1.0)
+    maker = ShapeScenes(rng, split, "en", 1.0)
     items = maker.grid_items(MOST_SHAPES)
     picture = maker.draw_grid(items).picture
     said = {"en": maker.describe_grid(items)}

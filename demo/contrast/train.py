@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from convert.reference.contrastive_model import InternVLModel, causal_bias
 from demo.contrast.scenes import Wanted, chinese_words, make_described, sentences
-from demo.shapes.train import optimisers
+from demo.shapes.optimisers import optimisers
 from runtime.folder.contrastive import CAPTION_PROMPT, TEXT_PREFIX, ContrastiveConfig
 from runtime.media.tiles import normalise
 

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from demo.shapes.scenes import FRAMES, TASKS, Question, make_place_question, make_question
+from demo.shapes.find_scenes import FRAMES
+from demo.shapes.questions import TASKS, Question, make_place_question, make_question
 from runtime.answer.boxes import Box, find_boxes, intersection_over_union
 from runtime.answer.chat_model import ChatModel
 from runtime.answer.model import OpenedModel

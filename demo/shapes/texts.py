@@ -1,11 +1,13 @@
 """The words of the scenes: names, printed words, questions and answers in English and Chinese, as tables.
 
-Knows nothing of pictures; `scenes.py` fills the fields in braces.
+Knows nothing of pictures; the scenes fill the fields in braces.
 """
 
 # ruff: noqa: RUF001 - questions are asked in Chinese too
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 COLOURS = {  # name -> (Chinese, RGB)
     "red": ("红色", (220, 40, 40)),
@@ -197,3 +199,21 @@ EXERCISES = {
     },
 }
 JOINT = {"en": ", ", "zh": "，"}
+
+
+def literals() -> Iterator[str]:
+    """Every fixed piece of text that questions and answers are made of, for the training of a tokenizer."""
+    tables: list[dict] = [COLOURS, SHAPES, SIZES, PLACES, LINES, RELATIONS, DIRECTIONS, ORDINALS]
+    for table in tables:
+        for word, entry in table.items():
+            yield from (word, f" {word}", entry[0] if isinstance(entry, tuple) else entry)
+    for texts in TEXTS.values():
+        for wordings in texts.values():
+            for wording in wordings:
+                yield from _between_braces(wording)
+    yield from ("Image-", "Frame", ": ", "\n", *JOINT.values())
+
+
+def _between_braces(wording: str) -> Iterator[str]:
+    for piece in wording.split("{"):
+        yield piece.split("}")[-1]

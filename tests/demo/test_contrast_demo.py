@@ -18,7 +18,7 @@ from convert.reference.contrastive_model import expected_shapes
 from demo.contrast.__main__ import CHECKPOINT, main
 from demo.contrast.scenes import make_described, things_of, unseen
 from demo.contrast.train import Run, Steps, TrainOptions, train
-from demo.shapes.scenes import in_split
+from demo.shapes.maker import in_split
 
 
 def test_what_is_shipped_is_small_and_whole():

@@ -24,22 +24,12 @@ from transformers import PreTrainedTokenizerFast
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel, expected_shapes
 from convert.tokenizer import load_tokenizer
-from demo.shapes.scenes import (
-    FINDING,
-    FRAMES,
-    KINDS,
-    LATE,
-    LATER,
-    SPLITS,
-    TASKS,
-    dialogue,
-    draw_shape,
-    extent,
-    in_split,
-    make_place_question,
-    make_question,
-    make_scene,
-)
+from demo.shapes.curriculum import FINDING, KINDS, LATER
+from demo.shapes.drawing import draw_shape, extent
+from demo.shapes.find_scenes import FRAMES
+from demo.shapes.maker import SPLITS, in_split
+from demo.shapes.questions import LATE, TASKS, dialogue, make_place_question, make_question
+from demo.shapes.scenes import make_scene
 from demo.shapes.texts import COLOURS, EXERCISES, SHAPES, TEXTS
 from runtime.answer.boxes import find_boxes
 from runtime.answer.prompt import IMAGE_MARK
@@ -47,19 +37,9 @@ from runtime.answer.prompt import IMAGE_MARK
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: it carries the fonts of the scenes")
 
 from demo.shapes import evaluate as exam
-from demo.shapes.train import (
-    IGNORED,
-    PRESETS,
-    Encoder,
-    Run,
-    Sizes,
-    Steps,
-    TrainOptions,
-    build_tokenizer,
-    collate,
-    config_json,
-    train,
-)
+from demo.shapes.layout import PRESETS, Sizes, build_tokenizer, config_json
+from demo.shapes.samples import IGNORED, Encoder, collate
+from demo.shapes.train import Run, Steps, TrainOptions, train
 from runtime.folder.config import InternVLConfig
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "shapes" / "checkpoint"
