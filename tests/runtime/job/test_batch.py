@@ -395,7 +395,7 @@ def test_bytes_of_a_picture_are_taken(model):
 
 def test_datasets_map_a_column_of_answers(model, pictures):
     """In batches, by one model that stays open."""
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'internvl-openvino[test]'")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'datasets<5'")
     asked = datasets.Dataset.from_dict(
         {"image": [str(pictures / f"{number}.png") for number in range(6)], "question": QUESTIONS[:3] * 2}
     ).cast_column("image", datasets.Image())
