@@ -14,7 +14,7 @@ import torch
 
 from convert.four_bits import BITS, FourBits, pairs
 
-DAMPINGS = (0.01, 0.1)  # shares of the mean of H's diagonal that are added to it: the first that makes H invertible
+DAMPINGS = (0.03, 0.1)  # shares of the mean of H's diagonal that are added to it: the first that makes H invertible
 COLUMNS_AT_ONCE = 32  # a block, whose errors are applied to the later columns together
 WEIGHTS_AT_ONCE = 1 << 24
 WIDEST = 2048  # columns of one Hessian; wider matrices are cut into spans, so that H and its inverse stay small
@@ -51,7 +51,7 @@ class Inputs:
         self._tried = False
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows (N, K) of inputs, float32: in 16 bits one very large input makes H singular."""
+        """Add rows (N, K) of inputs. H is summed in float32: in 16 bits one very large input makes it singular."""
         for number, total in enumerate(self.sums):
             part = rows[:, number * self.span : (number + 1) * self.span]
             total.addmm_(part.t(), part)

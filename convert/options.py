@@ -24,7 +24,7 @@ class Recipe:
 
 
 RECIPES = {  # docs/quality.md lists what was tried
-    "default": Recipe(64, r"\.v_proj$"),
+    "default": Recipe(64, r"\.[kv]_proj$"),
     "small": Recipe(128),
     "exact": Recipe(32, r"\.([vko]|down)_proj$"),
 }

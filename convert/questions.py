@@ -60,7 +60,10 @@ CALIBRATION = (
 # About pictures on which the vision part is calibrated too.
 OF_SEEN = ("Describe this picture in detail.", "What is in the middle?", "请描述这张图片。", "Read the text in this picture.")
 # Texts other than answers that every installation has: source code of Python's library, and descriptions of packages.
-MODULES = ("textwrap", "heapq", "statistics", "argparse", "json.decoder", "zipfile", "random", "gzip")
+MODULES = (
+    *("textwrap", "heapq", "statistics", "argparse", "json.decoder", "zipfile", "random", "gzip"),
+    *("urllib.parse", "logging", "pathlib", "email.message", "http.client", "tokenize", "inspect", "html.parser"),
+)
 PACKAGES = (
     "numpy",
     "pillow",
@@ -73,7 +76,7 @@ PACKAGES = (
     "nncf",
     "packaging",
 )
-PASSAGE_TOKENS = 192
+PASSAGE_TOKENS = 256
 
 PROOF = (
     "Who painted the Mona Lisa, and where does it hang?",

@@ -22,7 +22,7 @@ from convert.four_bits import FourBits, Ready
 from convert.gptq import Inputs, gptq, loss_of_rounding
 from convert.options import Recipe
 from convert.reference.language import LlamaWithVisualExperts
-from convert.reference.model import quick_type
+from convert.reference.model import multiplying_quickly, quick_type
 
 Empty = Callable[..., Tensor]
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -138,7 +138,8 @@ class _Walk:
             rows = rows / divisor
             norm = self._norm[0]
             norm.weight = nn.Parameter(norm.weight / divisor, requires_grad=False)
-        inputs.add(rows)
+        with multiplying_quickly():
+            inputs.add(rows)
         self._seen = _Seen(x, divisor, inputs)
         return self._seen
 

@@ -195,6 +195,18 @@ def quick_type() -> torch.dtype:
 
 
 @contextmanager
+def multiplying_quickly() -> Iterator[None]:
+    """Inside, products of float32 matrices round their factors to `quick_type` and sum in float32, on every thread."""
+    before = torch.get_float32_matmul_precision()
+    if quick_type() == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def computing_quickly(part: nn.Module) -> Iterator[None]:
     """Inside, a part that computes in float32 over mapped matrices multiplies in `quick_type`: good enough to decode."""
     modules = [module for module in part.modules() if type(module) is _CastAtUse] if quick_type() == torch.bfloat16 else []

@@ -104,7 +104,7 @@ def test_the_default_loses_less_than_rounding(folders):
     default, fast = (folders[recipe].report.quality.parts["language"] for recipe in ("default", "fast"))
     assert default.kl < 0.7 * fast.kl
     widths = {recipe: folders[recipe].widths["language"] for recipe in folders}
-    assert widths["fast"]["int4"] > widths["default"]["int4"] > widths["fast"]["int4"] - 0.05  # v_proj
+    assert widths["fast"]["int4"] > widths["default"]["int4"] > widths["fast"]["int4"] - 0.1  # k_proj and v_proj
 
 
 def test_planted_outliers_cost_a_third_of_what_they_cost_rounding(tmp_path):
@@ -142,7 +142,7 @@ def test_a_matrix_that_sees_nothing_is_rounded_and_told(tiny, tmp_path, capsys, 
     convert(str(source), tmp_path / "out", options)
     told = [line for line in capsys.readouterr().out.splitlines() if "singular" in line]
     start = "language: rounded to the nearest, since what they see is singular: "
-    assert told == [f"{start}layers.1.self_attn.q_proj, layers.1.self_attn.k_proj"]
+    assert told == [f"{start}layers.1.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize("name", ["tiny-phi3", "tiny-mono"])
