@@ -82,7 +82,7 @@ def find_boxes(
     found = [*_found(answer)]
     sizes = _sizes(pictures)
     if found and not sizes:
-        raise PictureError(f"the answer has {len(found)} boxes and there is no picture: give it, or its (width, height)")
+        raise PictureError(f"the answer has boxes ({len(found)}) and there is no picture: give it, or its (width, height)")
     said = [(match.start(), match[0].lower()) for match in _NAME.finditer(answer)]
     whole = {name for _, name in said} or {*_names(question)}
     boxes = []

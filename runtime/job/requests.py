@@ -66,7 +66,7 @@ class Row:
 
 def _checked_body(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("method", "POST") != "POST" or given.get("url", URL) != URL:
-        raise ValueError(f"{given.get('method')} {given.get('url')} is not supported: use POST {URL}")
+        raise ValueError(f"{given.get('method', 'POST')} {given.get('url', URL)} is not supported: use POST {URL}")
     if not isinstance(given["body"], dict):
         raise ValueError("the body is not an object: give that of a chat completion")
     return given["body"]

@@ -243,10 +243,11 @@ talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
     os.set_blocking(ours, False)
     seen = ""
 
-    def wait_for(text: str, count: int) -> None:
+    def wait_for(text: str, behind: int = 0) -> None:
+        """Wait until a text is seen, and so many characters behind it."""
         nonlocal seen
         deadline = time.monotonic() + 90
-        while seen.count(text) < count:
+        while (place := seen.find(text)) < 0 or len(seen) < place + len(text) + behind:
             assert time.monotonic() < deadline, seen[-2000:]
             time.sleep(0.05)
             try:
@@ -255,13 +256,13 @@ talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
                 continue
 
     try:
-        wait_for("> ", 1)
+        wait_for("> ")
         os.write(ours, b"Hello\n")
-        time.sleep(2)
+        wait_for("Hello\r\n", behind=20)  # in the middle of the answer
         process.send_signal(signal.SIGINT)
-        wait_for("(stopped)", 1)
+        wait_for("(stopped)")
         os.write(ours, b"/reset\n")
-        wait_for("the conversation is empty", 1)
+        wait_for("the conversation is empty")
         os.write(ours, b"\x04")
         assert process.wait(30) == 0
     finally:

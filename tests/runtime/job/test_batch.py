@@ -247,7 +247,7 @@ def test_a_bad_row_is_its_own_mistake(shapes, pictures, tmp_path, capsys):
         "silent": "--question",
         "#9": "the id is a list",
         "empty": "neither a path",
-        "url": "POST /v1/chat/completions is",
+        "url": "POST /v1/embeddings is not supported: use POST /v1/chat/completions",
         "none": "body.messages",
         "two": "body.n: a row has one answer",
         "marks": "2 <image> marks for 1 pictures",

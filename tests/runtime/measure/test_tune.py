@@ -289,9 +289,9 @@ def test_the_command_line(folder, capsys, monkeypatch):
     assert f"run  python -m runtime tune {folder}  first" in capsys.readouterr().err
     monkeypatch.setattr(tune, "LEAST_SECONDS", 0.1)
     monkeypatch.setattr(tune, "RULER", "no_such_package.exam")  # right answers are counted in another test
-    started = time.perf_counter()
+    started = time.process_time()
     assert main(["tune", str(folder)]) == 0
-    assert time.perf_counter() - started < 120
+    assert time.process_time() - started < 120
     out = capsys.readouterr().out.splitlines()
     found = json.loads(out[-1])
     assert any(line.startswith("vision    threads on performance cores") for line in out)

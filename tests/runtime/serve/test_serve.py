@@ -519,7 +519,7 @@ def test_an_interrupt_from_the_keyboard_leaves_the_engines_process(shapes):
 def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(shapes, stream):
     """One that is over in time is whole; the other is told why."""
     app = build_app(GenaiEngine(OVInternVLChatModel(shapes, language=False), 1), Rules("shapes", KEY))
-    server = make_server(app, stop_seconds=0.5)
+    server = make_server(app, stop_seconds=1.5)
     listening = _listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     address = f"http://127.0.0.1:{port}/v1/chat/completions"
