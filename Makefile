@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Errors alone: notices of build tools say nothing to a user.
-QUIETLY := --quiet --quiet --disable-pip-version-check
+# Errors alone: notices of build tools say nothing to a user. Python compiles what it imports, a tenth of what is installed.
+QUIETLY := --quiet --quiet --disable-pip-version-check --no-compile
+# Two processes, each of which takes one test file after the other and up to 3 GB.
+SPLIT := --numprocesses=2 --dist=loadfile
 # The script that sets up a GPU emulated on the CPU, if it is present.
 IGPU := ../shared/igpu/setup
 # Its compiler fails on AVX-512; a crash in spite of this (exit code 128 and more) is no failure of this project.
 STANDS_IN := CL_CONFIG_CPU_TARGET_ARCH=core-avx2 build/igpu/run
 
-.PHONY: setup check test test-fast test-igpu ray clients quickstart docs notebook bench soak clean
+.PHONY: setup check test test-fast test-igpu test-igpu-quick ray clients quickstart docs notebook bench soak clean
 
 setup: $(VENV)/.installed  ## make the virtual environment and install the project in it
 
@@ -26,16 +28,16 @@ check: setup  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup check notebook  ## everything that CI runs
-	@mkdir -p build
-	@$(BIN)/python -m pytest tests/convert > build/convert.log 2>&1 & one=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/convert; rest=$$?; \
-	wait $$one; code=$$?; cat build/convert.log; exit $$((code | rest))
-	@if test -x $(IGPU) && $(IGPU) build/igpu > /dev/null 2>&1; then $(STANDS_IN) $(BIN)/python -m pytest tests/igpu -m quick || test $$? -gt 127; \
-	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
+test: setup  ## everything that CI runs; what takes one core is done two at a time
+	@$(MAKE) --no-print-directory --jobs=2 check notebook test-igpu-quick
+	$(BIN)/python -m pytest $(SPLIT)
 
 test-fast: setup check  ## the tests of answering, without those that convert first; for the daily loop
-	$(BIN)/python -m pytest tests/runtime tests/test_layers.py -m "not converts and not clients and not ray"
+	$(BIN)/python -m pytest $(SPLIT) tests/runtime tests/test_layers.py -m "not converts and not clients and not ray"
+
+test-igpu-quick: setup
+	@if test -x $(IGPU) && $(IGPU) build/igpu > /dev/null 2>&1; then $(STANDS_IN) $(BIN)/python -m pytest tests/igpu -m quick || test $$? -gt 127; \
+	else echo 'nothing stands in for a GPU here: tests/igpu is left out'; fi
 
 test-igpu: setup  ## the GPU tests on a GPU that OpenVINO sees; without one they say how to set one up
 	$(BIN)/python -m pytest tests/igpu -rs

@@ -24,11 +24,11 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 A, B = ".lora_A.weight", ".lora_B.weight"
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 REFUSED = {  # key -> why it cannot be merged
-    "fan_in_fan_out": "its matrices are turned, which no model of this family has",
-    "lora_bias": "its pairs have biases of their own",
-    "layer_replication": "it makes a model of more layers",
-    "trainable_token_indices": "it trains single rows of the vocabulary",
-    "alora_invocation_tokens": "it counts from some tokens on only, which no merged weight does",
+    "fan_in_fan_out": "its matrices are transposed, which those of InternVL are not",
+    "lora_bias": "its lora_B have biases",
+    "layer_replication": "it repeats layers",
+    "trainable_token_indices": "it trains single rows of the embedding table",
+    "alora_invocation_tokens": "it applies only after certain tokens, which merged weights cannot",
     "use_qalora": "its pairs are grouped for quantised weights",
 }
 KEEPS_WEIGHTS = ("gaussian", "eva", "orthogonal")  # named initialisations that do not change the model's own weights
@@ -53,7 +53,7 @@ class Adapter:
                 f"{folder / CONFIG} asks for {', '.join(found)}, which cannot be merged here: merge it with PEFT"
             )
         if not isinstance(settings.get("lora_alpha"), int | float):
-            raise CheckpointError(f"{folder / CONFIG} has no lora_alpha, a number: it is not the file that PEFT saved")
+            raise CheckpointError(f"{folder / CONFIG} has no number lora_alpha: save the adapter again with PEFT")
         self._updates: dict[str, Update] = {}  # by the adapter's name, after fit() by stored name
         self._whole: dict[str, torch.Tensor] = {}
         self._sort(self._read())
@@ -91,7 +91,7 @@ class Adapter:
         single = [f"{module}{next(iter(pair))}" for module, pair in pairs.items() if len(pair) == 1]
         if single or not tensors:
             raise CheckpointError(
-                f"{self.folder} holds {some(single) or 'no tensors'} and not the other half: it was not saved whole"
+                f"{self.folder} holds {some(single) or 'no tensors'} without the other half of the pair: save the adapter again"
             )
         for module, pair in pairs.items():
             magnitude = magnitudes.pop(module, None)
@@ -102,7 +102,9 @@ class Adapter:
                 None if magnitude is None else given(magnitude),
             )
         if magnitudes:
-            raise CheckpointError(f"{self.folder} holds magnitudes without their pairs: {some(sorted(magnitudes))}")
+            raise CheckpointError(
+                f"{self.folder} holds magnitudes without lora_A and lora_B, {some(sorted(magnitudes))}: save the adapter again"
+            )
 
     def _scale(self, module: str, rank: int) -> float:
         """alpha / rank (or its square root): alpha of the first pattern that matches the module, rank of this matrix."""

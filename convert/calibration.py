@@ -60,7 +60,9 @@ def tiles_at_hand(side: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     photographs = scenes.photographs()
     seen = photographs[:SEEN]
     if not photographs:
-        print("vision: there are no photographs here (scikit-learn, matplotlib): calibrated on drawn pictures alone", flush=True)
+        print(
+            "vision: no photographs found (scikit-learn and matplotlib carry some): calibrated on drawn pictures only", flush=True
+        )
     pictures = [crop for photograph in seen for crop in _crops(photograph)]
     pictures += [draw(seed) for draw in scenes.DRAWN for seed in ((0,) if seen else (0, 1, 2))]
     return [_tile(picture, side) for picture in pictures], tiles_kept_apart(side)

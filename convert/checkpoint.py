@@ -108,12 +108,10 @@ class StoredTensors:
         shapes, dtypes = self._files.shapes, self._files.dtypes
         names = [name for name in shapes if not BUFFERS.search(name)]
         if len(names) < len(shapes):
-            self.notes.append(f"passed over: {len(shapes) - len(names)} buffers that are computed, not trained")
+            self.notes.append(f"ignored: {len(shapes) - len(names)} buffers that are computed, not trained")
         read = [name for name in names if passed_over is None or not passed_over.search(name)]
         if len(read) < len(names) and passed_over is ROUTER:
-            self.notes.append(
-                f"passed over: {len(names) - len(read)} tensors of the router, which flash_mode in config.json turns off"
-            )
+            self.notes.append(f"ignored: {len(names) - len(read)} tensors of the router, which flash_mode in config.json turns off")
         names = read
         if native:
             self._stored = published_names(names)
@@ -153,7 +151,7 @@ class StoredTensors:
             if said and found[part] not in ([], [said]):
                 raise CheckpointError(
                     f"config.json: {key} is {said}, the LoRA of the {part} model has rank {', '.join(map(str, found[part]))}: "
-                    "the files are of two trainings"
+                    "the files come from two trainings"
                 )
             if said and not found[part]:
                 self.notes.append(
@@ -161,9 +159,7 @@ class StoredTensors:
                 )
         for name, (down, up) in pairs.items():
             if name not in self._stored:
-                raise CheckpointError(
-                    f"{self.folder} has {down} and no {name}, which it adapts: the checkpoint was not saved whole"
-                )
+                raise CheckpointError(f"{self.folder} has {down} but not {name}, which it adapts: save the checkpoint again")
             stored = self._stored[name][0]
             check_fit(name, shapes[stored], shapes[down], shapes[up])
             self._updates[stored] = Update(partial(self._open, down), partial(self._open, up), UPSTREAM_SCALE)
@@ -331,7 +327,7 @@ class Checkpoint(StoredTensors):
         for name in tables:
             self.shapes[name] = (wanted, *self.shapes[name][1:])
         if count > wanted:
-            self.notes.append(f"cut off: rows {wanted} to {count - 1} of the vocabulary, which no token has")
+            self.notes.append(f"dropped: rows {wanted} to {count - 1} of the vocabulary, which belong to no token")
         self.raw_config = self.raw_config | {"llm_config": self.raw_config["llm_config"] | {"vocab_size": wanted}}
         self.config = InternVLConfig.from_dict(self.raw_config)
 

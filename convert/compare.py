@@ -94,7 +94,7 @@ def compare(
     if len(folders) < 2 and reference is None:
         raise OptionError("there is one folder: give another one, or its checkpoint with --reference")
     if reference_cache is not None and reference is None:
-        raise OptionError("the reference cache would not be used: give the checkpoint with --reference")
+        raise OptionError("the reference cache is not used without a checkpoint: give it with --reference")
     for folder in folders:
         check_folder(folder)
     checkpoint = None if reference is None else Checkpoint(resolve(reference), name=Path(reference).absolute().name)

@@ -106,7 +106,7 @@ def _formats(checkpoint: ContrastiveCheckpoint, options: ConvertOptions) -> dict
     if _is_6b(checkpoint) and vision not in (AUTO, *INTERNVIT_6B_FORMATS):
         raise OptionError(f"InternViT-6B loses too much in {vision}: use {', '.join(INTERNVIT_6B_FORMATS)} for the vision part")
     if options.dataset and vision not in (AUTO, W8A8):
-        raise OptionError("the dataset would not be used: it serves a vision part in w8a8")
+        raise OptionError("the dataset is not used: leave it out; only a vision part in w8a8 is calibrated on it")
     small = {"int4": "int8"}.get(options.weight_format, options.weight_format)
     chosen = {
         "text_embeddings": options.text_embeddings_weight_format or small,

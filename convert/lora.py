@@ -109,7 +109,7 @@ def unwrap(names: Iterable[str]) -> tuple[dict[str, str], dict[str, tuple[str, s
     if single:
         raise CheckpointError(
             f"{len(single)} adapted matrices have a lora_A without lora_B, or the other way round, like {single[0]}: "
-            "the checkpoint was not saved whole"
+            "save the checkpoint again"
         )
     return plain, {name: (half["A"], half["B"]) for name, half in halves.items()}
 

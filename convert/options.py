@@ -38,14 +38,14 @@ def check_packed(options: ConvertOptions, recipe: str) -> None:
     if wish == "fp32":
         raise OptionError(
             f"the checkpoint is packed ({recipe}): --weight-format int4 keeps its numbers, int8 and fp16 unpack them, "
-            f"{wish} would say more than there is"
+            f"{wish} adds nothing"
         )
     own = ("group_size", "ratio", "sym", "awq", "scale_estimation")
     given = ["--" + name.replace("_", "-") for name in own if getattr(options, name) != getattr(plain, name)]
     if wish == "int4" and (given or options.adapter):
         what = ", ".join([*given, *(["--adapter"] if options.adapter else [])])
         raise OptionError(
-            f"the checkpoint is packed ({recipe}), and its numbers are kept: leave out {what}, or unpack with --weight-format int8"
+            f"the checkpoint is packed ({recipe}), int4 keeps its numbers: leave out {what}, or unpack with --weight-format int8"
         )
 
 
@@ -86,7 +86,7 @@ class ConvertOptions:
         if self.recipe not in known_recipes:
             raise OptionError(f"recipe {self.recipe!r} is not known; known are {', '.join(known_recipes)}")
         if self.recipe in ("small", "exact") and self._asks_nncf:
-            raise OptionError(f"recipe {self.recipe} has no {', '.join(self._asks_nncf)}, which is NNCF's: leave one out")
+            raise OptionError(f"recipe {self.recipe} cannot use {', '.join(self._asks_nncf)}: leave one out")
         if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
             raise OptionError(f"group size {self.group_size} is neither positive nor -1 (one scale a row)")
         if not 0 <= self.ratio <= 1:
@@ -98,10 +98,10 @@ class ConvertOptions:
         may_see = self.vision_weight_format == W8A8 or (self.vision_weight_format == AUTO and self.weight_format == "int4")
         if self.dataset and not (self.calibrates_language or may_see):
             raise OptionError(
-                "the dataset would not be used: it serves a vision part in w8a8, --awq, --scale-estimation and a --ratio below 1"
+                "the dataset is not used: leave it out; only w8a8, --awq, --scale-estimation and a --ratio below 1 calibrate on it"
             )
         if self.reference_cache and not self.verify:
-            raise OptionError("the reference cache would not be used: it serves the proof, leave out --no-verify")
+            raise OptionError("the reference cache is not used without the proof: leave out --no-verify")
         if self.num_samples < 1:
             raise OptionError(f"num samples {self.num_samples} is not positive")
         if self.weight_format != "int4" and (self.awq or self.scale_estimation or self.ratio != 1):

@@ -54,10 +54,10 @@ def read_recipe(raw: Mapping[str, Any]) -> Recipe | None:
         if found not in right:
             wanted = " and ".join(map(str, right))
             raise CheckpointError(
-                f"config.json: quantization_config.{key} is {found!r}, {wanted} can be read: take the unpacked weights"
+                f"config.json: quantization_config.{key} is {found!r}, expected {wanted}: convert the unquantised checkpoint"
             )
     if isinstance(group, bool) or not isinstance(group, int) or (group != -1 and group < 1):
-        raise CheckpointError(f"config.json: quantization_config.group_size is {group!r}: a positive number or -1 is needed")
+        raise CheckpointError(f"config.json: quantization_config.group_size is {group!r}, expected a positive number or -1")
     second = str(said.get("checkpoint_format", "gptq")) == "gptq_v2"
     kept = tuple(said.get("modules_to_not_convert") or ())
     return Recipe(method, group, kept, 1 if method == "gptq" and not second else 0)
@@ -89,12 +89,14 @@ class Packed:
             group, columns = open_(self.stored[".g_idx"]), self.shape[1]
             if not torch.equal(group.long(), torch.arange(columns) // (columns // len(scales))):
                 raise CheckpointError(
-                    f"{self.name}: g_idx is out of order (desc_act), so that groups are no runs of columns, which OpenVINO has no "
-                    "constants for: take the unpacked weights"
+                    f"{self.name}: g_idx is out of order (desc_act), and OpenVINO stores groups of adjacent columns only: "
+                    "convert the unquantised checkpoint"
                 )
         highest = int(self._zeros(open_, scales.t()).max())
         if highest >= 1 << BITS:
-            raise CheckpointError(f"{self.name}: a zero point is {highest}, four bits end at 15: take the unpacked weights")
+            raise CheckpointError(
+                f"{self.name}: a zero point is {highest}, more than four bits hold: convert the unquantised checkpoint"
+            )
 
     def _zeros(self, open_: Open, scales: torch.Tensor) -> torch.Tensor:
         """The zeros of all groups, in the shape of `scales`."""
@@ -136,12 +138,12 @@ def find_packed(
     if not modules:
         if recipe is not None:
             raise CheckpointError(
-                f"config.json: quantization_config says {recipe}, and no tensor is packed: remove one or fetch the other"
+                f"config.json: quantization_config says {recipe}, but no tensor is packed: remove it, or fetch the packed weights"
             )
         return {}
     if recipe is None:
         raise CheckpointError(
-            f"{len(modules)} matrices are packed ({some(modules)}), and config.json has no quantization_config that says how: "
+            f"{len(modules)} matrices are packed ({some(modules)}), but config.json has no quantization_config: "
             "fetch config.json again"
         )
     found = {}
@@ -160,7 +162,7 @@ def find_packed(
     if strange:
         raise CheckpointError(
             f"{len(strange)} matrices are not packed as the others are ({some(strange)}), and modules_to_not_convert does not name "
-            "them: the files are of two checkpoints"
+            "them: the files come from two checkpoints"
         )
     return found
 
@@ -168,15 +170,15 @@ def find_packed(
 def _shape(module: str, own: Mapping[str, str], shapes: Shapes, dtypes: Mapping[str, str], recipe: Recipe) -> tuple[int, int]:
     """Rows and columns of a packed matrix. Raises CheckpointError if its tensors do not fit each other."""
     if ".scales" not in own:
-        raise CheckpointError(f"{module} has a qweight and no scales: the checkpoint is not whole")
+        raise CheckpointError(f"{module} has a qweight but no scales: fetch the checkpoint again")
     given = {suffix: [*shapes[name]] for suffix, name in own.items()}
     weight, scales = given[".qweight"], given[".scales"]
     told = f"{module}: " + ", ".join(f"{suffix[1:]} {shape}" for suffix, shape in given.items())
     kinds = {suffix: dtypes[name] for suffix, name in own.items()}
     if any(kinds.get(suffix, "I32") != "I32" for suffix in (".qweight", ".qzeros")):
-        raise CheckpointError(f"{module}: qweight and qzeros are {kinds['.qweight']} and {kinds.get('.qzeros')}, both I32 is right")
+        raise CheckpointError(f"{module}: qweight and qzeros are {kinds['.qweight']} and {kinds.get('.qzeros')}, expected I32")
     if len(weight) != 2 or len(scales) != 2:
-        raise CheckpointError(f"{told}: two axes each are right")
+        raise CheckpointError(f"{told}: expected two axes each")
     columns, rows = (weight[0], weight[1] * EACH) if recipe.method == "awq" else (weight[0] * EACH, weight[1])
     groups = 1 if recipe.group_size == -1 else columns // recipe.group_size
     fits = columns % groups == 0 if groups else False
@@ -232,11 +234,11 @@ def find_mxfp4(stored: dict[str, list[str]], shapes: Shapes, dtypes: Mapping[str
     found = {}
     for name in [name.removesuffix(BLOCKS) for name in stored if name.endswith(BLOCKS)]:
         if name + BLOCK_SCALES not in stored:
-            raise CheckpointError(f"{name} has blocks and no scales: the checkpoint is not whole")
+            raise CheckpointError(f"{name} has blocks but no scales: fetch the checkpoint again")
         own = stored.pop(name + BLOCKS)[0], stored.pop(name + BLOCK_SCALES)[0]
         blocks, scales = (shapes[part] for part in own)
         if len(blocks) != 4 or blocks[3] != 16 or scales != blocks[:3] or {dtypes[part] for part in own} != {"U8"}:
             told = f"blocks {[*blocks]} {dtypes[own[0]]} and scales {[*scales]} {dtypes[own[1]]}"
-            raise CheckpointError(f"{name}: {told} are not MXFP4, (E, rows, G, 16) and (E, rows, G) of U8 are: fetch it again")
+            raise CheckpointError(f"{name}: {told} are not MXFP4, expected U8 (E, rows, G, 16) and (E, rows, G): fetch it again")
         found[name] = Mxfp4(name, own, (blocks[0], blocks[2] * 32, blocks[1]))
     return found

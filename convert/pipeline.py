@@ -83,7 +83,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
     )
     language_kind(checkpoint.config)
     if options.serving is not None and checkpoint.config.has_visual_experts:
-        raise OptionError("OpenVINO Model Server does not feed visual experts: leave --serving out, python -m runtime serve does")
+        raise OptionError("OpenVINO Model Server cannot run visual experts: leave --serving out and use python -m runtime serve")
     for note in checkpoint.notes:
         print(note, flush=True)
     if checkpoint.config.system_message is not None:
@@ -211,7 +211,7 @@ def _in_four_bits(
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
     model.model.rotary_emb = rope
     if rounded:
-        print(f"language: rounded to the nearest, since what they see is singular: {some(rounded)}", flush=True)
+        print(f"language: rounded to nearest, because the Hessian of their inputs is singular: {some(rounded)}", flush=True)
     take_place(model, found, recipe, ready, partial(four_bits, group_size=recipe.group))
     return model
 

@@ -87,7 +87,7 @@ class Quality:
     def lines(self) -> list[str]:
         """A table for people."""
         if not self.answered:
-            return [f"answers: the reference's are empty, {self.asked} of {self.asked}: nothing to compare"]
+            return [f"answers: all {self.asked} of the reference are empty, nothing to compare"]
         rows = [f"{'answers':<16}{'KL a token':>12}{'same token':>12}{'first other':>13}"]
         for part, found in self.parts.items():
             if found.tokens:

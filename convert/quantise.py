@@ -20,7 +20,7 @@ from tqdm import tqdm
 from runtime.parts.attention import open_attention
 from runtime.parts.memory import leaving, page_out
 
-LEAST_COSINE, LEAST_WORST = 0.998, 0.99  # of image features before and after: all of them, and the worst hundredth
+LEAST_COSINE, LEAST_WORST = 0.998, 0.99  # of image features before and after: all of them, and the 1st percentile
 SMOOTHING = 0.3  # larger values overfit the calibration pictures and clip others (docs/experiments.md)
 SPARED = (0.0, 0.125, 0.25)  # shares of the products, noisiest first, that are not quantised: tried until the proof holds
 SAMPLED = 3  # tiles that rank the products by noise
@@ -31,7 +31,7 @@ WITHOUT_8_BIT_INPUTS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # as exact as t
 
 @dataclass(frozen=True)
 class Proof:
-    """How close image features come to the unquantised model's: cosine of all, and of the worst hundredth of tokens."""
+    """How close image features come to the unquantised model's: cosine of all, and the 1st percentile of tokens."""
 
     cosine: float
     worst: float
@@ -42,7 +42,7 @@ class Proof:
         return self.cosine >= LEAST_COSINE and self.worst >= LEAST_WORST
 
     def __str__(self) -> str:
-        return f"cosine {self.cosine:.4f}, worst hundredth {self.worst:.4f}"
+        return f"cosine {self.cosine:.4f}, 1st percentile {self.worst:.4f}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _rows(features: np.ndarray, bar: tqdm) -> np.ndarray:
 
 
 def _cosines(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """Cosine of all values of two sets of rows (N, D), and of the worst hundredth of rows."""
+    """Cosine of all values of two sets of rows (N, D), and the 1st percentile of rows."""
     a, b = wanted.astype(np.float64), found.astype(np.float64)
     products, lengths = (a * b).sum(1), np.sqrt((a * a).sum(1) * (b * b).sum(1))
     whole = products.sum() / np.sqrt((a * a).sum() * (b * b).sum())

@@ -75,7 +75,9 @@ class Report:
             f"cosine >= {LEAST_COSINE[row.weight_format]}"
             for row in self.rows
         ]
-        greedy = [f"greedy tokens: {self.greedy_agreed} of {self.greedy_tokens} as the reference"] if self.greedy_tokens else []
+        greedy = (
+            [f"greedy tokens: {self.greedy_agreed} of {self.greedy_tokens} equal the reference's"] if self.greedy_tokens else []
+        )
         return [head, *body, *greedy, *(self.quality.lines() if self.quality is not None else [])]
 
     def raise_if_drifted(self) -> None:

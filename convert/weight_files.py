@@ -95,7 +95,7 @@ class WeightFiles:
         paths = [self.folder / name for name in sorted(set(listed.values()))]
         absent = [path.name for path in paths if not path.exists()]
         if (self.folder / whole).exists() and paths != [self.folder / whole]:
-            self.notes.append(f"{index} is of other files: {whole} is read")
+            self.notes.append(f"{index} lists other files: {whole} is read")
             return [self.folder / whole]
         if absent:
             raise CheckpointError(
@@ -158,5 +158,5 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is not a whole file of weights ({reason}): fetch it again") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise CheckpointError(f"{path} is no dictionary of tensors: save the model again as safetensors")
+        raise CheckpointError(f"{path} is not a dictionary of tensors: save the model again as safetensors")
     return found

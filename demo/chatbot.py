@@ -246,7 +246,7 @@ def make_demo(model: ChatModel, tokenizer: Any = None) -> gr.Blocks:
             tiles = gr.Slider(1, MOST_TILES, value=most, step=1, label="Tiles a picture")
             tokens = gr.Slider(1, 4096, value=DEFAULT_NEW_TOKENS, step=1, label="New tokens")
             with gr.Accordion("Sampling, system message, device", open=False):
-                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest each time")
+                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: always the likeliest token")
                 top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
                 penalty = gr.Slider(1, 2, value=1, step=0.01, label="Repetition penalty")
                 system = gr.Textbox(model.system_message, label="System message", lines=2)

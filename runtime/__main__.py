@@ -19,17 +19,17 @@ from runtime.terminal import CommandParser, ending_quietly
 
 COMMANDS = {
     "chat": (chat, "answer one question, or chat when there is none"),
-    "batch": (batch, "answer a file of requests or a folder of pictures, in a job that goes on when it was ended"),
-    "score": (score, "how right the answers of batch are, by the usual metrics"),
+    "batch": (batch, "answer a file of requests or a folder of pictures, in a job that resumes"),
+    "score": (score, "score the answers of batch, by the usual metrics"),
     "benchmark": (benchmark, "measure first token, speed and memory"),
-    "serve": (serve, "an OpenAI-compatible server over the folder"),
+    "serve": (serve, "start an OpenAI-compatible server"),
     "tune": (tune, "find the fastest settings of this machine and keep them in the folder"),
-    "info": (info, "what a model folder holds"),
-    "embed": (embed, "pictures to an index of vectors (InternVL-C and -G)"),
-    "search": (search, "the pictures of an index that are nearest to words or to a picture"),
-    "classify": (classify, "what a picture shows, without training, or how often that is right"),
-    "caption": (caption, "a line under a picture"),
-    "doctor": (doctor, "what this machine has, what is missing, and what helps"),
+    "info": (info, "show what a model folder holds"),
+    "embed": (embed, "write an index of pictures (InternVL-C and -G)"),
+    "search": (search, "find the pictures of an index that are nearest to words or to a picture"),
+    "classify": (classify, "choose a picture's label without training, or evaluate that"),
+    "caption": (caption, "write a line about a picture"),
+    "doctor": (doctor, "show what this machine has, what is missing and how to install it"),
 }
 
 

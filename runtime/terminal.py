@@ -35,13 +35,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def _what_is_wrong(self, unknown: str) -> str:
         if not unknown.startswith("-"):
-            return f"{unknown!r} is one too many: a text of several words stands in quotes"
+            return f"unexpected argument {unknown!r}: put a text of several words in quotes"
         option = unknown.partition("=")[0]
         near = get_close_matches(option, self._option_string_actions, n=1)
-        return f"there is no option {option}" + (f": {near[0]} is meant?" if near else "")
+        return f"there is no option {option}" + (f": did you mean {near[0]}?" if near else "")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} ({self.prog} --help lists what there is)\n")
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
 def ending_quietly(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

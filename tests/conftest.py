@@ -1,4 +1,4 @@
-"""What several test files use: the golden sets, folders converted once a session, the shared real data where it exists.
+"""What several test files use: the golden sets, folders converted once a run, the shared real data where it exists.
 
 Imports torch and the converter only for tests that use them, so that a plain installation runs the others.
 """
@@ -6,13 +6,22 @@ Imports torch and the converter only for tests that use them, so that a plain in
 from __future__ import annotations
 
 import base64
+import gc
+import hashlib
 import importlib.util
 import json
+import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Models of tests are so small that a second thread only waits; read by torch when it is imported, here and in processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import filelock
 import numpy as np
 import pytest
 
@@ -42,6 +51,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("converts")
 
 
+MODULES = 200  # that a test imports at once: a heavy library
+
+
+class Heap:
+    """Python's garbage collection without what libraries leave for good: with torch imported a full one takes half a second."""
+
+    def __init__(self) -> None:
+        self._modules = 0
+        gc.disable()  # while the tests are imported
+
+    def freeze(self) -> None:
+        if len(sys.modules) > self._modules + MODULES:
+            self._modules = len(sys.modules)
+            gc.collect()
+            gc.freeze()
+            gc.enable()
+
+
+heap = Heap()
+
+
+def pytest_collection_finish() -> None:
+    heap.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    heap.freeze()
+
+
 @dataclass(frozen=True)
 class Golden:
     """What the original implementation computes on one tiny checkpoint."""
@@ -67,23 +106,37 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory: pytest.TempPathFactory):
-    """Convert a checkpoint folder with given options, once a session; unless asked for, without the proof and int4 by rounding.
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """A file or folder of a run, made by the first test that asks for it, whichever of the run's processes it is in."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+
+    def path(name: str, make: Callable[[Path], Any]) -> Path:
+        """`make` writes it whole or raises."""
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / f"{name.replace('/', '-')}.lock"):
+            if not target.exists():
+                make(target)
+        return target
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def converted(once):
+    """Convert a checkpoint folder with given options, once a run; unless asked for, without the proof and int4 by rounding.
 
     Most tests do not look at either, and rounding takes a tenth of a recipe's time.
     """
-    done: dict[Any, Path] = {}
 
     def run(source: Path, **options: Any) -> Path:
         pytest.importorskip("torch", reason="a conversion needs the extra [convert]")
         from convert import ConvertOptions, convert
 
         options = {"verify": False, "recipe": "fast"} | options
-        key = (source, tuple(sorted(options.items())))
-        if key not in done:
-            output = tmp_path_factory.mktemp("converted") / source.name
-            done[key] = convert(str(source), output, ConvertOptions(**options)).folder
-        return done[key]
+        key = hashlib.sha256(repr((str(source), sorted(options.items()))).encode()).hexdigest()[:16]
+        return once(f"{key}/{source.name}", lambda folder: convert(str(source), folder, ConvertOptions(**options)))
 
     return run
 
@@ -95,17 +148,36 @@ def shapes(converted) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
-    """The tiny random checkpoint of a name of tests/checkpoints.py, made once a session; do not change it."""
-    root = tmp_path_factory.mktemp("checkpoints")
+def tiny(once):
+    """The tiny random checkpoint of a name of tests/checkpoints.py, made once a run; do not change it."""
 
     def make(name: str) -> Path:
         pytest.importorskip("torch", reason="a checkpoint is made with torch")
         from tests.checkpoints import make_checkpoint
 
-        return root / name if (root / name).exists() else make_checkpoint(root / name, name)
+        return once(f"checkpoints/{name}", lambda folder: make_checkpoint(folder, name))
 
     return make
+
+
+REAL_TOKENIZERS = {"InternVL2-1B": "internvl2-1b", "InternVL2-2B": "internlm2"}  # published name: folder in shared
+
+
+@pytest.fixture(params=REAL_TOKENIZERS)
+def real_tokenizer(request: pytest.FixtureRequest, once) -> tuple[Path, Any]:
+    """The tokenizer files that a conversion writes for a published name, and its configuration; do not change them."""
+    from convert.tokenizer import load_tokenizer, save_tokenizer
+    from runtime.folder.config import InternVLConfig
+    from tests.checkpoints import CONFIGS
+
+    config = InternVLConfig.from_dict(CONFIGS[request.param])
+    source = shared(f"data/tokenizers/{REAL_TOKENIZERS[request.param]}")
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        save_tokenizer(load_tokenizer(source, config), folder)
+
+    return once(f"tokenizers/{request.param}", make), config
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The models of the family as a table: what they are made of, how far they are proven, how large they are in int4.
 
 Sizes follow from the published shapes (tests/checkpoints.py) and from what int4 means in convert/compress.py, memory from the sizes
-and from what was measured on those that were run (docs/speed.md).
+and from what was measured on those that were run (docs/speed-conversion.md).
 
     python -m tests.family        # the table of docs/models.md
 """

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import convert.__main__
@@ -176,6 +177,25 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (document.parent / target).exists(), target
         assert DOCS not in document.parents or DOCS in (document.parent / target).resolve().parents, "not in the book"
+
+
+def test_what_github_reads_is_what_it_expects():
+    """A form with a wrong key, or a workflow with a step that does nothing, is only told there."""
+    forms = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")]
+    assert forms
+    for form in forms:
+        assert {"name", "description", "body"} <= form.keys()
+        assert all(field["attributes"] and field["type"] in ("markdown", "textarea", "input", "dropdown") for field in form["body"])
+    for job in yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"].values():
+        assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    for hook in hooks:
+        assert hook["entry"].split()[0].startswith(".venv/bin/")
+
+
+def test_every_test_file_has_its_oracle():
+    page = (DOCS / "tests.md").read_text(encoding="utf-8")
+    assert [file.name for file in (ROOT / "tests").rglob("test_*.py") if f"{file.stem}`" not in page] == []
 
 
 def test_notebooks_are_kept_without_outputs():

@@ -78,7 +78,7 @@ def find_boxes(
     Raises PictureError for boxes without any picture, and for what is not a picture; PromptError for an answer that is not text.
     """
     if not isinstance(answer, str):
-        raise PromptError(f"a {type(answer).__name__} is no answer: give its text")
+        raise PromptError(f"an answer is a text, this is a {type(answer).__name__}: give its text")
     found = [*_found(answer)]
     sizes = _sizes(pictures)
     if found and not sizes:
@@ -140,7 +140,7 @@ def _size(picture: Any) -> Size:
     if not isinstance(picture, list | tuple):
         return open_picture(picture).size
     if not _is_size(picture) or min(picture) < 1:
-        raise PictureError(f"{str(picture)[:60]} is no size of a picture: give (width, height) in pixels, or the picture")
+        raise PictureError(f"{str(picture)[:60]} is not the size of a picture: give (width, height) in pixels, or the picture")
     return int(picture[0]), int(picture[1])
 
 

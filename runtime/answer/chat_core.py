@@ -371,7 +371,7 @@ class ChatCore(ABC):
         if not all(features.is_finite for features in found.values()):
             self.forget()
             raise NumericsError(
-                "the vision part gave features that are not numbers: its activations overflow on this device; "
+                "the vision part gave NaN: its activations overflow on this device; "
                 "open the model with precision accuracy (--precision accuracy)"
             )
         return found, encoded

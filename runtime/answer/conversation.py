@@ -29,7 +29,7 @@ def question_of(text: str, options: Mapping[str, Any]) -> tuple[Question, dict[s
     for name in options:
         close = difflib.get_close_matches(name, QUESTION_OPTIONS, 1, 0.8)
         if close and name not in QUESTION_OPTIONS:
-            raise OptionError(f"{name} is not known here: is {close[0]} meant?")
+            raise OptionError(f"there is no option {name}: did you mean {close[0]}?")
     own = {name: value for name, value in options.items() if name in QUESTION_OPTIONS}
     return Question(text, **own), {name: value for name, value in options.items() if name not in own}
 

@@ -135,7 +135,7 @@ class Decoding:
         for name in options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
-                raise OptionError(f"{name} is not known here" + (f": is {close[0]} meant?" if close else ""))
+                raise OptionError(f"there is no option {name}" + (f": did you mean {close[0]}?" if close else ""))
         given = {name: value for name, value in options.items() if value is not None}
         values = {name: value for name, value in defaults.items() if name in known and value is not None} | given
         if "schema" in values:

@@ -32,7 +32,7 @@ class Grammars:
         try:
             import llguidance
         except ModuleNotFoundError as error:
-            raise not_installed(error, "serve", "; it writes answers after a JSON schema") from None
+            raise not_installed(error, "serve", "; it makes answers follow a JSON schema") from None
         self._library = llguidance
         self._tokens = llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=[*ends])
         self._tokenizer, self._vocabulary = tokenizer, vocabulary

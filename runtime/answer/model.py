@@ -192,7 +192,7 @@ def _checked_defaults(file: Path) -> dict[str, Any]:
     try:
         Decoding.of(defaults, {})
     except InternVLError as error:
-        raise ModelFolderError(f"{file}: {error}; put it right, or convert the checkpoint again") from None
+        raise ModelFolderError(f"{file}: {error}; correct it, or convert the checkpoint again") from None
     return defaults
 
 

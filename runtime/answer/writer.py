@@ -24,7 +24,7 @@ from runtime.parts.kv_cache import PREFILL_AT_ONCE
 MOST_ROWS = 32  # largest batch
 WORTH_WAITING = 32  # shared tokens for which a prompt waits until another prompt is prefilled
 NO_NUMBERS = (
-    "the language part gave logits that are not numbers: its activations overflow on this device; "
+    "the language part gave NaN: its activations overflow on this device; "
     "open the model with precision accuracy (--precision accuracy)"
 )
 

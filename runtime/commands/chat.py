@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS, DEFAULT_FRAMES = 256, 8
 AUTO = "auto"
-COMMANDS = """/image FILE    a picture or PDF for the next question; may be said several times
+COMMANDS = """/image FILE    a picture or PDF for the next question; may be repeated
 /video FILE    a video for the next question
 /reset         forget the conversation
 /quit          leave (as Ctrl-D does); Ctrl-C stops an answer"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s FOLDER [QUESTION] [OPTION ...]"  # argparse's own fills half of a screen
     add_placement(parser)
     add_flash(parser)
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="question; <image> marks the place of a picture")
@@ -43,18 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="picture, PDF (paper.pdf#page=2-4) or URL; may be given several times",
+        help="picture, PDF (paper.pdf#page=2-4) or URL; repeatable",
     )
     parser.add_argument("--video", metavar="FILE", help="video; the model sees some of its frames")
+    parser.add_argument("--max-tiles", type=tiles_or_auto, metavar="N", help="most tiles a picture, or auto (default: the model's)")
     parser.add_argument(
-        "--max-tiles", type=tiles_or_auto, metavar="N", help="most tiles a picture, or auto (default: the model's, often 12)"
-    )
-    parser.add_argument(
-        "--first-token", type=float, default=5, metavar="SECONDS", help="with --max-tiles auto, after tune (default: %(default)g)"
+        "--first-token",
+        type=float,
+        default=5,
+        metavar="S",
+        help="seconds, for --max-tiles auto (default: %(default)g)",
     )
     parser.add_argument("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="video frames (default: %(default)s)")
     parser.add_argument("--seconds", type=seconds, metavar="A-B", help="part of the video, like 2-5 (default: all)")
-    parser.add_argument("--answer-prefix", metavar="TEXT", default="", help="text that every answer begins with; \\n is a new line")
+    parser.add_argument("--answer-prefix", metavar="TEXT", default="", help="text that answers begin with; \\n is a new line")
     parser.add_argument("--schema", metavar="FILE", type=Path, help="JSON schema that the answer follows")
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the model's)")
     parser.add_argument("--thinking", action="store_true", help="think first, in <think> marks (InternVL3.5)")
@@ -63,29 +66,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="THING",
         action="append",
         default=[],
-        help='ask where it is, like "the red car"; may be given several times',
+        help='ask where it is, like "the red car"; repeatable',
     )
     parser.add_argument(
         "--boxes",
         metavar="OUT",
         type=Path,
-        help="picture to write, like boxes.png: the one asked about, with the answer's boxes",
+        help="picture to write with the answer's boxes: boxes.png",
     )
-    parser.add_argument("--json", action="store_true", help="print the answer, its boxes and its statistics as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print answer, boxes and statistics as one JSON object")
     writing = parser.add_argument_group("how it writes")
-    most = f"(default: {DEFAULT_NEW_TOKENS}, {THINKING_TOKENS} with --thinking)"
+    most = f"tokens (default: {DEFAULT_NEW_TOKENS}, {THINKING_TOKENS} with --thinking)"
     writing.add_argument("--max-new-tokens", type=int, metavar="N", help=most)
     writing.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default: 0)")
-    writing.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens adding up to P (default: all)")
+    writing.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest, of sum P (default: all)")
     writing.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: 50)")
     writing.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids repetition (default: 1)")
     writing.add_argument(
         "--prompt-lookup",
         type=int,
         metavar="N",
-        help="up to N draft tokens, copied from earlier text that matches; greedy, CPU (default: as many as cost nothing)",
+        help="up to N draft tokens from earlier text (default: auto)",
     )
-    writing.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    writing.add_argument("--seed", type=int, metavar="N", help="make sampling repeatable")
 
 
 def seconds(text: str) -> tuple[float, float]:
@@ -97,7 +100,7 @@ def seconds(text: str) -> tuple[float, float]:
             raise ValueError
         return span
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no span of seconds, like 2-5 or 0.5-2.25") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of seconds, like 2-5 or 0.5-2.25") from None
 
 
 def tiles_or_auto(text: str) -> int | str:
@@ -139,7 +142,7 @@ def writing_options(
     options = {name: value for name, value in given.items() if value is not None}
     decoding = Decoding.of({}, options)  # checked before a model is opened
     if not decoding.temperature and (top_p is not None or top_k is not None):
-        raise OptionError("--top-p and --top-k choose among draws: give a --temperature above 0 too")
+        raise OptionError("--top-p and --top-k need sampling: give a --temperature above 0 too")
     return options
 
 
@@ -173,10 +176,10 @@ class Drawing:
         Image.init()
         if Image.EXTENSION.get(suffix) not in Image.SAVE:
             raise OptionError(
-                f"--boxes {self.file}: {suffix or 'a name without an ending'} is no picture: name one, like boxes.png"
+                f"--boxes {self.file}: {suffix or 'no file extension'} is not a picture format: name a file like boxes.png"
             )
         if not folder.is_dir():
-            raise OptionError(f"--boxes {self.file}: the folder {folder} is not there: make it first")
+            raise OptionError(f"--boxes {self.file}: the folder {folder} does not exist: create it first")
         if self.file.is_dir() or not os.access(self.file if self.file.exists() else folder, os.W_OK):
             raise OptionError(f"--boxes {self.file} cannot be written: name another file")
 
@@ -339,7 +342,7 @@ def talk(
                 if not rest:
                     raise OptionError(f"{command} needs a file: {command} FILE")
                 if not (is_data_url(rest) or is_web_address(rest)) and not Path(file_of(rest)).is_file():
-                    raise OptionError(f"{rest} is not there")
+                    raise OptionError(f"{rest} does not exist")
                 images, video = ([*images, rest], video) if command == "/image" else (images, rest)
                 waiting = len(images) + (video is not None)
                 print(f"{waiting} for the next question", file=sys.stderr)

@@ -90,7 +90,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         "version": f"{found['version']}, Python {found['python']}, {found['system']}",
         "openvino": found["openvino"],
         **found["devices"],
-        "class": found["class"] or "not one that was measured: OpenVINO's defaults",
+        "class": found["class"] or "unknown: OpenVINO's defaults apply",
         "auto": found["auto"],
         "memory": f"{found['memory'] / 1e9:.1f} GB, {found['available_memory'] / 1e9:.1f} GB available",
         "disk": f"{found['free_disk'] / 1e9:.1f} GB free here",

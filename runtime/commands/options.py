@@ -28,16 +28,16 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     where = parser.add_argument_group("where it runs")
     where.add_argument(
-        "--device", default="CPU", help="OpenVINO device, like CPU or GPU; auto: the best for each part (default: %(default)s)"
+        "--device", default="CPU", metavar="NAME", help="CPU, GPU or auto: best for each part (default: %(default)s)"
     )
-    where.add_argument("--vision-device", metavar="DEVICE", help="another device for the vision part (default: --device)")
+    where.add_argument("--vision-device", metavar="NAME", help="device of the vision part (default: --device)")
     _add_precision(where)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The device that all parts run on."""
     where = parser.add_argument_group("where it runs")
-    where.add_argument("--device", default="CPU", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
+    where.add_argument("--device", default="CPU", metavar="NAME", help="OpenVINO device, like CPU or GPU (default: %(default)s)")
     _add_precision(where)
 
 
@@ -69,17 +69,19 @@ def progress_of(what: str, things: str) -> Callable[[int, int], None]:
 
 def _add_precision(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
-        "--precision", choices=PRECISIONS, default="default", help="accuracy: slower, closest to PyTorch (default: %(default)s)"
+        "--precision",
+        choices=PRECISIONS,
+        default="default",
+        metavar="NAME",
+        help="%(default)s, or accuracy: slower, closest to PyTorch",
     )
-    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="folder to keep compiled parts in (default: on a GPU, FOLDER)")
+    where.add_argument("--cache-dir", metavar="DIR", type=Path, help="keep compiled parts there (default: on a GPU, FOLDER)")
     where.add_argument("--no-cache", dest="cache_dir", action="store_const", const=False, help="keep no compiled parts")
 
 
 def add_flash(parser: argparse.ArgumentParser) -> None:
     """Whether to use the router of a model that has one."""
-    parser.add_argument(
-        "--no-flash", dest="flash", action="store_false", help="InternVL3.5-Flash: keep all context tokens of all tiles"
-    )
+    parser.add_argument("--no-flash", dest="flash", action="store_false", help="InternVL3.5-Flash: all context tokens of all tiles")
 
 
 def open_model(

@@ -23,7 +23,7 @@ def run(folder: Path, device: str, reset: bool) -> None:
 
     check_folder(folder)
     if reset:
-        print("forgotten: the defaults are back" if forget(folder) else "nothing was tuned here")
+        print("deleted: the defaults apply again" if forget(folder) else "there are no tuned settings")
         return
     from runtime.measure.tune import tune as find
 
@@ -48,12 +48,12 @@ def run(folder: Path, device: str, reset: bool) -> None:
     if second:
         told = ", ".join(f"{name}={value}" for name, value in second["properties"].items())
         print(
-            f"decode: single tokens have weights of their own, {second['file']}{', ' if told else ''}{told}: "
+            f"decode: its own copy of the weights, {second['file']}{', ' if told else ''}{told}: "
             f"{found['gain']['decode']:.0%} less time, {second['bytes'] / 1e9:.2f} GB more memory"
         )
     else:
-        print("decode: the default, by the same weights as the prompt")
-    print(f"{times}; {found['agreement']:.0%} of the greedy tokens are the default's")
+        print("decode: the default, with the weights of the prefill")
+    print(f"{times}; {found['agreement']:.0%} of the greedy tokens equal the default's")
     if found["accuracy"]:
         right = found["accuracy"]
         print(f"right answers of the built-in model: {right['tuned']:.1%}, with the defaults {right['default']:.1%}")

@@ -82,9 +82,7 @@ def check_folder(folder: Path, kind: str = CHAT) -> None:
     found = kind_of_folder(folder)
     missing = [name for name in [*(PART_FILES[part] for part in PARTS_OF[found]), CONFIG_FILE] if not (folder / name).exists()]
     if not missing and found != kind:
-        raise ModelFolderError(
-            f"{folder} holds {ANSWERS[found]}; what is asked here is of {ANSWERS[kind]}: give a folder of that kind"
-        )
+        raise ModelFolderError(f"{folder} holds {ANSWERS[found]}; this needs {ANSWERS[kind]}: give a folder of that kind")
     if not missing:
         return
     hub_id = not folder.exists() and not folder.parent.exists() and HUB_ID.fullmatch(folder.as_posix())
@@ -93,8 +91,8 @@ def check_folder(folder: Path, kind: str = CHAT) -> None:
         ask = "" if kind != CHAT else f"  and ask what that writes:  python -m runtime chat {folder.resolve().name}-int4"
         raise ModelFolderError(f"{folder} is a PyTorch checkpoint{where}: convert it first with  python -m convert {folder}{ask}")
     if not folder.is_dir():
-        raise ModelFolderError(f"{folder} is not there: give a model folder, as python -m convert writes it")
-    raise ModelFolderError(f"{folder} is not a whole model folder, it lacks {', '.join(missing)}: convert the checkpoint again")
+        raise ModelFolderError(f"{folder} does not exist: give a model folder, as python -m convert writes it")
+    raise ModelFolderError(f"{folder} is an incomplete model folder without {', '.join(missing)}: convert the checkpoint again")
 
 
 def check_target(folder: Path, *, force: bool) -> None:

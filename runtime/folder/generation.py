@@ -54,7 +54,7 @@ def read_generation_config(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelFolderError(f"{file} is not JSON ({error}): put it right, or convert the checkpoint again") from None
+        raise ModelFolderError(f"{file} is not JSON ({error}): correct it, or convert the checkpoint again") from None
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{file} holds a {type(raw).__name__}, expected a JSON object: convert the checkpoint again")
     other = [
@@ -63,5 +63,5 @@ def read_generation_config(file: Path) -> dict[str, Any]:
         if name not in APPLIED | NEUTRAL and not name.startswith(("_", "output_")) and value not in (None, False, 0, 1, 1.0, [])
     ]
     if other:
-        logger.warning("%s: %s is not applied here", file, ", ".join(sorted(other)))
+        logger.warning("%s: %s is ignored", file, ", ".join(sorted(other)))
     return {name: value for name, value in raw.items() if name in APPLIED and value is not None}

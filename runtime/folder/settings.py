@@ -68,7 +68,7 @@ def overflowing(folder: Path, device: str) -> list[str]:
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, AttributeError):
-        raise OptionError(f"{file} cannot be read: delete it, and what it says is found out again") from None
+        raise OptionError(f"{file} cannot be read: delete it, it is written again when needed") from None
 
 
 def remember_overflow(folder: Path, device: str, part: str) -> bool:

@@ -152,13 +152,13 @@ class TokenDecoder:
 def check_text(text: Any) -> None:
     """Raise PromptError for what cannot be tokenised: a value that is not a str, or a lone surrogate."""
     if not isinstance(text, str):
-        raise PromptError(f"a {type(text).__name__} is no text: give a str")
+        raise PromptError(f"a text is a str, this is a {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the text has half of a character in it, the lone surrogate U+{ord(text[error.start]):04X} at place {error.start}: "
-            "leave it out, or decode the text with errors='replace'"
+            f"the text has half of a character, the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}: "
+            "remove it, or decode the text with errors='replace'"
         ) from None
 
 
@@ -182,5 +182,5 @@ def _add_missing(backend: tokenizers.Tokenizer, file: Path) -> None:
         if backend.token_to_id(token["content"]) != number:
             raise TokenizerError(
                 f"{file} gives {token['content']} the id {number}, {TOKENIZER_JSON_FILE} "
-                f"{backend.token_to_id(token['content'])}: the files are of two tokenizers; fetch them again"
+                f"{backend.token_to_id(token['content'])}: the files come from two tokenizers; fetch them again"
             )

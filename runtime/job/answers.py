@@ -23,7 +23,7 @@ PARQUET = ".parquet"
 ROWS_AT_ONCE = 1024  # of a parquet file
 SEEN, ANSWERED, FAILED = 1, 2, 4  # marks of an id: it was in this run's requests; the file has its answer; the file has its error
 FULLEST = 0.6  # load factor of the table of ids
-AGAIN = "run the same command again, and the job goes on"
+AGAIN = "run the same command again, and the job resumes"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class AnswerFile:
         if not known:
             for file in (self.file, self._lines):
                 if file.exists() and file.stat().st_size:
-                    raise OptionError(f"{file} is there, and {beside.name} does not say of which job: name another file")
+                    raise OptionError(f"{file} exists, and {beside.name} does not say which job wrote it: name another file")
             self._job.truncate(0)
             self._job.write(json.dumps({"format": FORMAT, **about}))
             self._job.flush()
@@ -249,7 +249,7 @@ def _id_of(line: bytes, file: Path) -> tuple[str, Any]:
         read = json.loads(line)
         return read["custom_id"], read["error"]
     except (ValueError, KeyError, TypeError):
-        raise OptionError(f"{file} has a line that is no answer ({line[:60]!r}): name another file") from None
+        raise OptionError(f"{file} has a line that is not an answer ({line[:60]!r}): name another file") from None
 
 
 def _lock(job: Any, file: Path) -> None:

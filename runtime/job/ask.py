@@ -203,7 +203,8 @@ def together(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def answers(model: OpenedModel, asking: Asking, cache_bytes: int, rows: Iterable[Row]) -> Iterator[Answer]:
     """The answers to rows, in the order in which they finish. Rows are read as a stream.
 
-    The vision part works between two steps of the writer: in parallel, on the same cores, both take longer (docs/speed.md).
+    The vision part works between two steps of the writer: in parallel, on the same cores, both take longer
+    (docs/speed-throughput.md).
 
     Raises OptionError for a schema that cannot be followed.
     """

@@ -44,7 +44,7 @@ class Row:
     def of(cls, number: int, given: Any, question: str = "", base: str = "") -> Row:
         """A row of either form; a row without an id gets its number as id, a row without a question gets `question`."""
         if not isinstance(given, Mapping):
-            return cls.broken(number, f"a request is an object, this is {json.dumps(given, default=str)[:60]}")
+            return cls.broken(number, f"a request is a JSON object, this is {json.dumps(given, default=str)[:60]}")
         name = next((given[key] for key in ("custom_id", "id", "question_id") if given.get(key) is not None), number)
         if not isinstance(name, str | int):
             return cls.broken(number, f"the id is a {type(name).__name__}, expected a text")
@@ -66,9 +66,9 @@ class Row:
 
 def _checked_body(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("method", "POST") != "POST" or given.get("url", URL) != URL:
-        raise ValueError(f"{given.get('method')} {given.get('url')} is not answered here: POST {URL} is")
+        raise ValueError(f"{given.get('method', 'POST')} {given.get('url', URL)} is not supported: use POST {URL}")
     if not isinstance(given["body"], dict):
-        raise ValueError("the body is no object: give that of a chat completion")
+        raise ValueError("the body is not an object: give that of a chat completion")
     return given["body"]
 
 
@@ -101,7 +101,7 @@ class Requests:
         if source.is_dir() and not question:
             raise OptionError(f'{source} is a folder: say what to ask about its pictures with --question "..."')
         if not source.exists():
-            raise OptionError(f"{source} is not there: give JSON lines, a parquet or Arrow file, or a folder of pictures")
+            raise OptionError(f"{source} does not exist: give JSON lines, a parquet or Arrow file, or a folder of pictures")
         if source.is_file() and source.suffix.lower() in TABLES:
             self._columns()
 

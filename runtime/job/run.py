@@ -82,7 +82,7 @@ def left_of(requests: Iterable[Row], file: AnswerFile) -> Iterator[Row]:
     for row in requests:
         marks = file.meets(row.id)
         if marks & SEEN:
-            row = Row.broken(row.number, f"the id {row.id!r} came before: an id is of one row")
+            row = Row.broken(row.number, f"the id {row.id!r} is used twice: give every row its own")
             marks = file.meets(row.id)
         if not marks & (ANSWERED | FAILED):
             yield row
@@ -135,5 +135,5 @@ def _numbered(rows: Iterable[Any], question: str) -> Iterator[Row]:
     seen: set[str] = set()
     for number, given in enumerate(rows, 1):
         row = Row.of(number, given if isinstance(given, dict) else {"image": given}, question)
-        yield replace(row, error=f"the id {row.id!r} came before") if row.id in seen else row
+        yield replace(row, error=f"the id {row.id!r} is used twice") if row.id in seen else row
         seen.add(row.id)

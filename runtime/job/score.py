@@ -232,7 +232,7 @@ def score(file: Path, truths: Mapping[str, Truth], metric: str) -> Scored:
         else:
             strangers += 1
     if strangers and all(text is None for text in texts.values()):
-        raise OptionError(f"{file} has no answer to any row of the truth: its ids are others, like {line['custom_id']!r}")
+        raise OptionError(f"{file} has no answer to any row of the truth: its ids differ, like {line['custom_id']!r}")
     measure = METRICS[metric]
     if measure is None:
         value = bleu([text or "" for text in texts.values()], [*truths.values()])
@@ -258,7 +258,7 @@ def read_truth(file: Path, metric: str) -> dict[str, Truth]:
         except (ValueError, TypeError, KeyError) as error:
             raise OptionError(f"{file}, id {name}: {error}") from None
         if str(name) in found:
-            raise OptionError(f"{file} has the id {name} twice: an id is of one row")
+            raise OptionError(f"{file} has the id {name} twice: give every row its own")
         found[str(name)] = truth
     if not found:
         raise OptionError(f"{file} has no rows: give JSON lines with id and answer")
@@ -276,7 +276,7 @@ def _truth(row: Mapping[str, Any], metric: str) -> Truth:
     if not answers:
         raise ValueError("there is no answer")
     if metric == "vqa" and len(answers) < FEWEST_ANSWERS:
-        raise ValueError(f"{len(answers)} answers: the VQA accuracy is over ten people's, and {FEWEST_ANSWERS} at least")
+        raise ValueError(f"{len(answers)} answers: VQA accuracy needs at least {FEWEST_ANSWERS}, ten as published")
     return Truth(answers)
 
 
@@ -299,7 +299,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError("a line is no object")
+                    raise ValueError("a line is not an object")
                 yield row
     except (OSError, ValueError) as error:
-        raise OptionError(f"{file} cannot be read as a truth ({getattr(error, 'strerror', None) or error})") from None
+        raise OptionError(f"{file} cannot be read as ground truth ({getattr(error, 'strerror', None) or error})") from None

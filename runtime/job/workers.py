@@ -78,7 +78,7 @@ def answers(count: int, open_model: Any, asking: Any, cache_bytes: int, rows: It
                 continue
             gone = [process.exitcode for process, left in zip(processes, waiting, strict=True) if left and not process.is_alive()]
             if gone:
-                raise OptionError(f"a worker has ended (code {gone[0]}; -9: killed, as when memory is short): {AGAIN}")
+                raise OptionError(f"a worker process ended (code {gone[0]}; -9 is a kill, as when memory is short): {AGAIN}")
     finally:
         for process in processes:
             process.terminate()

@@ -55,12 +55,14 @@ def tune(folder: Path, device: str = "CPU", report: Report = lambda what, done, 
     """
     check_folder(folder)
     if not os.access(folder, os.W_OK):
-        raise ModelFolderError(f"{folder} cannot be written, and what tune finds is kept there: copy it to a place of your own")
+        raise ModelFolderError(
+            f"{folder} cannot be written, and tune keeps its settings there: copy the folder to where you may write"
+        )
     core = ov.Core()
     if device == BEST:
         return _tune_devices(folder, core, report)
     if device.partition(":")[0] in COMBINING:
-        raise DeviceError(f"{device} is made of other devices: tune one, like {core.available_devices[0]}")
+        raise DeviceError(f"{device} combines devices: tune one of them, like {core.available_devices[0]}")
     config = InternVLConfig.from_dict(read_config(folder / CONFIG_FILE))
     placed = place_parts(core, folder, device)
     trial = partial(_Trial, folder, core, config)
@@ -128,10 +130,10 @@ def candidates(core: ov.Core, device: str, stage: str) -> Iterator[tuple[str, di
     able = set(core.get_property(device, "OPTIMIZATION_CAPABILITIES")) if device in core.available_devices else set()
     if stage == "decode":
         if device == "CPU":
-            yield "single tokens from rows of int8", {"rows": True}
+            yield "int8 weights, a scale a row", {"rows": True}
             if "BF16" in able:
-                yield "single tokens in f32", {"INFERENCE_PRECISION_HINT": "f32"}
-                yield "single tokens from rows of int8, in f32", {"rows": True, "INFERENCE_PRECISION_HINT": "f32"}
+                yield "computed in f32", {"INFERENCE_PRECISION_HINT": "f32"}
+                yield "int8 weights, a scale a row, in f32", {"rows": True, "INFERENCE_PRECISION_HINT": "f32"}
         return
     if able & {"BF16", "FP16"}:
         yield "computed in f32", {"INFERENCE_PRECISION_HINT": "f32"}
@@ -173,7 +175,7 @@ def _contest(
             found["tried"].append({"stage": stage, "candidate": name, "refused": str(error)})
             continue
         if "SCHEDULING_CORE_TYPE" in plans[name][0] and trial.threads == default.threads:
-            found["tried"].append({"stage": stage, "candidate": name, "refused": "the same threads here"})
+            found["tried"].append({"stage": stage, "candidate": name, "refused": "the default's threads"})
             continue
         gained, base, other = _beside(default, trial, stage, config)
         found["tried"].append({"stage": stage, "candidate": name, "gain": gained, **other})
@@ -181,7 +183,7 @@ def _contest(
             found["seconds"] |= base
         if gained > max(LEAST_GAIN[stage], gain):
             best, gain = name, gained
-    tell(f"{stage}, the best of them again", done + len(plans))
+    tell(f"{stage}, the best one again", done + len(plans))
     found["gain"][stage] = 0.0
     if not best:
         return None

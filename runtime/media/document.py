@@ -46,14 +46,14 @@ def open_pictures(source: Source, tiling: Tiling, *, allow_urls: bool | Collecti
         pages = int(named["first"]), int(named["last"] or named["first"])
         if not 1 <= pages[0] <= pages[1]:
             raise PictureError(
-                f"{text}: pages {pages[0]} to {pages[1]} are no range: the first page is 1, as in paper.pdf#page=2-4"
+                f"{text}: pages {pages[0]} to {pages[1]} are not a range: the first page is 1, as in paper.pdf#page=2-4"
             )
     if is_web_address(text):
         if not allow_urls:
             raise PictureError("web addresses are not fetched here: send the file itself")
         return _render(fetch(named["file"], None if allow_urls is True else allow_urls), named["file"], tiling, pages)
     if not Path(named["file"]).is_file():
-        raise PictureError(f"{named['file']} is not there")
+        raise PictureError(f"{named['file']} does not exist")
     return _render(Path(named["file"]), named["file"], tiling, pages)
 
 

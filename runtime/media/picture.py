@@ -55,7 +55,7 @@ def open_picture(source: Source, *, allow_urls: bool | Collection[str] = True) -
         with open(source, "rb") as file:
             return _decode(file, text)
     except FileNotFoundError:
-        raise PictureError(f"{text} is not there") from None
+        raise PictureError(f"{text} does not exist") from None
     except (OSError, ValueError) as error:  # a folder, no permission, an invalid name
         raise PictureError(f"{text} cannot be read as a picture ({getattr(error, 'strerror', None) or error})") from None
 

@@ -63,7 +63,7 @@ def read_frames(
     import av
 
     if not Path(path).is_file():
-        raise VideoError(f"{path} is not there" if not Path(path).exists() else f"{path} is a folder, expected a video file")
+        raise VideoError(f"{path} does not exist" if not Path(path).exists() else f"{path} is a folder, expected a video file")
     try:
         check = _clock(seconds)
         index = _Index(path, check)
@@ -77,10 +77,10 @@ def read_frames(
         reason = "it is cut off: its index at the end is missing" if _lacks_index(Path(path)) else error.strerror
         raise VideoError(f"{path} cannot be read as a video ({reason})") from None
     if not found:
-        raise VideoError(f"{path} has {index.count} frames, none of which can be decoded near those that are wanted")
+        raise VideoError(f"{path} has {index.count} frames, and none near the wanted ones can be decoded")
     missing = {number for number in wanted if number not in found}
     if missing:
-        logger.warning("%s: %d of %d frames cannot be decoded, the nearest ones stand in", path, len(missing), len(set(wanted)))
+        logger.warning("%s: %d of %d frames cannot be decoded, the nearest ones are used", path, len(missing), len(set(wanted)))
     return [found[min(found, key=lambda number: abs(number - one))] for one in wanted]
 
 

@@ -57,14 +57,14 @@ def kept_in(base: Path, core: Core, placement: Placement, xml: Path, properties:
                 _remove(killed)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=base))
     except OSError as error:
-        logger.warning("%s cannot be written (%s): what is compiled is not kept", base, error.strerror)
+        logger.warning("%s cannot be written (%s): compiled parts are not kept", base, error.strerror)
         work = None
     if uses(core, placement.device, "GPU"):
         logger.warning(
             "compiling the %s part for %s, which takes minutes; %s",
             placement.part,
             placement.device,
-            f"the next start is quick, it is kept in {base}" if work else "every time, since it is not kept",
+            f"it is kept in {base} for the next start" if work else "it is not kept for the next start",
         )
     if work is None:
         yield None
@@ -116,7 +116,7 @@ def _is_whole(folder: Path) -> bool:
     sizes = _read(folder / WHOLE_FILE).get("sizes") or {}
     whole = bool(sizes) and all(_size(folder / name) == size for name, size in sizes.items())
     if folder.exists() and not whole:
-        logger.warning("%s is not whole: the part is compiled anew", folder)
+        logger.warning("%s is incomplete: the part is compiled again", folder)
     return whole
 
 
@@ -149,7 +149,7 @@ def _finish(work: Path, final: Path, made_of: Mapping[str, Any]) -> None:
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         if not _is_whole(final):  # else another program was first
-            logger.warning("%s cannot be written (%s): what was compiled is not kept", final.parent, error.strerror)
+            logger.warning("%s cannot be written (%s): the compiled part is not kept", final.parent, error.strerror)
         return
     for other in final.parent.glob(f"*/{WHOLE_FILE}"):
         known = _read(other)

@@ -93,18 +93,18 @@ class GPUKind:
 GPU_KINDS = (
     GPUKind("Arc", frozenset({"DISCRETE"}), True, "a GPU with memory of its own"),
     GPUKind("integrated, with matrix units", frozenset({"GPU_HW_MATMUL"}), True, "a GPU with matrix units"),
-    GPUKind("integrated", frozenset(), False, "the GPU computes faster, and single tokens wait for memory that both share"),
+    GPUKind("integrated", frozenset(), False, "the GPU computes faster, and decode waits for the memory that both share"),
 )
-NOT_MEASURED = "a rule, not measured here: python -m runtime tune FOLDER --device auto does"
+NOT_MEASURED = "a rule; python -m runtime tune FOLDER --device auto measures"
 
 
 def choose_devices(core: Core, found: Mapping[str, Any] | None = None) -> Choice:
     """Where the large parts run for `--device auto`: as tune `found`, else by the kind of GPU."""
     if found is not None:
-        return Choice(found["device"], found["vision_device"], "fastest of what tune measured here")
+        return Choice(found["device"], found["vision_device"], "the fastest that tune measured")
     gpu = next((name for name in core.available_devices if name.startswith("GPU")), None)
     if gpu is None:
-        return Choice("CPU", "CPU", "there is no GPU that OpenVINO sees")
+        return Choice("CPU", "CPU", "OpenVINO sees no GPU")
     told = {str(core.get_property(gpu, "DEVICE_TYPE")).rpartition(".")[2], *core.get_property(gpu, "OPTIMIZATION_CAPABILITIES")}
     kind = next(kind for kind in GPU_KINDS if kind.needs <= told)
     return Choice(gpu if kind.language else "CPU", gpu, f"{kind.reason} ({NOT_MEASURED})")

@@ -129,7 +129,7 @@ class KVCache(ABC):
             self._cut(0)
             self._keys = self._keys[:0]
             raise NumericsError(
-                "the language part gave logits that are not numbers: its activations overflow on this device; "
+                "the language part gave NaN: its activations overflow on this device; "
                 "open the model with precision accuracy (--precision accuracy)"
             )
         return logits

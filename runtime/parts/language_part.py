@@ -240,5 +240,7 @@ def _compile_decode(core: ov.Core, folder: Path, placement: Placement, width: in
     pages = {PAGES: prefill.get_property(PAGES)}
     compiled = compile_part(core, folder, model, replace(placement, properties=_paged_properties(core, placement, None) | pages))
     if page_shapes(compiled) != page_shapes(prefill):
-        raise DeviceError("the part for single tokens wants other pages: python -m runtime tune FOLDER --reset goes without it")
+        raise DeviceError(
+            "the language part for decode needs another page layout: delete it with python -m runtime tune FOLDER --reset"
+        )
     return compiled

@@ -74,7 +74,7 @@ def compile_part(core: ov.Core, folder: Path, model: ov.Model, placement: Placem
 def compile_wider(core: ov.Core, folder: Path, model: ov.Model, placement: Placement) -> ov.CompiledModel:
     """Compile a part that overflowed in float16 as it is placed now, warn, and record it in the folder. Raises DeviceError."""
     logger.warning(
-        "the %s part overflows in float16 on %s: it is compiled anew in float32%s",
+        "the %s part overflows in float16 on %s: it is compiled again in float32%s",
         placement.part,
         placement.device,
         ", from now on" if remember_overflow(folder, placement.device, placement.part) else "",

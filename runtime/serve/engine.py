@@ -45,7 +45,7 @@ class ProcessEnded(Exception):
     """The worker process has ended, with all answers that it was writing."""
 
     def __init__(self) -> None:
-        super().__init__("the process that answers has ended: ask again")
+        super().__init__("the worker process ended: ask again")
 
 
 def decoding_of(model: OpenedModel, most_tokens: int | None, room: int | None, wishes: Mapping[str, Any], **more: Any) -> Decoding:
@@ -170,7 +170,7 @@ class GenaiEngine(Engine):
         """`model` is opened without its language part; `cache_gb` bounds the KV cache of all requests. Raises DeviceError."""
         super().__init__(model)
         if model.config.has_visual_experts:
-            raise OptionError("openvino_genai does not feed visual experts: start the server with --engine native")
+            raise OptionError("openvino_genai cannot run visual experts: start the server with --engine native")
         self._check_schema = SchemaCheck(model.folder, model.config.language["vocab_size"])
         self.kv_cache_share = 0.0
         self._numbers = itertools.count()
@@ -206,8 +206,8 @@ class GenaiEngine(Engine):
         if plain is not None and length + decoding.max_new_tokens > plain:
             if plain - length < 1:
                 raise OptionError(
-                    f"the prompt has {length} tokens; past {plain} this model turns positions in another way, which "
-                    "openvino_genai does not do in pieces: start the server with --engine native"
+                    f"the prompt has {length} tokens; past {plain} this model scales its positions, which "
+                    "openvino_genai cannot do in chunks: start the server with --engine native"
                 )
             decoding = replace(decoding, max_new_tokens=plain - length)
         request = _Request(self.text_of(decoding), tell)
@@ -271,7 +271,7 @@ class GenaiEngine(Engine):
             self._lose()
             failed = 0 if self._ended or self._process.receive() == "ready" else failed + 1
             if failed == MOST_STARTS:
-                logger.error("the process that answers does not start any more")
+                logger.error("the worker process does not start any more")
                 self._process.finish()
 
     def _hear(self) -> None:
@@ -297,7 +297,7 @@ class GenaiEngine(Engine):
                 if now - self._last_end < UNWELL_SECONDS:
                     self._unwell_until = now + UNWELL_SECONDS
                 self._last_end = now
-                logger.warning("the process that answers has ended with %d answers, and is started again", len(left))
+                logger.warning("the worker process ended with %d answers, and is started again", len(left))
                 self._process = Process(worker.__name__, self._setup)
         self.kv_cache_share = 0.0
         for request in left:

@@ -98,7 +98,7 @@ class SchemaCheck:
                 raise OptionError(f"the JSON schema takes longer than {MOST_SECONDS:g} s to prepare: simplify it") from None
             if answer is None:
                 self._end()
-                raise OptionError("the JSON schema cannot be followed (it ends the process that tries it)")
+                raise OptionError("the JSON schema cannot be followed (its compilation crashed)")
             if answer:
                 raise OptionError(f"the JSON schema cannot be followed ({answer})")
             self._known[key] = None
@@ -118,7 +118,7 @@ class SchemaCheck:
             self._process, self._tried = Process(__name__, self._setup), 0
             if self._process.receive() != "ready":
                 self._end()
-                raise RuntimeError("the process that tries JSON schemas does not start")
+                raise RuntimeError("the process that compiles JSON schemas does not start")
         self._tried += 1
         return self._process
 

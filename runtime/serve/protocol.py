@@ -29,13 +29,13 @@ from runtime.media.web import fetch, is_web_address
 
 REFUSED = {  # OpenAI's fields that would otherwise be silently ignored -> the reason
     "audio": "answers are text",
-    "function_call": "tool_choice took its place",
-    "functions": "tools took its place",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
     "logit_bias": "openvino_genai cannot change logits",
-    "moderation": "nothing is moderated here",
-    "suffix": "the models write on from a text and not between two",
-    "verbosity": "the models know none: ask for it in the system message",
-    "web_search_options": "nothing is searched for here",
+    "moderation": "there is no moderation",
+    "suffix": "the models continue a text and cannot fill a gap",
+    "verbosity": "the models have no such setting: ask for it in the system message",
+    "web_search_options": "there is no web search",
 }
 IGNORED = (  # OpenAI's fields that change no answer here
     "metadata",  # nothing is stored
@@ -57,7 +57,7 @@ MOST_GUESSES = 16
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool | str):  # pydantic takes true for 1, and digits for a number
-        raise ValueError("a number is needed")
+        raise ValueError("expected a number")
     return value
 
 
@@ -324,7 +324,7 @@ class ChatRequest(Writing):
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice: required, and there are no tools")
         if self.calls is not None and self.schema_text is not None:
-            raise ValueError("response_format: not supported together with tools: set tool_choice to none, or leave one out")
+            raise ValueError("response_format: not supported together with tools; set tool_choice to none, or leave one out")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: set logprobs too")
         return self

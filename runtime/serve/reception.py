@@ -77,8 +77,8 @@ class Caches(Collector):
     def collect(self) -> Iterator[Metric]:
         """Prometheus' interface: the current counts."""
         cache, share = self._engine.model.feature_cache, self._engine.kv_cache_share
-        yield CounterMetricFamily("internvl_feature_cache_hits", "Tiles whose features were kept", value=cache.hits)
-        yield CounterMetricFamily("internvl_feature_cache_misses", "Tiles that the vision part looked at", value=cache.misses)
+        yield CounterMetricFamily("internvl_feature_cache_hits", "Tiles whose features were in the cache", value=cache.hits)
+        yield CounterMetricFamily("internvl_feature_cache_misses", "Tiles that the vision part encoded", value=cache.misses)
         if share is not None:
             yield GaugeMetricFamily("internvl_kv_cache_used_ratio", "Share of the KV cache that is in use", value=share)
 
@@ -92,10 +92,12 @@ class Metrics:
             self.registry.register(Caches(engine))
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("internvl_requests", "Requests by route and status", ["route", "status"], **own)
-        self.active = Gauge("internvl_active_requests", "Requests that are answered or wait", **own)
+        self.active = Gauge("internvl_active_requests", "Requests being answered or waiting", **own)
         self.waiting = Gauge("internvl_waiting_requests", "Requests whose first token has not come yet", **own)
-        self.first_token = Histogram("internvl_first_token_seconds", "Until the first token", buckets=SECONDS, **own)
-        self.token = Histogram("internvl_token_seconds", "A token after the first, mean of an answer", buckets=SECONDS, **own)
+        self.first_token = Histogram("internvl_first_token_seconds", "Seconds to the first token", buckets=SECONDS, **own)
+        self.token = Histogram(
+            "internvl_token_seconds", "Seconds per token after the first, mean of an answer", buckets=SECONDS, **own
+        )
         self.prompt_tokens = Counter("internvl_prompt_tokens", "Tokens of prompts", **own)
         self.new_tokens = Counter("internvl_new_tokens", "Tokens of answers", **own)
 
@@ -110,7 +112,7 @@ class Reception:
     def check_model(self, name: str) -> None:
         """Raise Refused for another model's name; an empty name means this model."""
         if name and name != self.rules.model_name:
-            raise Refused(404, f"the model {name!r} is not here: {self.rules.model_name!r} is", "model_not_found")
+            raise Refused(404, f"there is no model {name!r}: use {self.rules.model_name!r}", "model_not_found")
 
     @asynccontextmanager
     async def place(self, *, sure: bool = False) -> AsyncIterator[None]:

@@ -28,14 +28,14 @@ from runtime.serve.protocol import (
 )
 
 REFUSED = {  # fields that are refused, since ignoring them would mislead, and why
-    "access_programs": "there are none",
-    "background": "nothing is kept: the answer comes on this connection",
-    "context_management": "nothing is left out of a prompt",
-    "conversation": "nothing is kept: send the whole input",
-    "image": "no pictures are made here",
-    "moderation": "nothing is moderated here",
-    "previous_response_id": "nothing is kept: send the whole input",
-    "prompt": "no prompts are kept here: send the text",
+    "access_programs": "there are no such programs",
+    "background": "nothing is stored: the answer comes on this connection",
+    "context_management": "prompts are never shortened",
+    "conversation": "nothing is stored: send the whole input",
+    "image": "the models make no pictures",
+    "moderation": "there is no moderation",
+    "previous_response_id": "nothing is stored: send the whole input",
+    "prompt": "no prompts are stored: send the text",
 }
 IGNORED = (  # fields that change no answer here
     *("background_options", "max_tool_calls", "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),

@@ -72,7 +72,7 @@ def turns_of(
             words = message.text if final else _answer(message, config, thoughts=kept)
             called = called or bool(message.tool_calls)
             if final and message.tool_calls:
-                raise PromptError("continue_final_message: the last message has tool calls: there is nothing to go on with")
+                raise PromptError("continue_final_message: the last message has tool calls, which cannot be continued")
             if words:
                 asked, said = (asked, said) if asked else ([[]], [[]])  # an assistant's message comes first
                 said[-1].append(words)

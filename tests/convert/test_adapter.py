@@ -120,7 +120,7 @@ def test_the_folder_holds_the_merged_weights(checkpoint, tmp_path):
         (
             {"fan_in_fan_out": True, "lora_bias": True},
             UnsupportedModelError,
-            r"asks for fan_in_fan_out \(its matrices are turned.*, lora_bias \(.*, which cannot be merged here: merge it with PEFT",
+            r"asks for fan_in_fan_out \(its matrices are tr.*, lora_bias \(.*, which cannot be merged here: merge it with PEFT",
         ),
         (
             {"init_lora_weights": "pissa"},

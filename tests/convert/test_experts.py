@@ -149,7 +149,7 @@ def test_a_packed_gpt_oss_becomes_what_the_unpacked_one_does(mxfp4, converted):
     ("change", "told"),
     [
         (lambda t, n: t | {n + "_scales": t[n + "_scales"][:, :1].clone()}, "are not MXFP4"),
-        (lambda t, n: {name: tensor for name, tensor in t.items() if name != n + "_scales"}, "has blocks and no scales"),
+        (lambda t, n: {name: tensor for name, tensor in t.items() if name != n + "_scales"}, "has blocks but no scales"),
         (lambda t, n: t | {n + "_blocks": t[n + "_blocks"].float()}, "F32 and scales"),
         (lambda t, n: {m: v for m, v in t.items() if m not in (n + "_scales", n + "_blocks")}, "1 missing: .*gate_up_proj"),
     ],

@@ -6,10 +6,13 @@ The hub path against a stand-in server on 127.0.0.1: what is asked for, what res
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -83,11 +86,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-@pytest.fixture
-def hub(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     # 30 MB: the client writes what it gets in pieces of 10 MB, and a smaller file would have nothing to resume
     language = CONFIGS["tiny-qwen2"]["llm_config"] | {"vocab_size": 120_000}
-    server = Hub(make_checkpoint(tmp_path / "hub", "tiny-qwen2", llm_config=language))
+    return make_checkpoint(tmp_path_factory.mktemp("hub") / "hub", "tiny-qwen2", llm_config=language)
+
+
+@contextmanager
+def serving(files: Path) -> Iterator[Hub]:
+    server = Hub(files)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -95,24 +103,35 @@ def hub(tmp_path):
     server.server_close()
 
 
-def run(hub_address: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """python -m convert in a process of its own: the hub's address is read from the environment when its client is imported."""
+@pytest.fixture
+def hub(files):
+    with serving(files) as server:
+        yield server
+
+
+def process(hub_address: str, tmp_path: Path, *command: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own: the hub's address is read from the environment when its client is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub_address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "convert", *arguments, "--no-verify", "--weight-format", "int8"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2]
+    )
+
+
+def run(hub_address: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return process(hub_address, tmp_path, "-m", "convert", *arguments, "--no-verify", "--weight-format", "int8")
 
 
 def address(hub: Hub) -> str:
     return f"http://127.0.0.1:{hub.server_address[1]}"
 
 
-def assert_one_clear_line(done: subprocess.CompletedProcess, message: str, output: Path):
-    assert done.returncode == 2, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
+def assert_one_clear_line(said: str, code: int, message: str, output: Path):
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
     assert message in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
+    assert code == 2
     assert not output.exists()
 
 
@@ -132,7 +151,7 @@ def test_a_broken_off_download_is_told_and_resumes(hub, tmp_path):
     output = tmp_path / "out"
     hub.break_off = True
     done = run(address(hub), tmp_path, REPO, str(output))
-    assert_one_clear_line(done, f"fetching {REPO} broke off", output)
+    assert_one_clear_line(done.stderr, done.returncode, f"fetching {REPO} broke off", output)
     assert "run the same command again, it resumes" in done.stderr
     hub.break_off = False
     hub.asked.clear()
@@ -143,23 +162,41 @@ def test_a_broken_off_download_is_told_and_resumes(hub, tmp_path):
     assert not [path for method, path, *_ in hub.asked if method == "GET" and path.endswith("tokenizer.json")], "fetched again"
 
 
-def test_a_missing_repository_is_told(hub, tmp_path):
-    done = run(address(hub), tmp_path, "secret/model", str(tmp_path / "out"))
-    assert_one_clear_line(done, "secret/model is not on the hub, or is private", tmp_path / "out")
+REFUSED = {  # arguments: what is said
+    ("secret/model",): "secret/model is not on the hub, or is private",
+    ("gated/model",): "gated/model is gated: accept its terms",
+    (REPO, "--revision", "v9"): f"{REPO} has no revision 'v9'",
+}
+EACH = """
+import json, sys
+from convert.__main__ import main as convert
+for output, *arguments in json.loads(sys.argv[1]):
+    code = convert([arguments[0], output, *arguments[1:]])
+    print(f"ended with {code}", file=sys.stderr)
+"""
 
 
-def test_a_gated_repository_is_told(hub, tmp_path):
-    done = run(address(hub), tmp_path, "gated/model", str(tmp_path / "out"))
-    assert_one_clear_line(done, "gated/model is gated: accept its terms", tmp_path / "out")
+@pytest.fixture(scope="module")
+def refused(files, tmp_path_factory) -> dict[tuple[str, ...], tuple[str, int, Path]]:
+    """What the command says of each, and its code: one process for all, which spends nearly all of its time on imports."""
+    folder = tmp_path_factory.mktemp("refused")
+    outputs = [folder / str(number) for number in range(len(REFUSED))]
+    asked = [[str(output), *arguments] for output, arguments in zip(outputs, REFUSED, strict=True)]
+    with serving(files) as server:
+        done = process(address(server), folder, "-c", EACH, json.dumps(asked))
+    said = re.findall(r"(.*?)^ended with (\d+)$", done.stderr, flags=re.DOTALL | re.MULTILINE)
+    assert len(said) == len(REFUSED), done.stderr
+    return {arguments: (text, int(code), output) for arguments, (text, code), output in zip(REFUSED, said, outputs, strict=True)}
 
 
-def test_an_unknown_revision_is_told(hub, tmp_path):
-    done = run(address(hub), tmp_path, REPO, str(tmp_path / "out"), "--revision", "v9")
-    assert_one_clear_line(done, f"{REPO} has no revision 'v9'", tmp_path / "out")
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_what_the_hub_refuses_is_told(refused, arguments):
+    said, code, output = refused[arguments]
+    assert_one_clear_line(said, code, REFUSED[arguments], output)
 
 
 def test_no_network_is_told(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         done = run(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path, REPO, str(tmp_path / "out"))
-    assert_one_clear_line(done, "cannot be reached: check the network and try again", tmp_path / "out")
+    assert_one_clear_line(done.stderr, done.returncode, "cannot be reached: check the network and try again", tmp_path / "out")

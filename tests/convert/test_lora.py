@@ -189,14 +189,23 @@ PLACE = "language_model.base_model.model.model.layers.0.attention.wo"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(f"{PLACE}.lora_B.default.weight"), r"1 adapted matrices have a lora_A without lora_B.*not saved whole"),
-        (lambda t: t.pop(f"{PLACE}.lora_A.default.weight"), r"1 adapted matrices have a lora_A without lora_B.*not saved whole"),
+        (
+            lambda t: t.pop(f"{PLACE}.lora_B.default.weight"),
+            r"1 adapted matrices have a lora_A without lora_B.*save the checkpoint again",
+        ),
+        (
+            lambda t: t.pop(f"{PLACE}.lora_A.default.weight"),
+            r"1 adapted matrices have a lora_A without lora_B.*save the checkpoint again",
+        ),
         (
             lambda t: t.update({f"{PLACE}.lora_B.default.weight": torch.zeros(60, 4)}),
             r"the LoRA of language_model.*attention.wo.weight \[64, 64\] does not fit it: A is \[4, 64\], B \[60, 4\]",
         ),
         (lambda t: t.update({f"{PLACE}.lora_A.default.weight": torch.zeros(5, 64)}), r"use_llm_lora is 4, the LoRA .* rank 4, 5"),
-        (lambda t: t.pop(f"{PLACE}.base_layer.weight"), r"lora_A.default.weight and no language_model.model.*not saved whole"),
+        (
+            lambda t: t.pop(f"{PLACE}.base_layer.weight"),
+            r"lora_A.default.weight but not language_model.model.*save the checkpoint again",
+        ),
     ],
     ids=["no B", "no A", "B of another shape", "another rank", "no matrix"],
 )

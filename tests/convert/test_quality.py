@@ -94,7 +94,7 @@ def test_a_cache_of_another_checkpoint_is_refused(measured, tiny, tmp_path):
 def test_empty_answers_are_told_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify, "end_tokens", lambda tokenizer, *_: set(range(len(tokenizer))))
     report = convert(str(tiny("tiny-qwen2")), tmp_path / "out", ConvertOptions(weight_format="int8")).report
-    assert report.quality.lines() == ["answers: the reference's are empty, 11 of 11: nothing to compare"]
+    assert report.quality.lines() == ["answers: all 11 of the reference are empty, nothing to compare"]
     runtime(["info", str(tmp_path / "out")])
     assert "quality          the checkpoint's answers are empty" in capsys.readouterr().out
 

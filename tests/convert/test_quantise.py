@@ -136,7 +136,7 @@ def test_without_photographs_drawn_pictures_do_and_one_line_says_so(tmp_path, mo
     monkeypatch.setattr(scenes, "photographs", list)
     summary = convert(str(CHECKPOINT), tmp_path / "out", PLAIN)
     assert summary.proof.startswith("w8a8")
-    assert [line for line in capsys.readouterr().out.splitlines() if "there are no photographs here" in line]
+    assert [line for line in capsys.readouterr().out.splitlines() if "no photographs found" in line]
 
 
 def test_a_dataset_adds_its_tiles(tmp_path, monkeypatch):

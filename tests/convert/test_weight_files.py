@@ -101,8 +101,8 @@ def test_a_hostile_pickle_is_refused_and_not_run(folder, write):
     [
         (b"", "is not a whole file of weights"),
         (b"PK\x03\x04" + bytes(100), "is not a whole file of weights|opening a pickle"),
-        ([torch.zeros(1)], "is no dictionary of tensors"),
-        ({"epoch": 3, "state": {"a": torch.zeros(1)}}, "is no dictionary of tensors"),
+        ([torch.zeros(1)], "is not a dictionary of tensors"),
+        ({"epoch": 3, "state": {"a": torch.zeros(1)}}, "is not a dictionary of tensors"),
     ],
     ids=["empty", "cut", "a list", "a state of training"],
 )
@@ -145,7 +145,7 @@ def test_a_whole_file_wins_over_a_stale_index(folder, whole):
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     found = check(folder)
     same(found, whole)
-    assert found.notes == [f"{INDEX_FILE} is of other files: {WEIGHTS_FILE} is read"]
+    assert found.notes == [f"{INDEX_FILE} lists other files: {WEIGHTS_FILE} is read"]
 
 
 def test_an_index_of_one_file_is_no_stale_one(folder, whole):
@@ -161,7 +161,7 @@ def test_buffers_of_older_versions_are_passed_over_by_name(folder, whole):
     save_file(tensors, folder / WEIGHTS_FILE)
     found = check(folder)
     same(found, whole)
-    assert found.notes == ["passed over: 2 buffers that are computed, not trained"]
+    assert found.notes == ["ignored: 2 buffers that are computed, not trained"]
     tensors["language_model.model.layers.0.self_attn.other"] = torch.ones(8)
     save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=r"1 unexpected: language_model.model.layers.0.self_attn.other"):
@@ -188,7 +188,7 @@ def test_rows_that_round_a_vocabulary_up_never_win(tmp_path, converted):
     tensors[TABLES[1]][size:] = 50.0
     save_file(tensors, padded / WEIGHTS_FILE)
     found = check(padded)
-    assert found.notes == [f"cut off: rows {size} to {size + 63} of the vocabulary, which no token has"]
+    assert found.notes == [f"dropped: rows {size} to {size + 63} of the vocabulary, which belong to no token"]
     same(found, check(plain))
     folders = [converted(folder, weight_format="fp32") for folder in (plain, padded)]
     answers = [OVInternVLChatModel(folder).start_conversation().ask("What?", max_new_tokens=12) for folder in folders]

@@ -142,7 +142,7 @@ def test_pictures_stay_with_their_turns():
 
 def test_a_folder_that_is_none_is_told(capsys, tmp_path):
     assert main([str(tmp_path / "none")]) == 2
-    assert "is not there: give a model folder" in capsys.readouterr().err
+    assert "does not exist: give a model folder" in capsys.readouterr().err
 
 
 # ---- boxes

@@ -4,6 +4,8 @@ The chatbot as people meet it: the built-in model in a real browser, Chromium dr
 Screenshots go to build/page, to be looked at.
 """
 
+import itertools
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,12 +108,13 @@ def test_boxes_are_clicked_and_switched_off(window, monkeypatch, width):
     assert outer["x"] + outer["width"] <= width
 
     def click(x: int, y: int, wanted: str) -> None:
-        for _ in range(10):  # the page may still be scrolling to the answer
-            place = shown.bounding_box()
-            page.mouse.click(place["x"] + place["width"] * x / 112, place["y"] + place["height"] * y / 112)
-            if told.all_inner_texts() == [wanted]:
-                return
-            page.wait_for_timeout(300)
+        for _ in range(10):  # the page may still change: a box loses what it tells when it is drawn again
+            size = shown.bounding_box()
+            shown.click(position={"x": size["width"] * x / 112, "y": size["height"] * y / 112})  # once it stands still
+            for _ in range(10):
+                if told.all_inner_texts() == [wanted]:
+                    return
+                page.wait_for_timeout(100)
         raise AssertionError(told.all_inner_texts())
 
     click(57, 20, "a <b>circle</b> x1 40, y1 2, x2 74, y2 37")  # the small one is in front
@@ -195,16 +198,26 @@ def test_half_of_a_character_is_replaced(window):
 
 
 def test_stop_ends_the_decoding(window, bot, monkeypatch):
-    embed, started = bot.model.embed_tokens, []
+    embed, started, steps, clicked = bot.model.embed_tokens, [], itertools.count(), threading.Event()
     start = bot.model.start_conversation
+
+    def slowly(ids):
+        """A large model's pace; the second half of the answer waits for the click."""
+        if next(steps) == 12:
+            clicked.wait(60)
+        time.sleep(0.2)
+        return embed(ids)
+
     monkeypatch.setattr(bot.model, "start_conversation", lambda *given: started.append(start(*given)) or started[-1])
-    monkeypatch.setattr(bot.model, "embed_tokens", lambda ids: time.sleep(0.2) or embed(ids))  # a large model's pace
+    monkeypatch.setattr(bot.model, "embed_tokens", slowly)
     page = window()
     ask(page, "Describe the picture.", ROOT / "demo" / "examples" / "shapes.png")
     page.get_by_text("purple circle").last.wait_for()
     page.screenshot(path=SHOTS / "streaming.png")
     page.locator(".stop-button").click()
-    deadline = time.monotonic() + 10
+    page.wait_for_timeout(300)  # the click is on its way
+    clicked.set()
+    deadline = time.monotonic() + 30
     while not (started[0].statistics and started[0].statistics.finish_reason) and time.monotonic() < deadline:
         page.wait_for_timeout(100)
     assert started[0].statistics.finish_reason == "cancelled"

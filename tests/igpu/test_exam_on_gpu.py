@@ -65,7 +65,7 @@ def test_a_real_overflow_is_computed_again_told_once_and_remembered(loud, tmp_pa
     assert OpenedModel(folder, "GPU", cache_dir=KEPT).start_conversation().ask("What?", **asked) == wanted
     said = [record.getMessage() for record in caplog.records if "overflows" in record.getMessage()]
     assert said == [
-        f"the {part} part overflows in float16 on GPU: it is compiled anew in float32, from now on"
+        f"the {part} part overflows in float16 on GPU: it is compiled again in float32, from now on"
         for part in ("vision", "language")
     ]
     assert json.loads((folder / OVERFLOWS_FILE).read_text()) == {"GPU": ["language", "vision"]}

@@ -185,11 +185,11 @@ def test_boxes_without_a_picture_are_one_line():
     assert find_boxes("no box", []) == []
     with pytest.raises(PictureError, match=r"has boxes \(1\) and there is no picture: give it"):
         find_boxes("a[[1, 2, 30, 40]]", [])
-    with pytest.raises(PromptError, match="a NoneType is no answer"):
+    with pytest.raises(PromptError, match="an answer is a text, this is a NoneType"):
         find_boxes(None, (10, 10))
-    with pytest.raises(PictureError, match="is no size of a picture"):
+    with pytest.raises(PictureError, match="is not the size of a picture"):
         find_boxes("a[[1, 2, 30, 40]]", [(0, 10)])
-    with pytest.raises(PictureError, match="is not there"):
+    with pytest.raises(PictureError, match="does not exist"):
         find_boxes("a[[1, 2, 30, 40]]", "missing.png")
 
 
@@ -197,9 +197,9 @@ def test_boxes_without_a_picture_are_one_line():
     "piece", ["[", "{", '{"a":', "[1,", "<ref>", '"', "Image-1 <ref>a</ref><box>[[1, 2, 3, 4]]</box>", "[1,2,3,4],"]
 )
 def test_broken_and_endless_answers_are_read_in_time(piece):
-    started = time.perf_counter()
+    started = time.process_time()
     find_boxes(piece * 4000, WIDE)
-    assert time.perf_counter() - started < 5  # 0.6 s at most were measured
+    assert time.process_time() - started < 5  # 0.6 s at most were measured
 
 
 def test_any_cut_of_an_answer_is_read():
@@ -220,7 +220,7 @@ def test_the_question_is_the_published_one():
     )
     assert locate_question(["a"], marked=False) == of_one + "a"
     assert locate_question(["a", "b"]) == "Detect the <ref>a</ref>, <ref>b</ref> in the image with their bounding boxes."
-    for labels, said in (([], "no labels"), (["a", " "], "is empty"), (["a</ref>"], "has the mark </ref>"), ([3], "is no text")):
+    for labels, said in (([], "no labels"), (["a", " "], "is empty"), (["a</ref>"], "has the mark </ref>"), ([3], "this is a int")):
         with pytest.raises(PromptError, match=said):
             locate_question(labels)
 

@@ -703,11 +703,11 @@ def test_logits_that_are_no_numbers_are_told(folder, monkeypatch):
     conversation = model.start_conversation()
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode_tiles", lambda tiles: np.full((len(tiles), 4, 64), np.nan, np.float32))
-        with pytest.raises(NumericsError, match=r"vision part gave features that are not numbers.*--precision accuracy"):
+        with pytest.raises(NumericsError, match=r"vision part gave NaN.*--precision accuracy"):
             conversation.ask("What?", images=picture(21), **OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr(model, "embed_tokens", lambda ids: np.full((*ids.shape, 64), np.nan, np.float32))
-        with pytest.raises(NumericsError, match=r"logits that are not numbers.*--precision accuracy"):
+        with pytest.raises(NumericsError, match=r"language part gave NaN.*--precision accuracy"):
             conversation.ask("What?", **OPTIONS)
     assert conversation.turns == []
     assert conversation.ask("What?", **OPTIONS)  # and it goes on
@@ -730,9 +730,9 @@ def test_characters_of_several_tokens_come_whole(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: c.stream("What?", image="a.png"), "image is not known here: is images meant?"),
-        (lambda c: c.stream("What?", temprature=1), "temprature is not known here: is temperature meant?"),
-        (lambda c: c.stream("What?", stopping_criteria=[]), "stopping_criteria is not known here"),
+        (lambda c: c.stream("What?", image="a.png"), "there is no option image: did you mean images"),
+        (lambda c: c.stream("What?", temprature=1), "there is no option temprature: did you mean temperature"),
+        (lambda c: c.stream("What?", stopping_criteria=[]), "there is no option stopping_criteria"),
         (lambda c: c.stream("What?", temperature="warm"), "temperature 'warm' is not 0"),
         (lambda c: c.stream("What?", temperature=-1), "temperature -1 is not 0"),
         (lambda c: c.stream("What?", top_p=2), "top p 2 is not above 0 and at most 1"),
@@ -742,8 +742,8 @@ def test_characters_of_several_tokens_come_whole(model):
         (lambda c: c.stream("What?", stop_strings=[1]), "stop strings .* is not a list of texts"),
         (lambda c: c.stream("What?", num_return_sequences=2), "a turn has one answer"),
         (lambda c: c.stream("What?", num_beams=2, temperature=1), "num_beams takes the likeliest"),
-        (lambda c: c.stream("half \ud800"), r"half of a character in it, the lone surrogate U\+D800 at place 5"),
-        (lambda c: c.stream(5), "a int is no text"),
+        (lambda c: c.stream("half \ud800"), r"half of a character, the lone surrogate U\+D800 at position 5"),
+        (lambda c: c.stream(5), "a text is a str, this is a int"),
     ],
 )
 def test_options_that_cannot_be_used_are_one_line(model, call, message):

@@ -9,7 +9,6 @@ from PIL import Image
 
 from convert.checkpoint import Checkpoint
 from convert.reference.model import InternVLChatModel
-from convert.tokenizer import load_tokenizer, save_tokenizer
 from runtime import Box, OVInternVLChatModel, Question, find_boxes
 from runtime.answer.boxes import locate_question
 from runtime.answer.decode import Token
@@ -17,10 +16,7 @@ from runtime.answer.prompt import template_of
 from runtime.answer.stream import TextStream
 from runtime.answer.turn import picture_names
 from runtime.errors import PromptError
-from runtime.folder.config import InternVLConfig
 from runtime.folder.tokenizer import PLACE_TOKENS, Tokenizer
-from tests.checkpoints import CONFIGS
-from tests.conftest import shared
 
 CAR = "<ref>car</ref><box>[[100, 200, 300, 600]]</box>"
 SHOWN = "car[[100, 200, 300, 600]]"
@@ -147,11 +143,9 @@ def test_boxes_are_of_the_picture_and_not_of_its_tiles(opened, size, tiles):
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((0.1 * wide, 0.2 * high, 0.3 * wide, 0.6 * high))
 
 
-@pytest.mark.parametrize(("name", "files"), [("InternVL2-1B", "internvl2-1b"), ("InternVL2-2B", "internlm2")])
-def test_real_tokenizers_keep_and_show_places(tmp_path, name, files):
-    config = InternVLConfig.from_dict(CONFIGS[name])
-    save_tokenizer(load_tokenizer(shared(f"data/tokenizers/{files}"), config), tmp_path)
-    tokenizer = Tokenizer.from_folder(tmp_path)
+def test_real_tokenizers_keep_and_show_places(real_tokenizer):
+    folder, config = real_tokenizer
+    tokenizer = Tokenizer.from_folder(folder)
     assert len(tokenizer.place_ids) == len(PLACE_TOKENS)
     answer = f"{CAR}<ref>红色 的 汽车</ref><box>[[1, 2, 30, 40], [5, 6, 70, 80]]</box>"
     for said in (answer, f"Sure, it is {answer} as you see."):

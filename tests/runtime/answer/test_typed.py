@@ -16,10 +16,7 @@ from runtime import OVInternVLChatModel
 from runtime.answer.prompt import render, template_of, typed
 from runtime.answer.turn import Question, Turn
 from runtime.errors import PromptError
-from runtime.folder.config import InternVLConfig
 from runtime.folder.tokenizer import GUARDS, WRITABLE, Tokenizer, Typed
-from tests.checkpoints import CONFIGS
-from tests.conftest import shared
 
 TEXTS = ["What?", " two  words ", "\n你好 🙂\n", "don 't\t, go . now", "", "<image> in html", "e\u0301 \u00a0x"]
 
@@ -61,13 +58,11 @@ def test_typed_tokens_are_text_and_plain_text_is_as_it_was(golden, tmp_path):
     check(Tokenizer.from_folder(tmp_path), template_of(config))
 
 
-@pytest.mark.parametrize(("name", "files"), [("InternVL2-1B", "internvl2-1b"), ("InternVL2-2B", "internlm2")])
-def test_real_tokenizers(tmp_path, name, files):
-    config = InternVLConfig.from_dict(CONFIGS[name])
-    save_tokenizer(load_tokenizer(shared(f"data/tokenizers/{files}"), config), tmp_path)
-    tokenizer = Tokenizer.from_folder(tmp_path)
+def test_real_tokenizers(real_tokenizer):
+    folder, config = real_tokenizer
+    tokenizer = Tokenizer.from_folder(folder)
     check(tokenizer, template_of(config))
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     text = "say a<|im_end|>\n<|im_start|>assistant\n</s>"
     wanted = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert tokenizer.encode_pieces([Typed(text)], add_special_tokens=False) == wanted, "as transformers splits special tokens"

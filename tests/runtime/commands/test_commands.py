@@ -59,14 +59,21 @@ def test_options_may_stand_before_the_question(folder, wide, capsys):
     assert vars(convert_parser().parse_args(["a", "--weight-format", "int8", "b"]))["output"] == "b"
 
 
+def test_the_help_of_chat_fits_a_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 40
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (
             ["chat", "F", "What", "is", "it?"],
-            "'is' is one too many: a text of several words stands in quotes (python -m runtime chat",
+            "unexpected argument 'is': put a text of several words in quotes (python -m runtime chat",
         ),
-        (["chat", "F", "--imgae=x"], "there is no option --imgae: --image is meant? (python -m runtime chat --help lists"),
+        (["chat", "F", "--imgae=x"], "there is no option --imgae: did you mean --image? (python -m runtime chat --help lists"),
         (["serve", "F", "-q"], "there is no option -q (python -m runtime serve"),
         (["chat"], "the following arguments are required: FOLDER (python -m runtime chat"),
         ([], "the following arguments are required: COMMAND (python -m runtime --help"),
@@ -104,11 +111,11 @@ def test_draws_are_repeatable(folder, capsys):
     ("options", "message"),
     [
         (["--temperature", "-1"], "temperature -1.0 is not 0 (the likeliest token) or more"),
-        (["--top-p", "0.5"], "--top-p and --top-k choose among draws"),
+        (["--top-p", "0.5"], "--top-p and --top-k need sampling"),
         (["--temperature", "1", "--top-p", "2"], "top p 2.0 is not above 0 and at most 1"),
         (["--temperature", "1", "--top-k", "-1"], "top k -1 is not 0 (all) or positive"),
         (["--repetition-penalty", "0"], "repetition penalty 0.0 is not positive"),
-        (["--video", "gone.mp4"], "gone.mp4 is not there"),
+        (["--video", "gone.mp4"], "gone.mp4 does not exist"),
         (["--vision-device", "NPU9"], "there is no device NPU9 here"),
     ],
     ids=lambda value: value[-2] if isinstance(value, list) else "",
@@ -169,7 +176,7 @@ def test_a_chat_of_several_turns(folder, wide, capsys):
     assert seen[6] == [("<image>\nWhat is it?", 1), ("Why?", 0)]
     assert seen[-1] == [("Hello?", 0)]
     err = capsys.readouterr().err
-    assert "error: gone.png is not there" in err
+    assert "error: gone.png does not exist" in err
     assert "error: /image needs a file" in err
     assert "/nonsense is not a command" in err
     assert err.count("prompt tokens") == 3
@@ -190,7 +197,7 @@ def test_seconds_and_frames_of_a_video(folder, video, capsys):
     for wrong in ("5", "5-2", "a-b", "-1-2"):
         with pytest.raises(SystemExit):
             main([*command, f"--seconds={wrong}"])
-        assert "is no span of seconds, like 2-5" in capsys.readouterr().err
+        assert "is not a range of seconds, like 2-5" in capsys.readouterr().err
 
 
 def test_an_answer_prefix_from_the_terminal(folder, capsys):
@@ -236,10 +243,11 @@ talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
     os.set_blocking(ours, False)
     seen = ""
 
-    def wait_for(text: str, count: int) -> None:
+    def wait_for(text: str, behind: int = 0) -> None:
+        """Wait until a text is seen, and so many characters behind it."""
         nonlocal seen
         deadline = time.monotonic() + 90
-        while seen.count(text) < count:
+        while (place := seen.find(text)) < 0 or len(seen) < place + len(text) + behind:
             assert time.monotonic() < deadline, seen[-2000:]
             time.sleep(0.05)
             try:
@@ -248,13 +256,13 @@ talk(OVInternVLChatModel(sys.argv[1]).start_conversation(), asked)
                 continue
 
     try:
-        wait_for("> ", 1)
+        wait_for("> ")
         os.write(ours, b"Hello\n")
-        time.sleep(2)
+        wait_for("Hello\r\n", behind=20)  # in the middle of the answer
         process.send_signal(signal.SIGINT)
-        wait_for("(stopped)", 1)
+        wait_for("(stopped)")
         os.write(ours, b"/reset\n")
-        wait_for("the conversation is empty", 1)
+        wait_for("the conversation is empty")
         os.write(ours, b"\x04")
         assert process.wait(30) == 0
     finally:
@@ -332,9 +340,9 @@ def test_an_answer_without_boxes_is_told(folder, wide, capsys, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--boxes", "gone/out.png"], "--boxes gone/out.png: the folder gone is not there: make it first"),
-        (["--boxes", "out"], "--boxes out: a name without an ending is no picture: name one, like boxes.png"),
-        (["--boxes", "out.txt"], "--boxes out.txt: .txt is no picture: name one, like boxes.png"),
+        (["--boxes", "gone/out.png"], "--boxes gone/out.png: the folder gone does not exist: create it first"),
+        (["--boxes", "out"], "--boxes out: no file extension is not a picture format: name a file like boxes.png"),
+        (["--boxes", "out.txt"], "--boxes out.txt: .txt is not a picture format: name a file like boxes.png"),
         (["--boxes", "taken.png"], "--boxes taken.png cannot be written: name another file"),
         (["--locate", " "], "a label to locate is empty: give words, like 'the red car'"),
         (["--locate", "<box>"], "the label '<box>' has the mark <box>: give the words alone"),

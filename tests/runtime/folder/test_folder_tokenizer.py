@@ -10,15 +10,11 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert.checkpoint import Checkpoint
-from convert.tokenizer import load_tokenizer, save_tokenizer
 from runtime import OVInternVLChatModel
 from runtime.errors import InternVLError, ModelFolderError, PromptError, TokenizerError
 from runtime.folder import generation
-from runtime.folder.config import InternVLConfig
 from runtime.folder.generation import read_generation_config
 from runtime.folder.tokenizer import Tokenizer, check_text
-from tests.checkpoints import CONFIGS
-from tests.conftest import shared
 
 TEXTS = [
     "Hello there",
@@ -52,11 +48,8 @@ def test_ids_and_texts_are_those_of_transformers(golden, converted):
     check(converted(golden.folder, weight_format="fp32"))
 
 
-@pytest.mark.parametrize(("name", "files"), [("InternVL2-1B", "internvl2-1b"), ("InternVL2-2B", "internlm2")])
-def test_real_tokenizers(tmp_path, name, files):
-    config = InternVLConfig.from_dict(CONFIGS[name])
-    save_tokenizer(load_tokenizer(shared(f"data/tokenizers/{files}"), config), tmp_path)
-    check(tmp_path)
+def test_real_tokenizers(real_tokenizer):
+    check(real_tokenizer[0])
 
 
 @pytest.fixture
@@ -77,7 +70,7 @@ def test_tokens_that_only_the_configuration_names_are_added(folder):
     assert tokenizer.decode([place], skip_special_tokens=True) == ""
     config["added_tokens_decoder"] = {"7": token}
     file.write_text(json.dumps(config))
-    with pytest.raises(TokenizerError, match=r"gives <mine> the id 7, .* the files are of two tokenizers"):
+    with pytest.raises(TokenizerError, match=r"gives <mine> the id 7, .* the files come from two tokenizers"):
         Tokenizer.from_folder(folder)
 
 
@@ -106,7 +99,7 @@ def test_a_context_token_of_another_id_is_told(folder):
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "x" * 10 + "\udcff"])
 def test_half_of_a_character_is_told_with_its_place(text):
-    with pytest.raises(PromptError, match=r"lone surrogate U\+D[0-9A-F]{3} at place \d+: leave it out") as raised:
+    with pytest.raises(PromptError, match=r"lone surrogate U\+D[0-9A-F]{3} at position \d+: remove it") as raised:
         check_text(text)
     str(raised.value).encode()  # the line itself can be printed
     check_text("\U0001f680 is whole")
@@ -145,7 +138,7 @@ def test_what_is_not_applied_of_a_generation_config_is_told_once(folder, monkeyp
     file = folder / "generation_config.json"
     file.write_text(json.dumps(own | {"penalty_alpha": 0.6, "temprature": 0.7, "typical_p": 1.0}))
     assert read_generation_config(file) == {"eos_token_id": [1, 2]}
-    assert said == [f"{file}: penalty_alpha, temprature is not applied here"]
+    assert said == [f"{file}: penalty_alpha, temprature is ignored"]
     file.write_text(json.dumps(own))
     OVInternVLChatModel(folder)
     assert len(said) == 1

@@ -239,15 +239,15 @@ def test_a_bad_row_is_its_own_mistake(shapes, pictures, tmp_path, capsys):
     assert (summary["answered"], summary["failed"]) == (2, 13)
     errors = {line["custom_id"]: line["error"]["message"] for line in read_answers(out) if line["error"]}
     for name, words in {
-        "gone": "later.png is not there",
+        "gone": "later.png does not exist",
         "broken": "cannot be read as a picture",
         "#4": "line 4 is not JSON",
-        "#5": "a request is an object",
-        "#7": "the id 'good' came before",
+        "#5": "a request is a JSON object",
+        "#7": "the id 'good' is used twice",
         "silent": "--question",
         "#9": "the id is a list",
         "empty": "neither a path",
-        "url": "POST /v1/chat/completions is",
+        "url": "POST /v1/embeddings is not supported: use POST /v1/chat/completions",
         "none": "body.messages",
         "two": "body.n: a row has one answer",
         "marks": "2 <image> marks for 1 pictures",
@@ -293,11 +293,11 @@ def test_a_file_belongs_to_one_job(shapes, pictures, tmp_path, capsys):
         weights.write(b"another")
     assert "its model is checkpoint" in refused(capsys, elsewhere, few, out)
     other.write_text("mine\n")
-    assert "does not say of which job" in refused(capsys, shapes, few, other)
+    assert "does not say which job wrote it" in refused(capsys, shapes, few, other)
     assert other.read_text() == "mine\n"
     with open(out, "a") as file:
         file.write("[]\n")
-    assert "a line that is no answer" in refused(capsys, shapes, few, out)
+    assert "a line that is not an answer" in refused(capsys, shapes, few, out)
     code = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     held = subprocess.Popen([sys.executable, "-c", code, f"{out}.job"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     held.stdout.readline()
@@ -357,7 +357,7 @@ def test_tables_are_read(model, pictures, tmp_path, kind):
 
 
 def test_sources_that_are_none(tmp_path, shapes, capsys):
-    assert "is not there" in refused(capsys, shapes, tmp_path / "no.jsonl", tmp_path / "out.jsonl")
+    assert "does not exist" in refused(capsys, shapes, tmp_path / "no.jsonl", tmp_path / "out.jsonl")
     assert "--question" in refused(capsys, shapes, tmp_path, tmp_path / "out.jsonl")
     (tmp_path / "no.parquet").write_bytes(b"no")
     assert "cannot be read as a table" in refused(capsys, shapes, tmp_path / "no.parquet", tmp_path / "out.jsonl")

@@ -193,13 +193,13 @@ def test_a_truth_may_be_a_table_or_one_object(files):
     ("truth", "metric", "told"),
     [
         ('{"id": "a"}', "exact", "id a: there is no answer"),
-        ('{"id": "a", "answer": "x"}', "vqa", "over ten people's"),
+        ('{"id": "a", "answer": "x"}', "vqa", "VQA accuracy needs at least 4, ten as published"),
         ('{"id": "a", "answer": "x"}', "refcoco", "id a"),
         ('{"id": "a", "answer": "x"}\n{"id": "a", "answer": "y"}', "exact", "the id a twice"),
-        ('{"id": "q", "answer": "x"}', "exact", "its ids are others"),
-        ("[1]", "exact", "a line is no object"),
+        ('{"id": "q", "answer": "x"}', "exact", "its ids differ"),
+        ("[1]", "exact", "a line is not an object"),
         ("", "exact", "has no rows"),
-        ("no", "exact", "cannot be read as a truth"),
+        ("no", "exact", "cannot be read as ground truth"),
     ],
 )
 def test_what_cannot_be_judged_is_one_line(files, capsys, truth, metric, told):

@@ -110,7 +110,7 @@ def test_it_measures_the_parts_and_says_what_was_refused(folder, monkeypatch):
     assert found == settings_of(folder, ov.Core(), "CPU")
     assert [trial["candidate"] for trial in found["tried"]] == ["one thread", "nonsense", "the same"] * 2
     assert all("NO_SUCH_PROPERTY" in trial["refused"] for trial in found["tried"][1::3])
-    assert all(trial["refused"] == "the same threads here" for trial in found["tried"][2::3])
+    assert all(trial["refused"] == "the default's threads" for trial in found["tried"][2::3])
     assert all(found["seconds"][name] > 0 for name in ("tile", "prompt_token", "token"))
     assert 0 <= found["agreement"] <= 1
     assert [told[1] for told in heard] == list(range(heard[-1][2]))
@@ -134,7 +134,7 @@ def test_a_gain_must_show_twice(folder, monkeypatch):
 def test_single_tokens_get_weights_of_their_own_where_that_is_worth_it(folder, monkeypatch, times, stays):
     """What it costs is told on the questions of the built-in model."""
     monkeypatch.setattr(tune, "RULER_QUESTIONS", 50)
-    offered = "single tokens", {"rows": True}
+    offered = "int8 weights", {"rows": True}
     monkeypatch.setattr(tune, "candidates", lambda core, device, stage: iter([offered] if stage == "decode" else []))
     seconds = {False: times[0], True: times[1]}
     monkeypatch.setattr(
@@ -186,7 +186,7 @@ def test_two_compilations_are_offered_where_there_is_bf16():
 
 def test_single_tokens_may_use_the_parts_own_file(folder, monkeypatch):
     """As where a processor computes prompts in bfloat16: nothing is written beside the part."""
-    offered = "single tokens in f32", {"INFERENCE_PRECISION_HINT": "f32"}
+    offered = "computed in f32", {"INFERENCE_PRECISION_HINT": "f32"}
     monkeypatch.setattr(tune, "candidates", lambda core, device, stage: iter([offered] if stage == "decode" else []))
     monkeypatch.setattr(tune, "_beside", lambda one, other, stage, config: (0.3, one(), other()))
     monkeypatch.setattr(tune, "_accuracy", lambda folder, device: None)
@@ -211,7 +211,7 @@ def test_another_device_leaves_the_processors_part_alone(folder):
 
 @pytest.mark.parametrize("device", ["AUTO", "HETERO:CPU"])
 def test_devices_made_of_others_are_not_tuned(folder, device):
-    with pytest.raises(DeviceError, match=f"{device} is made of other devices: tune one, like CPU"):
+    with pytest.raises(DeviceError, match=f"{device} combines devices: tune one of them, like CPU"):
         tune.tune(folder, device)
 
 
@@ -261,7 +261,7 @@ def test_auto_is_taken_by_the_commands(folder, capsys, monkeypatch):
     said = capsys.readouterr()
     assert said.out == "circle\n"
     assert "device auto: language on" in said.err
-    assert "fastest of what tune measured here" in said.err
+    assert "the fastest that tune measured" in said.err
 
 
 def test_a_folder_that_cannot_be_written_is_told(folder, monkeypatch):
@@ -289,13 +289,13 @@ def test_the_command_line(folder, capsys, monkeypatch):
     assert f"run  python -m runtime tune {folder}  first" in capsys.readouterr().err
     monkeypatch.setattr(tune, "LEAST_SECONDS", 0.1)
     monkeypatch.setattr(tune, "RULER", "no_such_package.exam")  # right answers are counted in another test
-    started = time.perf_counter()
+    started = time.process_time()
     assert main(["tune", str(folder)]) == 0
-    assert time.perf_counter() - started < 120
+    assert time.process_time() - started < 120
     out = capsys.readouterr().out.splitlines()
     found = json.loads(out[-1])
     assert any(line.startswith("vision    threads on performance cores") for line in out)
-    assert any(line.startswith("decode    single tokens from rows of int8") for line in out)
+    assert any(line.startswith("decode    int8 weights, a scale a row") for line in out)
     assert any(line.startswith("decode: ") for line in out)
     assert found["parts"] == settings_of(folder, ov.Core(), "CPU")["parts"]
     assert main([*ask, "--first-token", "0.000001"]) == 0
@@ -303,13 +303,13 @@ def test_the_command_line(folder, capsys, monkeypatch):
     assert told.out == "circle\n"
     assert "up to 1 tiles a picture" in told.err
     assert main(["tune", str(folder), "--reset"]) == 0
-    assert "the defaults are back" in capsys.readouterr().out
+    assert "the defaults apply again" in capsys.readouterr().out
     assert main(["tune", str(folder), "--reset"]) == 0
-    assert "nothing was tuned here" in capsys.readouterr().out
+    assert "there are no tuned settings" in capsys.readouterr().out
 
 
 def test_what_cannot_be_tuned(tmp_path, folder):
-    with pytest.raises(ModelFolderError, match="is not there"):
+    with pytest.raises(ModelFolderError, match="does not exist"):
         tune.tune(tmp_path / "none")
     with pytest.raises(DeviceError, match="there is no device NPU9 here"):
         tune.tune(folder, "NPU9")

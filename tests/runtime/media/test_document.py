@@ -98,14 +98,14 @@ def test_a_document_that_cannot_be_read_is_one_line(tmp_path):
         many.add_blank_page(100, 100)
     many.write(tmp_path / "many.pdf")
     for name, message in (
-        ("gone.pdf", "gone.pdf is not there"),
+        ("gone.pdf", "gone.pdf does not exist"),
         ("locked.pdf", "it is protected by a password: save it without one"),
         ("text.pdf", "it is damaged or no PDF"),
         ("cut.pdf", "it is damaged or no PDF"),
         ("many.pdf", rf"10000 pages of 10000, at most {MOST_PAGES} at once: name some, like many.pdf#page=1-{MOST_PAGES}"),
         ("a.pdf#page=4", "has 3 pages, no page 4"),
-        ("a.pdf#page=3-2", "pages 3 to 2 are no range"),
-        ("a.pdf#page=0", "pages 0 to 0 are no range"),
+        ("a.pdf#page=3-2", "pages 3 to 2 are not a range"),
+        ("a.pdf#page=0", "pages 0 to 0 are not a range"),
     ):
         with pytest.raises(PictureError, match=message) as raised:
             open_pictures(str(tmp_path / name), TILING)

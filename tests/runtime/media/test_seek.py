@@ -114,9 +114,9 @@ def test_seeking_takes_a_fraction_of_the_time(tmp_path, monkeypatch):
     for seek in (True, False):
         if not seek:
             monkeypatch.setattr(video, "_sought", lambda *given: None)
-        started = time.perf_counter()
+        started = time.process_time()
         read_frames(path, 8)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert times[0] < 0.5 * times[1], times
 
 
@@ -151,7 +151,7 @@ def test_frames_that_stand_in_are_counted(tmp_path, monkeypatch):
     path = damaged(write(tmp_path / "a.mp4", "mjpeg", {}), 0.5, 12000)
     assert len(read_frames(path, FRAMES)) == FRAMES
     assert len(told) == 1
-    assert re.search(r"a\.mp4: \d+ of \d+ frames cannot be decoded, the nearest ones stand in", told[0])
+    assert re.search(r"a\.mp4: \d+ of \d+ frames cannot be decoded, the nearest ones are used", told[0])
 
 
 def test_a_video_of_nothing_but_damage_is_refused(tmp_path):

@@ -68,5 +68,5 @@ def test_unreadable_pictures_are_told(tmp_path):
     (tmp_path / "text.jpg").write_text("not a picture")
     with pytest.raises(PictureError, match=r"text.jpg cannot be read as a picture"):
         open_picture(tmp_path / "text.jpg")
-    with pytest.raises(PictureError, match=r"gone.jpg is not there"):
+    with pytest.raises(PictureError, match=r"gone.jpg does not exist"):
         open_picture(tmp_path / "gone.jpg")

@@ -75,7 +75,7 @@ def test_a_video_lying_on_its_side_is_turned(video, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is not there"), (b"text", "cannot be read as a video"), ("folder", "is a folder"), ("sound", "has no video in it")],
+    [(None, "does not exist"), (b"text", "cannot be read as a video"), ("folder", "is a folder"), ("sound", "has no video in it")],
     ids=["gone", "text", "folder", "sound"],
 )
 def test_what_is_no_video_is_told(content, message, tmp_path):

@@ -93,7 +93,7 @@ def test_what_was_cut_short_is_compiled_anew_in_one_line(vision, tmp_path, said)
     cached, after = vision()
     assert not cached
     assert np.array_equal(before, after)
-    assert said == [f"{blob.parent} is not whole: the part is compiled anew"]
+    assert said == [f"{blob.parent} is incomplete: the part is compiled again"]
     assert vision()[0]
 
 
@@ -133,7 +133,7 @@ def test_a_gpu_is_said_to_take_minutes_once(tmp_path, said):
     for _ in range(2):
         write(tmp_path / "kept", LAPTOP, xml)
     where = tmp_path / "kept"
-    assert said == [f"compiling the vision part for GPU, which takes minutes; the next start is quick, it is kept in {where}"]
+    assert said == [f"compiling the vision part for GPU, which takes minutes; it is kept in {where} for the next start"]
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_answer_comes(folder, tm
     (tmp_path / "file").write_text("")
     model = OpenedModel(folder, cache_dir=tmp_path / "file" / "kept")
     assert model.start_conversation().ask("What?", max_new_tokens=2) is not None
-    assert {*said} == {f"{tmp_path / 'file' / 'kept'} cannot be written (Not a directory): what is compiled is not kept"}
+    assert {*said} == {f"{tmp_path / 'file' / 'kept'} cannot be written (Not a directory): compiled parts are not kept"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as Unix does")
@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_and_the_answer_comes(folder, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'kept'} cannot be written (the disk is full): what was compiled is not kept" in done.stderr
+    assert f"{tmp_path / 'kept'} cannot be written (the disk is full): the compiled part is not kept" in done.stderr
     assert kept(tmp_path) == []
 
 

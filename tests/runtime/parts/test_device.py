@@ -85,7 +85,7 @@ def test_single_tokens_are_compiled_apart_where_the_class_of_the_processor_wants
         {"part_config": {"language": {"KV_CACHE_PRECISION": "f16"}}},
         {"tuned": lambda device: {"parts": {"language": {"INFERENCE_PRECISION_HINT": "f32"}}, "decode": None}},
     ],
-    ids=str,
+    ids=lambda given: next(iter(given)),
 )
 def test_who_says_how_exact_it_is_to_be_gets_one_compilation(given):
     assert "later" not in place_parts(AMX, FOLDER, **{"device": "CPU"} | given)

@@ -90,7 +90,7 @@ def test_what_overflows_in_float32_too_is_an_error(open_model, monkeypatch):
     model.wait_until_packed()
     step = StatefulCache._step
     monkeypatch.setattr(StatefulCache, "_step", lambda *given: np.nan * step(*given))
-    with pytest.raises(NumericsError, match="the language part gave logits that are not numbers"):
+    with pytest.raises(NumericsError, match="the language part gave NaN"):
         model.start_conversation().ask("What?", **OPTIONS)
 
 

@@ -101,7 +101,7 @@ def test_other_matrices_stay_as_they_are():
 
 @pytest.fixture(scope="module")
 def folders(converted, tmp_path_factory) -> tuple[Path, Path]:
-    """The built-in model in int4, and the same with single tokens from rows of int8."""
+    """The built-in model in int4, and the same with int8 weights of a scale a row in decode."""
     plain = converted(ROOT / "demo" / "shapes" / "checkpoint", weight_format="int4", verify=False)
     twice = shutil.copytree(plain, tmp_path_factory.mktemp("rows") / "shapes")
     model = ov.Core().read_model(plain / PART_FILES["language"])
@@ -184,5 +184,5 @@ def test_a_part_with_other_pages_is_told(tiny, converted, tmp_path):
         shutil.copy(other.with_suffix(suffix), (own / DECODE_FILE).with_suffix(suffix))
     second = {"file": DECODE_FILE, "properties": {}}
     keep(own, "CPU", {"machine": machine(ov.Core(), "CPU"), "parts": {}, "decode": second})
-    with pytest.raises(DeviceError, match="wants other pages: python -m runtime tune FOLDER --reset"):
+    with pytest.raises(DeviceError, match="needs another page layout: delete it with python -m runtime tune FOLDER --reset"):
         OVInternVLChatModel(own)

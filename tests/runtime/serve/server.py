@@ -63,7 +63,7 @@ def started(folder: Path, scratch: Path, *options: str, environment: Mapping[str
             process.terminate()
 
 
-def eventually(true: Callable[[], object], seconds: float = 10.0) -> bool:
+def eventually(true: Callable[[], object], seconds: float = 30.0) -> bool:
     """Whether something becomes true in time."""
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:

@@ -163,7 +163,7 @@ def test_another_config_is_not_overwritten(tmp_path, tiny, capsys, text):
 
 
 def test_visual_experts_are_refused(tmp_path, tiny):
-    with pytest.raises(OptionError, match="does not feed visual experts"):
+    with pytest.raises(OptionError, match="cannot run visual experts"):
         convert(str(tiny("tiny-mono")), tmp_path / "models", ConvertOptions(serving="ovms"))
     assert not (tmp_path / "models").exists()
 

@@ -144,8 +144,8 @@ def test_answers_that_are_not_read_are_given_up(pipe):
     [
         (5, PromptError, "a int is no prompt"),
         (("a", "b", "c"), PromptError, "a tuple is one prompt"),
-        (("What?", "nowhere.png"), PictureError, "nowhere.png is not there"),
-        ([("What?", PICTURE), ("What?", "nowhere.png")], PictureError, "nowhere.png is not there"),
+        (("What?", "nowhere.png"), PictureError, "nowhere.png does not exist"),
+        ([("What?", PICTURE), ("What?", "nowhere.png")], PictureError, "nowhere.png does not exist"),
         (("<image><image>", [PICTURE]), PromptError, "marks"),
         ([{"role": "user"}], PromptError, "messages 0: content: a message of role user needs one"),
         ([{"role": "user", "content": [{"type": "image_data", "image_data": {"data": 5}}]}], PromptError, "not a PIL picture"),
@@ -172,7 +172,7 @@ def test_wishes_are_checked(wish, message):
 
 
 def test_what_cannot_be_opened(tmp_path):
-    with pytest.raises(ModelFolderError, match="is not there"):
+    with pytest.raises(ModelFolderError, match="does not exist"):
         pipeline(tmp_path / "none")
     with pytest.raises(OptionError, match="engine 'other'"):
         pipeline(tmp_path, engine="other")

@@ -19,7 +19,7 @@ from tests.conftest import data_url
 from tests.runtime.serve.server import ROOT, Server, eventually, started
 
 SHAPES = data_url(ROOT / "demo" / "examples" / "shapes.png")
-ENDED = "the process that answers has ended: ask again"
+ENDED = "the worker process ended: ask again"
 LONG = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, "max_tokens": 3000}
 SHORT = {
     "messages": [

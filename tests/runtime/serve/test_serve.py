@@ -333,7 +333,7 @@ def test_media_of_a_host_that_is_allowed(client, model, video, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": "other"}, openai.NotFoundError, "the model 'other' is not here: 'shapes' is"),
+        ({"model": "other"}, openai.NotFoundError, "there is no model 'other': use 'shapes'"),
         ({"messages": []}, openai.BadRequestError, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "the roles are assistant"),
         ({"messages": [question("What?", "data:image/png;base64,AAAA")]}, openai.BadRequestError, "cannot be read as a picture"),
@@ -344,8 +344,8 @@ def test_media_of_a_host_that_is_allowed(client, model, video, tmp_path):
         ({"messages": [question("<image><image>", SHAPES)]}, openai.BadRequestError, "2 <image> marks for 1 pictures"),
         ({"messages": [question("red " * 5000)]}, openai.BadRequestError, "the model reads"),
         ({"temperature": 3}, openai.BadRequestError, "temperature: Input should be less than or equal to 2"),
-        ({"seed": False}, openai.BadRequestError, "seed: a number is needed"),
-        ({"n": "1"}, openai.BadRequestError, "n: a number is needed"),
+        ({"seed": False}, openai.BadRequestError, "seed: expected a number"),
+        ({"n": "1"}, openai.BadRequestError, "n: expected a number"),
         ({"logprobs": 1}, openai.BadRequestError, "logprobs: Input should be a valid boolean"),
         ({"top_p": 0}, openai.BadRequestError, "top_p: Input should be greater than 0"),
         ({"n": 99}, openai.BadRequestError, "n: Input should be less than or equal to 16"),
@@ -405,15 +405,18 @@ def test_a_schema_that_cannot_be_followed_hurts_nobody_else(client, model, engin
 
 
 def test_an_answer_does_not_wait_for_the_network(served):
-    """With Nagle's algorithm on, 40 ms."""
+    """With Nagle's algorithm on, 40 ms; the best of three medians, since other work may disturb one."""
     headers = {"authorization": f"Bearer {KEY}"}
-    times = []
+    medians = []
     with httpx.Client(base_url=served[0], headers=headers) as client:
-        for _ in range(20):
-            started = time.perf_counter()
-            client.post("/v1/chat/completions", json={"messages": []})
-            times.append(time.perf_counter() - started)
-    assert sorted(times)[10] < 0.03
+        for _ in range(3):
+            times = []
+            for _ in range(20):
+                started = time.perf_counter()
+                client.post("/v1/chat/completions", json={"messages": []})
+                times.append(time.perf_counter() - started)
+            medians.append(sorted(times)[10])
+    assert min(medians) < 0.03
 
 
 # ---- many clients, and clients that leave
@@ -441,7 +444,7 @@ def gauge(address: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
 
-def eventually(true, seconds: float = 2.0) -> bool:
+def eventually(true, seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -516,7 +519,7 @@ def test_an_interrupt_from_the_keyboard_leaves_the_engines_process(shapes):
 def test_answers_that_are_not_over_when_the_server_stops_end_with_an_error(shapes, stream):
     """One that is over in time is whole; the other is told why."""
     app = build_app(GenaiEngine(OVInternVLChatModel(shapes, language=False), 1), Rules("shapes", KEY))
-    server = make_server(app, stop_seconds=0.5)
+    server = make_server(app, stop_seconds=1.5)
     listening = _listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     address = f"http://127.0.0.1:{port}/v1/chat/completions"

@@ -156,7 +156,7 @@ def test_an_open_turn_and_an_empty_system_message_are_rendered_as_upstream_does(
 def test_folders_that_cannot_be_opened_are_told(tiny, tmp_path, converted):
     with pytest.raises(ModelFolderError, match="is a PyTorch checkpoint: convert it first with  python -m convert"):
         OVInternVLChatModel(tiny("tiny-qwen2"))
-    with pytest.raises(ModelFolderError, match="is not there"):
+    with pytest.raises(ModelFolderError, match="does not exist"):
         OVInternVLChatModel(tmp_path / "none")
     with pytest.raises(ModelFolderError, match=r"lacks openvino_text_embeddings_model\.xml, openvino_vision"):
         OVInternVLChatModel(tmp_path)
@@ -220,7 +220,7 @@ def test_command_line_chat_streams_an_answer_and_its_statistics(capsys, tiny, co
         (["", "--max-new-tokens", "5"], "the question is empty"),
         (["what?", "--max-new-tokens", "0"], "max new tokens 0 is not positive"),
         (["what?", "--max-tiles", "0"], "max tiles 0 is not positive"),
-        (["what?", "--image", "gone.png"], "gone.png is not there"),
+        (["what?", "--image", "gone.png"], "gone.png does not exist"),
         (["what?", "--device", "NPU9"], "there is no device NPU9 here"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
