@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -17,14 +18,23 @@ GROUP = 128  # of int4 by rounding
 
 @dataclass(frozen=True)
 class Recipe:
-    """int4 of a language part: the size of a quantisation group, and the names of the matrices that are int8 besides the head."""
+    """int4 of a language part: the size of a quantisation group, and the names of the matrices that are int8 besides the head.
+
+    Errors of the later layers cost answers the most: `late_in_8_bits` are names from a third of the depth on.
+    """
 
     group: int
     in_8_bits: str = r"^$"
+    late_in_8_bits: str = r"^$"
+
+    def spares(self, name: str, depth: int) -> bool:
+        """Whether the matrix `layers.N...` of a decoder of `depth` layers is int8."""
+        late = 3 * int(name.split(".")[1]) >= depth and re.search(self.late_in_8_bits, name)
+        return bool(late or re.search(self.in_8_bits, name))
 
 
 RECIPES = {  # docs/quality.md lists what was tried
-    "default": Recipe(64, r"\.[kv]_proj$"),
+    "default": Recipe(64, r"\.[kv]_proj$", r"\.o_proj$"),
     "small": Recipe(128),
     "exact": Recipe(32, r"\.([vko]|down)_proj$"),
 }

@@ -6,7 +6,6 @@ is in memory at a time. Takes a decoder and its inputs; knows nothing of checkpo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,8 +50,9 @@ def round_by_inputs(
     `model` too: X diag(s)^-1 diag(s) W, J. Lin et al. 2023, arXiv:2306.00978 (AWQ). `empty` gives the memory of the results;
     `reached` is called once per matrix.
     """
-    walk = _Walk(texts.mask.bool(), recipe, empty, reached, quick_type())
-    layers: nn.Module = model.model.layers
+    layers: nn.ModuleList = model.model.layers
+    spares = partial(recipe.spares, depth=len(layers))
+    walk = _Walk(texts.mask.bool(), recipe.group, spares, empty, reached, quick_type())
     names: dict[Any, str] = {module: f"layers.{name}" for name, module in layers.named_modules() if type(module) is nn.Linear}
     norms = [module for name, module in layers.named_modules() if name.endswith(NORMS)]
     if isinstance(model, LlamaWithVisualExperts):  # its visual experts read the second norm too
@@ -92,10 +92,19 @@ class _Seen:
 
 
 class _Walk:
-    def __init__(self, mask: Tensor, recipe: Recipe, empty: Empty, reached: Callable[[], Any], kind: torch.dtype):
+    def __init__(
+        self,
+        mask: Tensor,
+        group: int,
+        spares: Callable[[str], bool],
+        empty: Empty,
+        reached: Callable[[], Any],
+        kind: torch.dtype,
+    ):
         self.found: dict[str, FourBits] = {}
         self.rounded: list[str] = []
-        self._mask, self._recipe, self._empty, self._reached, self._kind = mask, recipe, empty, reached, kind
+        self._mask, self._group, self._spares = mask, group, spares
+        self._empty, self._reached, self._kind = empty, reached, kind
         self._norm: tuple[Any, Tensor] | None = None
         self._seen: _Seen | None = None
 
@@ -110,7 +119,7 @@ class _Walk:
         if seen.divisor is not None:
             x = x / seen.divisor
             matrix = matrix * seen.divisor
-        if re.search(self._recipe.in_8_bits, name):
+        if self._spares(name):
             if seen.divisor is not None:
                 kept = self._empty(matrix.shape, dtype=module.weight.dtype).copy_(matrix)
                 module.weight = nn.Parameter(kept, requires_grad=False)
@@ -129,7 +138,7 @@ class _Walk:
         if self._seen is not None and self._seen.x is x:
             return self._seen
         width = x.shape[-1]
-        group = width if self._recipe.group == -1 else self._recipe.group
+        group = width if self._group == -1 else self._group
         rows = x[self._mask] if x.shape[:-1] == self._mask.shape else x.reshape(-1, width)
         divisor, inputs = None, Inputs(width, group)
         if self._norm is not None and self._norm[1] is x and len(rows):
@@ -168,9 +177,10 @@ def take_place(
 
     A matrix that the pass did not use (of a visual expert that got no token) is rounded by `plain`.
     """
-    for name, module in model.model.layers.named_modules():
+    layers = model.model.layers
+    for name, module in layers.named_modules():
         called = f"layers.{name}"
-        if type(module) is not nn.Linear or re.search(recipe.in_8_bits, called):
+        if type(module) is not nn.Linear or recipe.spares(called, len(layers)):
             continue
         matrix = module.weight
         load = partial(found.pop, called) if called in found else partial(plain, matrix)
