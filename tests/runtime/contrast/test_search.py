@@ -363,7 +363,7 @@ def test_vectors_of_the_server_are_the_models(model, pictures):
             ({"input": []}, "input"),
             ({"input": " "}, "no text"),
             ({"input": [10**6]}, "there is no token 1000000"),
-            ({"input": "x", "model": "other"}, "'other' is not here"),
+            ({"input": "x", "model": "other"}, "there is no model 'other'"),
             ({"input": "x", "dimensions": 64}, "have 128 numbers"),
             ({"input": {"type": "image_url", "image_url": "/etc/passwd"}}, "no file that may be read"),
             ({"input": {"type": "image_url", "image_url": "http://127.0.0.1/x.png"}}, "not"),

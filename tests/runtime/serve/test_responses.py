@@ -209,7 +209,7 @@ def test_every_field_of_openai_is_taken_ignored_or_refused(client):
         ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools.0"),
         ({"input": "Hi", "tool_choice": {"type": "function", "name": "x"}}, "is not among the tools"),
         ({"input": "Hi", "reasoning": {"effort": "high"}}, "has no thinking mode"),
-        ({"input": "Hi", "model": "other"}, "the model 'other' is not here"),
+        ({"input": "Hi", "model": "other"}, "there is no model 'other'"),
     ],
 )
 def test_mistakes_are_one_line(client, body, message):

@@ -158,7 +158,7 @@ def test_folders_that_cannot_be_opened_are_told(tiny, tmp_path, converted):
         OVInternVLChatModel(tiny("tiny-qwen2"))
     with pytest.raises(ModelFolderError, match="does not exist"):
         OVInternVLChatModel(tmp_path / "none")
-    with pytest.raises(ModelFolderError, match=r"lacks openvino_text_embeddings_model\.xml, openvino_vision"):
+    with pytest.raises(ModelFolderError, match=r"model folder without openvino_text_embeddings_model\.xml, openvino_vision"):
         OVInternVLChatModel(tmp_path)
     with pytest.raises(DeviceError, match="there is no device NPU9 here; there are CPU"):
         OVInternVLChatModel(converted(tiny("tiny-qwen2"), weight_format="fp32"), "NPU9")
