@@ -22,6 +22,19 @@ def convert(source: str, output: str | Path | None = None, options: ConvertOptio
     folder, if the source, the options or the disk are at fault; DriftError if the result differs from the PyTorch path by more
     than its weight format allows.
     """
+    from convert.checkpoint import resolve
+    from convert.serving import DEFAULT_REPOSITORY, check_repository
+    from runtime.folder.files import check_target
+
+    options = options or ConvertOptions()
+    name = f"{Path(source).resolve().name}-{options.weight_format}"
+    final = Path(output or name) if options.serving is None else Path(output or DEFAULT_REPOSITORY) / name
+    # what takes no time to find is told before NNCF and transformers are imported, which takes seconds
+    check_target(final, force=options.force)
+    if options.serving is not None:
+        check_repository(final.parent)
+    there = resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir)
+
     from convert.pipeline import run
 
-    return run(source, output, options or ConvertOptions())
+    return run(there, source, final, options)

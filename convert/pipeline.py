@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert import contrast
 from convert.calibration import calibration_samples, calibration_tiles, divided, find_pictures, tiles_at_hand
-from convert.checkpoint import Checkpoint, resolve
+from convert.checkpoint import Checkpoint
 from convert.compress import check_group_size, compress, four_bits
 from convert.exact import Part
 from convert.four_bits import Ready
@@ -34,7 +34,7 @@ from convert.reference.model import expected_shapes, is_tied, load_language, loa
 from convert.reference.router import KEPT_EXACT
 from convert.reference.router import TENSORS as ROUTER
 from convert.scratch import Scratch
-from convert.serving import add_to_repository, check_repository, write_graph
+from convert.serving import add_to_repository, write_graph
 from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, in_8_bits, preprocessor_config, save_part, step, write_json
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
 from convert.trace import forget_traces, trace_language, trace_router, trace_text_embeddings, trace_vision
@@ -48,7 +48,6 @@ from runtime.folder.files import (
     PREPROCESSOR_CONFIG_FILE,
     bytes_of,
     check_space,
-    check_target,
     kind_of_folder,
     new_folder,
     parts_of,
@@ -58,20 +57,13 @@ from runtime.parts import memory
 
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
-DEFAULT_REPOSITORY = "models"
 
 
-def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summary:
-    """Convert; see convert.convert."""
+def run(there: Path, source: str, final: Path, options: ConvertOptions) -> Summary:
+    """Convert the checkpoint in the folder `there`, given as `source`, to `final`; see convert.convert."""
     started = time.monotonic()
     memory.return_freed_memory()
     # 1) find every mistake before any work
-    name = f"{Path(source).resolve().name}-{options.weight_format}"
-    final = Path(output or name) if options.serving is None else Path(output or DEFAULT_REPOSITORY) / name
-    check_target(final, force=options.force)
-    if options.serving is not None:
-        check_repository(final.parent)
-    there = resolve(source, revision=options.revision, token=options.token, cache_dir=options.cache_dir)
     if kind_of_folder(there) != CHAT:
         return contrast.run(there, Path(source).name, final, options)
     checkpoint = Checkpoint(
@@ -136,7 +128,7 @@ def run(source: str, output: str | Path | None, options: ConvertOptions) -> Summ
             summary.report.raise_if_drifted()
             summary.verify_seconds = time.monotonic() - started - summary.seconds
     if options.serving is not None:
-        add_to_repository(final.parent, name)
+        add_to_repository(final.parent, final.name)
     summary.peak_bytes = memory.peak_bytes()
     return summary
 

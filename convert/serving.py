@@ -12,6 +12,7 @@ from pathlib import Path
 from runtime.errors import ModelFolderError
 
 OVMS = "ovms"
+DEFAULT_REPOSITORY = "models"
 GRAPH_FILE, REPOSITORY_FILE = "graph.pbtxt", "config.json"
 CACHE_GB = 2  # of the KV cache of all requests
 
