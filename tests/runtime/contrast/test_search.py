@@ -328,7 +328,7 @@ def test_the_page_finds_pictures(model, index):
     assert len(found) == 3
     assert isinstance(found[0][0], Image.Image)
     assert search.find("", read.paths[4], 1)[0][1] == "04.png 1.00"
-    with pytest.raises(gr.Error, match="not there"):
+    with pytest.raises(gr.Error, match="does not exist"):
         search.find("", "gone.png", 1)
 
 
