@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Errors alone: notices of build tools say nothing to a user. Python compiles what it imports, a tenth of what is installed.
+# Errors alone: notices of build tools say nothing to a user. Python compiles a module when it imports it.
 QUIETLY := --quiet --quiet --disable-pip-version-check --no-compile
 # Two processes, each of which takes one test file after the other and up to 3 GB.
 SPLIT := --numprocesses=2 --dist=loadfile

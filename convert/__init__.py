@@ -29,7 +29,7 @@ def convert(source: str, output: str | Path | None = None, options: ConvertOptio
     options = options or ConvertOptions()
     name = f"{Path(source).resolve().name}-{options.weight_format}"
     final = Path(output or name) if options.serving is None else Path(output or DEFAULT_REPOSITORY) / name
-    # what takes no time to find is told before NNCF and transformers are imported, which takes seconds
+    # these mistakes are reported before NNCF and transformers are imported, which takes seconds
     check_target(final, force=options.force)
     if options.serving is not None:
         check_repository(final.parent)
