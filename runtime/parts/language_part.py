@@ -22,7 +22,7 @@ import openvino as ov
 from runtime.errors import DeviceError
 from runtime.parts.device import Placement, processor_class, widened
 from runtime.parts.kv_cache import KVCache
-from runtime.parts.paged_cache import PagedCache, page_shapes
+from runtime.parts.paged_cache import FEW, PagedCache, page_shapes
 from runtime.parts.paged_rows import PagedRows
 from runtime.parts.part import compile_part, compile_wider, leaving_file, read_part, threads_of
 from runtime.parts.stateful_cache import StatefulCache, Turns
@@ -94,7 +94,7 @@ class LanguagePart:
         """Run a prompt and a token, unless that is done: devices pack weights on their first runs."""
         if self._runs_to_pack:
             cache = self.new_cache()
-            for count in (2, 1):
+            for count in (FEW + 1, 1):
                 cache.feed(np.zeros((1, count, self._width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
 
     def pack_when_idle(self) -> None:

@@ -20,13 +20,15 @@ from runtime.parts.part import VISUAL_MASK, infer
 from runtime.progress import Progress
 
 FIRST_PAGES = 32
+FEW = 20  # prompt tokens that are read no later by decode's compilation than by prefill's (docs/experiments.md)
 
 
 class PagedCache(KVCache):
     """Pages of keys and values in our own memory, and a page table per row; rows share full pages.
 
-    Decode steps and draft tokens run on `decode`, or on `second` once it returns one, over the same pages: a second compilation of
-    the part, since prefill and decode are not fastest in the same one. `guesses` returns how many draft tokens are free.
+    Decode steps, draft tokens and prompts of up to `FEW` new tokens run on `decode`, or on `second` once it returns one, over the
+    same pages: a second compilation of the part, since prefill and decode are not fastest in the same one. `guesses` returns how
+    many draft tokens are free.
     """
 
     @staticmethod
@@ -186,7 +188,8 @@ class PagedCache(KVCache):
         if self._routed:
             inputs[VISUAL_MASK] = visual.reshape(-1, 1)
         single = max(counts) == 1
-        request = self._decode if every or single else self._prefill  # draft tokens must match decode steps
+        few = every or sum(counts) <= FEW  # draft tokens must match decode steps
+        request = self._decode if few or single else self._prefill
         layout = (counts, [[*table] for table in tables], every)
         told, given = self._layouts.get(request, (None, {}))
         if told == layout and single:  # most tokens need no new page: write in place, since new inputs cost 0.2 ms

@@ -19,6 +19,7 @@ from runtime.errors import DeviceError
 from runtime.folder.files import DECODE_FILE, PART_FILES, TUNED_FILE, save_model
 from runtime.folder.settings import keep, machine, reset
 from runtime.parts import device, language_part
+from runtime.parts.paged_cache import FEW
 from runtime.parts.rows import to_int8_rows
 
 ROOT = Path(__file__).parents[3]
@@ -171,6 +172,10 @@ def test_what_the_class_of_a_processor_wants_comes_after_some_answers(shapes, mo
     assert talk.ask("Which shape is purple?", images=[PICTURE]) == "circle"  # over the pages that were there before
     assert part._second is not None
     assert talk._cache._decode is not talk._cache._prefill
+    for count, by_prefill in ((FEW, False), (FEW + 1, True)):
+        cache = part.new_cache()
+        cache.feed(np.zeros((1, count, part._width), np.float32), np.ones((1, count), np.int64), np.arange(-count, 0))
+        assert ("_prefill" in vars(cache)) == by_prefill, "a few tokens are read like decoded ones"
     talk.ask("Which shape is purple?", images=[PICTURE], temperature=1.0, seed=1)
     assert talk._cache._decode is talk._cache._prefill, "a seed repeats what it gave before"
     assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
