@@ -1,8 +1,9 @@
 """Faster attention of the vision part on a CPU: two matrix products and a softmax instead of one attention operation.
 
-OpenVINO fuses them again, together with the transposes of heads around them, which its attention operation leaves out. Its fused
-products are slower for a number of tokens that 32 does not divide, such as the 1,025 of a tile, so such tokens are padded and no
-token attends to the padding. Results differ by rounding alone (docs/experiments.md has the gains). Takes and returns an ov.Model.
+OpenVINO fuses them again, together with the transposes of heads around them, which its attention operation leaves out. It copies
+what it splits, so one product that gives queries, keys and values becomes three. With AMX its fused products are slower for a
+number of tokens that 32 does not divide, such as the 1,025 of a tile, so such tokens are padded there and no token attends to the
+padding. Results differ by rounding alone (docs/experiments.md has the gains). Takes and returns an ov.Model.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as opset
 
-MULTIPLE = 32
 MOST_PADDING = 1 / 16  # of the tokens: more costs the other products too much
 HIDDEN = -65504.0  # the score of padding
+SHARED_TYPES = (ov.Type.f32, ov.Type.f16, ov.Type.u8, ov.Type.i8)  # constants that NumPy has types for
 # Operations that compute each token by itself, if they work on its last axis.
 PER_TOKEN = {"Add", "Subtract", "Multiply", "Divide", "Power", "Sqrt", "Convert", "FakeQuantize", "Gelu", "Swish", "Transpose"}
 LAST_AXIS = {"MVN": 1, "ReduceMean": 1, "Split": 1, "VariadicSplit": 1}  # and the input that names the axis
 
 
-def open_attention(model: ov.Model) -> ov.Model:
-    """Replace each unmasked attention operation of `model` with a static head size, in place."""
+def open_attention(model: ov.Model, multiple: int = 1) -> ov.Model:
+    """Replace each unmasked attention operation of `model` with a static head size, in place; pad tokens to that multiple."""
     attention = [node for node in model.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
     attention = [node for node in attention if len(node.inputs()) == 3 and not node.get_attributes()["causal"]]
     attention = [node for node in attention if node.get_input_partial_shape(0)[-1].is_static]
-    real = _pad_tokens(model, attention)
+    real = _pad_tokens(model, attention, multiple)
+    for node in [node for node in model.get_ops() if node.get_type_name() == "VariadicSplit"] if attention else []:
+        _split_product(node)
     for node in attention:
         query, key, value = (node.input_value(place) for place in range(3))
         kind = query.get_element_type()
@@ -39,14 +42,64 @@ def open_attention(model: ov.Model) -> ov.Model:
     return model
 
 
-def _pad_tokens(model: ov.Model, attention: Sequence[ov.Node]) -> np.ndarray | None:
+def _split_product(split: ov.Node) -> None:
+    """Replace equal thirds of x W^T + b by three products, where W and b have one of `SHARED_TYPES`."""
+    total = split.input_value(0).get_node()
+    product = total.input_value(0).get_node() if total.get_type_name() == "Add" else total
+    whole = product.get_type_name() == "MatMul" and product.get_attributes()["transpose_b"] and len(split.outputs()) == 3
+    users = [len(node.output(0).get_target_inputs()) for node in (total, product) if whole]
+    widths = {str(output.get_partial_shape()[-1]) for output in split.outputs()}
+    if not whole or len(widths) > 1 or any(count > 2 for count in users):  # a second user is the shape
+        return
+    made = []
+    for third in range(3):
+        matrix = _third(product.input_value(1), third, 0)
+        bias = _third(total.input_value(1), third, -1) if total is not product else None
+        if matrix is None or (bias is None and total is not product):
+            return
+        given = opset.matmul(product.input_value(0), matrix, transpose_a=False, transpose_b=True)
+        made.append(given if bias is None else opset.add(given, bias))
+    for output, node in zip(split.outputs(), made, strict=True):
+        output.replace(node.output(0))
+
+
+def _third(value: ov.Output, third: int, axis: int) -> ov.Output | None:
+    """A third along one axis of what is computed from constants, over the same memory; None where it is not."""
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind == "Constant":
+        if node.get_element_type() not in SHARED_TYPES:
+            return None
+        if node.data.ndim == 0 or node.data.shape[axis] == 1:  # one number for all
+            return value
+        if node.data.shape[axis] % 3:
+            return None
+        taken = np.ascontiguousarray(np.split(node.data, 3, axis)[third])
+        return opset.constant(np.asarray(_Writable(taken)), node.get_element_type(), shared_memory=True).output(0)
+    parts = [_third(each, third, axis) for each in node.input_values()]
+    if any(part is None for part in parts):
+        return None
+    if kind == "Convert":
+        return opset.convert(parts[0], node.get_element_type().get_type_name()).output(0)
+    return getattr(opset, kind.lower())(*parts).output(0) if kind in ("Multiply", "Subtract") else None
+
+
+class _Writable:
+    """The memory of an array, said to be writable: OpenVINO shares no other, though it writes to no constant."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array  # keeps the memory alive
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def _pad_tokens(model: ov.Model, attention: Sequence[ov.Node], multiple: int) -> np.ndarray | None:
     """Pad the tokens (B, N, C) behind, from their positions to where the first one is cut off -> which are real (P,), bool.
 
     None, and nothing changed, where a multiple is too far or anything between looks at more than one token.
     """
     sides = {side.get_length() if side.is_static else 0 for node in attention for side in [node.get_input_partial_shape(1)[-2]]}
     count = sides.pop() if len(sides) == 1 else 0
-    padding = -count % MULTIPLE
+    padding = -count % multiple
     starts = [node for node in model.get_ops() if node.get_type_name() == "Add" and _adds_positions(node, count)]
     if not 0 < padding <= MOST_PADDING * count or len(starts) != 1:
         return None

@@ -15,7 +15,7 @@ import numpy as np
 import openvino as ov
 
 from runtime.parts.attention import open_attention
-from runtime.parts.device import Placement, widened
+from runtime.parts.device import Placement, processor_class, widened
 from runtime.parts.part import compile_part, compile_wider, infer, leaving_file, read_part, threads_of
 
 
@@ -34,7 +34,10 @@ class StatelessPart:
 
         self._read = read
         model = self._read()
-        self._use(compile_part(core, folder, open_attention(model) if placement.device == "CPU" else model, placement))
+        if placement.device == "CPU":
+            known = None if placement.accurate else processor_class(core)
+            model = open_attention(model, 1 if known is None else known.tile_multiple)
+        self._use(compile_part(core, folder, model, placement))
         wider = widened(core, placement)
         self._wider = None if wider is None else lambda: compile_wider(core, folder, self._read(), wider)
         self._lock = threading.Lock()

@@ -6,6 +6,7 @@ Attention as a CPU computes it: as OpenVINO's own operation and the PyTorch path
 from __future__ import annotations
 
 import copy
+import gc
 
 import numpy as np
 import openvino as ov
@@ -13,7 +14,9 @@ import pytest
 import torch
 from openvino import opset13 as opset
 
+from convert import ConvertOptions
 from convert.checkpoint import Checkpoint
+from convert.compress import compress
 from convert.reference.model import load_vision
 from convert.trace import trace_vision
 from runtime.parts.attention import open_attention
@@ -40,7 +43,7 @@ def test_tokens_are_padded_and_nothing_sees_the_padding(whole_tile):
     reference, model = whole_tile
     tiles = np.random.default_rng(0).standard_normal((2, 3, 448, 448)).astype(np.float32)
     closed = ov.Core().compile_model(model, "CPU", EXACT)(tiles)[0].copy()
-    opened = open_attention(model.clone())
+    opened = open_attention(model.clone(), 32)
     assert sizes(opened) == {1056}
     found = ov.Core().compile_model(opened, "CPU", EXACT)(tiles)[0]
     with torch.inference_mode():
@@ -50,13 +53,28 @@ def test_tokens_are_padded_and_nothing_sees_the_padding(whole_tile):
     assert np.abs(found - wanted).max() <= 2e-4 * largest
 
 
+@pytest.mark.parametrize("weight_format", ["fp16", "int8", "int4"])
+def test_what_is_split_is_computed_apart_over_the_same_memory(whole_tile, weight_format):
+    """But for weights of half a byte, which stay one product."""
+    _, model = whole_tile
+    model = compress(model.clone(), weight_format, ConvertOptions(group_size=64))
+    tiles = np.random.default_rng(0).standard_normal((1, 3, 448, 448)).astype(np.float32)
+    closed = ov.Core().compile_model(model.clone(), "CPU", EXACT)(tiles)[0].copy()
+    opened = open_attention(model.clone())
+    splits = [node for node in opened.get_ops() if node.get_type_name() == "VariadicSplit"]
+    assert len(splits) == (2 if weight_format == "int4" else 0)
+    gc.collect()  # what the products share stays
+    found = ov.Core().compile_model(opened, "CPU", EXACT)(tiles)[0]
+    assert np.abs(found - closed).max() <= 1e-3 * np.abs(closed).max()
+
+
 @pytest.mark.skipif("BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="this CPU has no bfloat16")
 def test_in_bfloat16_padding_is_not_seen_either(whole_tile):
     _, model = whole_tile
     tiles = np.random.default_rng(1).standard_normal((1, 3, 448, 448)).astype(np.float32)
     exact, closed, found = (
         ov.Core().compile_model(given, "CPU", {"INFERENCE_PRECISION_HINT": precision})(tiles)[0].astype(np.float64).ravel()
-        for given, precision in ((model, "f32"), (model, "bf16"), (open_attention(model.clone()), "bf16"))
+        for given, precision in ((model, "f32"), (model, "bf16"), (open_attention(model.clone(), 32), "bf16"))
     )
     cosines = [exact @ each / np.linalg.norm(exact) / np.linalg.norm(each) for each in (closed, found)]
     assert 1 - cosines[1] <= 1.2 * (1 - cosines[0])
@@ -85,7 +103,7 @@ def test_only_tokens_that_nothing_looks_at_together_are_padded(count, ending, si
     """Nor where padding would be long, or is not needed."""
     tokens = np.random.default_rng(2).standard_normal((3, count, 32)).astype(np.float32)
     closed = ov.Core().compile_model(one_layer(count, ending), "CPU", EXACT)(tokens)[0]
-    opened = open_attention(one_layer(count, ending))
+    opened = open_attention(one_layer(count, ending), 32)
     assert sizes(opened) == {size}
     found = ov.Core().compile_model(opened, "CPU", EXACT)(tokens)[0]
     assert found.shape == closed.shape
