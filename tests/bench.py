@@ -32,7 +32,7 @@ SIZES = {1: (448, 448), 7: (1200, 800), 13: (1000, 750)}  # pictures that are cu
 NEW_TOKENS, BATCH_TOKENS = 32, 32
 LONG_REPEATS, LONG_SECONDS = 2, 30  # a figure that takes longer is measured so often, or a slow machine needs hours
 LONG_WORDS = 4000  # two tokens each: about 8,000
-RECIPE = ["--vision-weight-format", "int8"]
+RECIPE = ["--vision-weight-format", "int8", "--recipe", "fast"]
 TUNED = "tuned"  # ours, after `python -m runtime tune`; opening and the batch are left out to save time
 Runs = dict[str, dict[str, list[dict[str, float]]]]  # of a figure, of a peer
 
@@ -154,7 +154,8 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
         runs.setdefault(figure, {}).setdefault(name, []).append(found)
         print(figure, name, json.dumps({key: round(value, 4) for key, value in found.items()}), flush=True)
 
-    for number in range(repeats):
+    in_float32 = "BENCH_PROPERTIES" in os.environ
+    for number in range(0 if in_float32 else repeats):
         for name, folder in folders.items():
             if name == TUNED:
                 continue
@@ -162,7 +163,7 @@ def answers(folders: dict[str, Path], work: Path, repeats: int) -> Runs:
             if number == 0:
                 fresh(name, folder, work / f"cache-{name}")  # which fills it
             note("load cached", name, fresh(name, folder, work / f"cache-{name}"))
-    for tiles, tokens in ((1, 16), (13, 128)):
+    for tiles, tokens in () if in_float32 else ((1, 16), (13, 128)):
         for number in range(repeats):
             for name in ("ours", "genai"):
                 if name in folders:
@@ -266,8 +267,9 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, float], float | Non
     made: list[tuple[str, dict[str, float], float | None, str]] = []
 
     def add(title: str, figure: str, key: str, floor: float | None = None, unit: str = "s") -> None:
-        values = {name: peer[key] for name, peer in m[figure].items() if key in peer}
-        made.append((title, values, floor, unit))
+        values = {name: peer[key] for name, peer in m.get(figure, {}).items() if key in peer}
+        if values:
+            made.append((title, values, floor, unit))
 
     add("opening the folder", "load", "open")
     add("opening with compiled models kept", "load cached", "open")
@@ -348,9 +350,17 @@ def main() -> None:
         "--other", metavar="FOLDER", type=Path, help="what the peers open, from optimum-cli (default: its recipe, converted by us)"
     )
     parser.add_argument("--peers", default=f"ours,{TUNED},genai,optimum", help="whose answers are timed (default: %(default)s)")
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="ours and openvino_genai compute in float32, as laptops without bfloat16 do (with ONEDNN_MAX_CPU_ISA=AVX2_VNNI); "
+        "starts of processes are left out",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, default=Path("build/bench.json"), help="(default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="bars of the ratios")
     options = parser.parse_args()
+    if options.float32:
+        os.environ["BENCH_PROPERTIES"] = json.dumps({"INFERENCE_PRECISION_HINT": "f32"})
     checkpoint, folder = CACHE / options.model, CACHE / f"{options.model}-int4"
     if not (checkpoint / "config.json").exists():
         make_checkpoint(checkpoint, options.model, tokenizer=options.tokenizer)
@@ -375,11 +385,12 @@ def main() -> None:
         folders[TUNED] = tuned_folder(commands["ours"], folder, shlex.split(options.tuned_with))
     with tempfile.TemporaryDirectory() as work:
         runs = answers(folders, Path(work), options.repeats)
-    found |= {"runs": conversions | runs, "medians": medians(conversions | runs)}
+    runs |= conversions if options.conversions else {}
+    found |= {"runs": runs, "medians": medians(runs)}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found["machine"]), json.dumps({name: f"{value:.3g}" for name, value in found["ceilings"].items()}))
-    for name, median in found["medians"]["conversion"].items():
+    for name, median in found["medians"].get("conversion", {}).items():
         print(f"conversion, {name}: {median['seconds']:.1f} s, peak {median['peak_gb']:.2f} GB")
     print(*table(found), sep="\n")
     if options.plot:

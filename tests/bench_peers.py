@@ -7,6 +7,7 @@ numbers of tokens, and are idle while another one works.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from runtime.parts.memory import peak_bytes
 
+PROPERTIES: dict[str, Any] = json.loads(os.environ.get("BENCH_PROPERTIES", "{}"))  # of OpenVINO, for ours and openvino_genai
 QUESTION, SECOND_QUESTION = "Describe this picture.", "What colour is it?"
 BATCH = [f"What is number {number} in this picture?" for number in range(8)]
 
@@ -29,7 +31,7 @@ class Ours:
         from runtime.answer.model import OpenedModel
 
         self.imported = time.perf_counter()
-        self.model = OpenedModel(folder, cache_dir=cache)
+        self.model = OpenedModel(folder, cache_dir=cache, ov_config=PROPERTIES)
         self.talk = self.model.start_conversation()
 
     def first(self, image: Path, tokens: int, *, again: bool = False) -> dict[str, float]:
@@ -97,7 +99,7 @@ class Genai:
 
         self.imported = time.perf_counter()
         self.folder, self.genai, self.batching = folder, openvino_genai, None
-        self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", **({"CACHE_DIR": str(cache)} if cache else {}))
+        self.pipeline = openvino_genai.VLMPipeline(folder, "CPU", **PROPERTIES, **({"CACHE_DIR": str(cache)} if cache else {}))
 
     def config(self, tokens: int) -> Any:
         """Greedy, exactly so many tokens."""
@@ -132,7 +134,7 @@ class Genai:
         if self.batching is None:
             scheduler = self.genai.SchedulerConfig()
             scheduler.cache_size = 2
-            self.batching = self.genai.ContinuousBatchingPipeline(str(self.folder), scheduler, "CPU")
+            self.batching = self.genai.ContinuousBatchingPipeline(str(self.folder), scheduler, "CPU", PROPERTIES)
         started = time.perf_counter()
         images = [[pixels(image)] for _ in BATCH]
         self.batching.generate(BATCH, images=images, generation_config=[self.config(tokens) for _ in BATCH])

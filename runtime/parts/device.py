@@ -40,7 +40,7 @@ class ProcessorClass:
     `activation_groups`: sizes of the quantisation groups of activations that are multiplied with compressed weights, best first.
     `pages`: the precision of keys and values. `tokens`: properties of a second compilation of the language part, for decode; None:
     one compilation for all. `guesses`: how many draft tokens a decode step checks at no cost. `tile_multiple`: what the tokens of a
-    tile are padded to a multiple of.
+    tile are padded to a multiple of, unless the vision part computes in float32.
     """
 
     name: str

@@ -35,7 +35,8 @@ class StatelessPart:
         self._read = read
         model = self._read()
         if placement.device == "CPU":
-            known = None if placement.accurate else processor_class(core)
+            in_float32 = placement.accurate or placement.properties.get("INFERENCE_PRECISION_HINT") == "f32"
+            known = None if in_float32 else processor_class(core)
             model = open_attention(model, 1 if known is None else known.tile_multiple)
         self._use(compile_part(core, folder, model, placement))
         wider = widened(core, placement)
