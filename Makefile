@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Errors alone: notices of build tools say nothing to a user. Python compiles a module when it imports it.
 QUIETLY := --quiet --quiet --disable-pip-version-check --no-compile
-# Two processes, each of which takes one test file after the other and up to 3 GB.
-SPLIT := --numprocesses=2 --dist=loadfile
+# Three processes, each of which takes one test file after the other and up to 3 GB: two cores wait for the rest less then.
+SPLIT := --numprocesses=3 --dist=loadfile
 # The script that sets up a GPU emulated on the CPU, if it is present.
 IGPU := ../shared/igpu/setup
 # Its compiler fails on AVX-512; a crash in spite of this (exit code 128 and more) is no failure of this project.

@@ -43,7 +43,7 @@ class PromptError(InternVLError):
 
 
 class DeviceError(InternVLError):
-    """A device is not there."""
+    """A device does not exist, or refuses its work."""
 
 
 class NumericsError(InternVLError):

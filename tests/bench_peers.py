@@ -35,7 +35,7 @@ class Ours:
         self.talk = self.model.start_conversation()
 
     def first(self, image: Path, tokens: int, *, again: bool = False) -> dict[str, float]:
-        """A picture that was never seen, or with `again` one that was; what all prompts begin with is known, as to the peer."""
+        """A picture that was never seen, or with `again` one that was; what all prompts begin with is known, to the others too."""
         talk = self.model.start_conversation()
         times: list[float] = []
 

@@ -68,7 +68,7 @@ class Index:
             unfinished = (
                 ": python -m runtime embed, which was ended, goes on when it is asked again" if _journal(file).exists() else ""
             )
-            raise OptionError(f"{file} is not there{unfinished}") from None
+            raise OptionError(f"{file} does not exist{unfinished}") from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise OptionError(f"{file} is not an index ({error}): python -m runtime embed writes one") from None
         if about.get("format") != FORMAT or vectors.ndim != 2 or len(vectors) != len(paths):

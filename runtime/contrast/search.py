@@ -17,7 +17,7 @@ def open_for(index: Index, folder: Path | None = None, **placed: Any) -> OpenedI
     """The model of an index, from `folder` if it has moved. Raises OptionError if it is missing, or another model."""
     there = folder or Path(index.about.model)
     if folder is None and not there.exists():
-        raise OptionError(f"the index's model was at {there}, and is not there: say where with --model")
+        raise OptionError(f"the index's model {there} does not exist any more: say where it is with --model")
     model = OpenedInternVL(there, **placed)
     check_model(index, model)
     return model

@@ -264,7 +264,7 @@ def test_pairs_are_evaluated(small, pictures, scenes, tmp_path, capsys):
         (["search", "{index}", " "], "no text that could be compared"),
         (["search", "{index}", "x", "--top", "0"], "top 0 is not positive"),
         (["search", "{index}", "--image", "gone.png"], "gone.png does not exist"),
-        (["search", "gone.npz", "x"], "gone.npz is not there"),
+        (["search", "gone.npz", "x"], "gone.npz does not exist"),
         (["search", "{labels}", "x"], "is not an index"),
         (["search", "{other}", "x"], "they cannot be compared"),
         (["chat", "{small}", "hello"], "holds InternVL-C and -G"),
