@@ -83,7 +83,7 @@ def run(there: Path, source: str, final: Path, options: ConvertOptions) -> Summa
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     if checkpoint.recipe is not None:
-        check_packed(options, str(checkpoint.recipe))
+        check_packed(options, str(checkpoint.recipe), checkpoint.packed_with_lora)
     formats = options.formats(parts_of(checkpoint.config), vision_is_6b=checkpoint.config.vision.qk_normalization)
     found = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     pictures, apart = divided(found)
