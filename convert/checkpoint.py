@@ -98,7 +98,7 @@ class StoredTensors:
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         self._stored: dict[str, list[str]] = {}  # published name -> stored tensors whose rows it joins
-        self._updates: dict[str, Update] = {}  # by stored name
+        self._updates: dict[str, Update] = {}  # by stored name, of packed matrices by published name
         self._cut: set[str] = set()  # tables whose last rows, padding, are dropped
         self.recipe = read_recipe(raw_config)
         self.adapter: Adapter | None = None
@@ -113,13 +113,14 @@ class StoredTensors:
         if len(read) < len(names) and passed_over is ROUTER:
             self.notes.append(f"ignored: {len(names) - len(read)} tensors of the router, which flash_mode in config.json turns off")
         names = read
+        pairs: dict[str, tuple[str, str]] = {}
         if native:
             self._stored = published_names(names)
         else:
             plain, pairs = unwrap(names)
             self._stored = {name: [stored] for name, stored in plain.items()}
-            self._find_lora(pairs)
         self._packed = find_packed(self._stored, shapes, dtypes, self.recipe)
+        self._find_lora(pairs)
         for name, packed in self._packed.items():
             self.shapes[name], self.dtypes[name] = packed.shape, "F16"
         self._mxfp4 = find_mxfp4(self._stored, shapes, dtypes)
@@ -158,15 +159,21 @@ class StoredTensors:
                     f"config.json: {key} is {said}, and there is no LoRA beside the {part} model: it was merged before"
                 )
         for name, (down, up) in pairs.items():
-            if name not in self._stored:
+            packed = self._packed.get(name)
+            if packed is None and name not in self._stored:
                 raise CheckpointError(f"{self.folder} has {down} but not {name}, which it adapts: save the checkpoint again")
-            stored = self._stored[name][0]
-            check_fit(name, shapes[stored], shapes[down], shapes[up])
+            stored = name if packed is not None else self._stored[name][0]
+            check_fit(name, shapes[stored] if packed is None else packed.shape, shapes[down], shapes[up])
             self._updates[stored] = Update(partial(self._open, down), partial(self._open, up), UPSTREAM_SCALE)
         if pairs:
             told = [f"{part} rank {', '.join(map(str, found[part]))}" for part in LORA_KEYS if found[part]]
             self.notes.append(f"merged LoRA: {', '.join(told) or 'rank ' + str(shapes[next(iter(pairs.values()))[0]][0])}")
             self.raw_config = self.raw_config | {key: 0 for key in LORA_KEYS.values() if key in self.raw_config}
+
+    @property
+    def packed_with_lora(self) -> list[str]:
+        """The packed matrices beside which training left LoRA, which can be merged only once they are unpacked."""
+        return [name for name in self._packed if name in self._updates]
 
     def check(self, expected: Shapes) -> None:
         """Require exactly the tensors `expected`, each with its shape; raises CheckpointError with counts and first names."""
@@ -251,6 +258,8 @@ class StoredTensors:
                 made[name] = ready.placeholder(self.shapes[name], torch.float16, load)
                 continue
             made[name] = load().unpack(empty(self.shapes[name], dtype=unpacked))
+            if name in self._updates:
+                self._updates[name].merge(made[name], made[name])
             if self.adapter is not None:
                 self.adapter.merge(name, made[name])
         for name in [name for name in self._mxfp4 if name in wanted]:

@@ -20,7 +20,7 @@ import openvino as ov
 import torch
 from openvino import opset13 as opset
 
-from convert.four_bits import FourBits, pairs
+from convert.four_bits import EightBits, FourBits, pairs
 from convert.lora import Later
 from convert.options import W8A8, ConvertOptions
 from runtime.errors import OptionError
@@ -223,18 +223,29 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
 
 def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
     """A matrix (rows, columns) in four bits, rounded as `compress` does with INT4_ASYM."""
+    codes, zeros, scales = _rounded(matrix, "INT4_ASYM", group_size)
+    return FourBits(pairs(codes), zeros, scales)
+
+
+def eight_bits(matrix: torch.Tensor) -> EightBits:
+    """A matrix (rows, columns) in eight bits, rounded as `compress` does with INT8_ASYM."""
+    return EightBits(*_rounded(matrix, "INT8_ASYM", -1))
+
+
+def _rounded(matrix: torch.Tensor, mode: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (rows, columns) uint8, zeros uint8 and scales (rows, groups) by NNCF."""
     _nncf()
     from nncf import CompressWeightsMode
     from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
     from nncf.quantization.algorithms.weight_compression.weight_lowering import do_integer_quantization
     from nncf.tensor import Tensor
 
-    config = WeightCompressionConfig(CompressWeightsMode.INT4_ASYM, group_size)
+    config = WeightCompressionConfig(CompressWeightsMode[mode], group_size)
     found = do_integer_quantization(Tensor(matrix.float().numpy()), config, reduction_axes=1)
     codes, zeros, scales = (
         torch.from_numpy(np.array(part.data)).reshape(len(matrix), -1) for part in (found.tensor, found.zero_point, found.scale)
     )
-    return FourBits(pairs(codes.to(torch.uint8)), zeros.to(torch.uint8), scales)
+    return codes.to(torch.uint8), zeros.to(torch.uint8), scales
 
 
 def check_group_size(widths: Iterable[int], group_size: int) -> None:

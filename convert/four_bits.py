@@ -1,7 +1,8 @@
-"""Matrices in four bits, and how they enter a graph: as constants that OpenVINO computes with.
+"""Matrices in four or eight bits, and how they enter a graph: as constants that OpenVINO computes with.
 
-weight[..., r, c] = (code[..., r, c] - zero[..., r, c // group]) * scale[..., r, c // group], codes and zeros in 0..15. Knows
-nothing of the source of the numbers: packed checkpoints (packed.py), or matrices that are rounded one by one.
+weight[..., r, c] = (code[..., r, c] - zero[..., r, c // group]) * scale[..., r, c // group], codes and zeros in 0..15; in
+eight bits in 0..255, with one group a row. Knows nothing of the source of the numbers: packed checkpoints (packed.py), or matrices
+that are rounded one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PLACES = 1 << 20  # bytes at the start of the shared memory in which placeholder
 PLACE = 64  # bytes between two beginnings
 
 Empty = Callable[..., torch.Tensor]
-Quantise = Callable[[torch.Tensor], "FourBits"]
+Quantise = Callable[[torch.Tensor], "Compressed"]
 
 
 class Matrices(Protocol):
@@ -32,15 +33,30 @@ class Matrices(Protocol):
 
 
 @dataclass(frozen=True)
-class FourBits:
-    """A matrix (..., rows, columns): its codes, and zeros uint8 and scales float16 (..., rows, groups).
-
-    Codes are uint8 (..., rows, columns / 2), two columns a byte, the first in the lower half, as in OpenVINO.
-    """
+class Compressed:
+    """A compressed matrix (..., rows, columns): codes and zeros uint8, scales (..., rows, groups) float16."""
 
     codes: torch.Tensor
     zeros: torch.Tensor
     scales: torch.Tensor
+
+    def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
+        """The matrix as graph nodes in NNCF's form, with output type `kind`; the codes lie in memory from `empty`."""
+        raise NotImplementedError
+
+    @classmethod
+    def stack(cls, matrices: Sequence[Compressed]) -> Compressed:
+        """Stack matrices of one kind and shape along a new first axis."""
+        kind = type(matrices[0])
+        return kind(*(torch.stack([getattr(each, name) for each in matrices]) for name in ("codes", "zeros", "scales")))
+
+    def split(self, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[Compressed]:
+        """The matrices into which `split` divides the rows."""
+        return [type(self)(*parts) for parts in zip(split(self.codes), split(self.zeros), split(self.scales), strict=True)]
+
+
+class FourBits(Compressed):
+    """Codes are uint8 (..., rows, columns / 2), two columns a byte, the first in the lower half, as in OpenVINO."""
 
     def unpack(self, out: torch.Tensor) -> torch.Tensor:
         """Dequantise into `out`; computed in float32."""
@@ -50,28 +66,23 @@ class FourBits:
         grouped *= self.scales[..., None]
         return out.copy_(grouped.flatten(-2))
 
-    @classmethod
-    def stack(cls, matrices: Sequence[FourBits]) -> FourBits:
-        """Stack matrices of one shape along a new first axis."""
-        return cls(*(torch.stack([getattr(each, name) for each in matrices]) for name in ("codes", "zeros", "scales")))
-
-    def split(self, split: Callable[[torch.Tensor], list[torch.Tensor]]) -> list[FourBits]:
-        """The matrices into which `split` divides the rows."""
-        return [FourBits(*parts) for parts in zip(split(self.codes), split(self.zeros), split(self.scales), strict=True)]
-
     def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
-        """The matrix as graph nodes in NNCF's form, with output type `kind`; the codes lie in memory from `empty`."""
         *rows, half = self.codes.shape
         groups, columns = self.scales.shape[-1], 2 * half
-        codes = _u4(self.codes.reshape(-1), [*rows, groups, columns // groups], name, empty)
-        zeros = _u4(pairs(self.zeros.reshape(-1)), [*rows, groups, 1], f"{name}/zero_point", empty)
-        scale = opset.constant(self.scales.to(torch.float16).unsqueeze(-1).numpy(), name=f"{name}/scale", shared_memory=False)
-        moved = opset.subtract(
-            opset.convert(codes, ov.Type.f16), opset.convert(zeros, ov.Type.f16), name=f"{name}/zero_point/subtract"
-        )
-        scaled = opset.multiply(moved, scale, name=f"{name}/fq_weights_1")
+        codes = _constant(self.codes.reshape(-1), [*rows, groups, columns // groups], ov.Type.u4, name, empty)
+        zeros = _constant(pairs(self.zeros.reshape(-1)), [*rows, groups, 1], ov.Type.u4, f"{name}/zero_point", empty)
+        scaled = _scaled(codes, zeros, self.scales.unsqueeze(-1), name)
         whole = opset.reshape(scaled, opset.constant(np.array([*rows, columns], np.int64)), special_zero=False)
         return opset.convert(whole, kind).output(0)
+
+
+class EightBits(Compressed):
+    """Codes are uint8 (..., rows, columns); a row is one group."""
+
+    def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
+        codes = _constant(self.codes, [*self.codes.shape], ov.Type.u8, name, empty)
+        zeros = _constant(self.zeros, [*self.zeros.shape], ov.Type.u8, f"{name}/zero_point", empty)
+        return opset.convert(_scaled(codes, zeros, self.scales, name), kind).output(0)
 
 
 def pairs(numbers: torch.Tensor) -> torch.Tensor:
@@ -81,16 +92,23 @@ def pairs(numbers: torch.Tensor) -> torch.Tensor:
     return numbers[..., 0::2] | (numbers[..., 1::2] << BITS)
 
 
-def _u4(pairs: torch.Tensor, shape: list[int], name: str, empty: Empty) -> ov.Node:
-    """A constant of 4-bit numbers, given two a byte."""
-    kept = empty(pairs.shape, dtype=torch.uint8).copy_(pairs)
-    made = ov.op.Constant(ov.Tensor(kept.numpy(), ov.Shape(shape), ov.Type.u4), shared_memory=True)
+def _constant(stored: torch.Tensor, shape: list[int], kind: ov.Type, name: str, empty: Empty) -> ov.Node:
+    """A constant of numbers given as bytes, 4-bit ones two a byte."""
+    kept = empty(stored.shape, dtype=torch.uint8).copy_(stored)
+    made = ov.op.Constant(ov.Tensor(kept.numpy(), ov.Shape(shape), kind), shared_memory=True)
     made.set_friendly_name(name)
     return made
 
 
+def _scaled(codes: ov.Node, zeros: ov.Node, scales: torch.Tensor, name: str) -> ov.Node:
+    """(codes - zeros) * scales in float16, with NNCF's names."""
+    scale = opset.constant(scales.to(torch.float16).numpy(), name=f"{name}/scale", shared_memory=False)
+    moved = opset.subtract(opset.convert(codes, ov.Type.f16), opset.convert(zeros, ov.Type.f16), name=f"{name}/zero_point/subtract")
+    return opset.multiply(moved, scale, name=f"{name}/fq_weights_1")
+
+
 class Ready:
-    """Four-bit matrices, keyed by the address of the placeholder that is traced instead of each.
+    """Matrices in four or eight bits, keyed by the address of the placeholder that is traced instead of each.
 
     Placeholders are zeros that take no memory: they overlap, and each begins at its own offset with its own number, since
     OpenVINO merges equal constants.
@@ -98,7 +116,7 @@ class Ready:
 
     def __init__(self, empty: Empty, quantise: Quantise) -> None:
         self._empty, self._quantise = empty, quantise
-        self._waiting: dict[int, Callable[[], FourBits]] = {}
+        self._waiting: dict[int, Callable[[], Compressed]] = {}
         self._unread: dict[int, Callable[[], Matrices]] = {}
         self._kept: list[torch.Tensor] = []  # memory of constants, which OpenVINO does not own
         self._zeros = np.zeros(0, np.uint8)
@@ -107,7 +125,7 @@ class Ready:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def placeholder(self, shape: Iterable[int], dtype: torch.dtype, load: Callable[[], FourBits]) -> torch.Tensor:
+    def placeholder(self, shape: Iterable[int], dtype: torch.dtype, load: Callable[[], Compressed]) -> torch.Tensor:
         """A placeholder for the matrix that `load` returns later."""
         made = self._nothing(shape, dtype)
         self._waiting[made.data_ptr()] = load
@@ -128,9 +146,9 @@ class Ready:
         load = self._waiting.pop(matrix.data_ptr(), None)
         if load is None:
             return None
-        whole: dict[int, FourBits] = {}  # loaded with the first block, kept until the last
+        whole: dict[int, Compressed] = {}  # loaded with the first block, kept until the last
 
-        def part(number: int) -> FourBits:
+        def part(number: int) -> Compressed:
             if not whole:
                 whole.update(enumerate(load().split(split)))
             return whole.pop(number)
@@ -143,7 +161,7 @@ class Ready:
         quantised = [partial(self._quantise, matrix) for matrix in matrices]
         loads = [self._waiting.pop(matrix.data_ptr(), other) for matrix, other in zip(matrices, quantised, strict=True)]
         shape = (len(matrices), *matrices[0].shape)
-        return self.placeholder(shape, torch.float32, lambda: FourBits.stack([load() for load in loads]))
+        return self.placeholder(shape, torch.float32, lambda: Compressed.stack([load() for load in loads]))
 
     def read_later(self, shape: Iterable[int], load: Callable[[], Matrices]) -> torch.Tensor:
         """A placeholder for joined experts (E, columns, rows) that `load` reads one by one; an argument for `turn`."""
@@ -156,9 +174,9 @@ class Ready:
         read = self._unread.pop(joined.data_ptr(), lambda: [one.t() for one in joined])
         experts, columns, rows = joined.shape
 
-        def load() -> FourBits:
+        def load() -> Compressed:
             matrices = read()
-            return FourBits.stack([self._quantise(matrices[number]) for number in range(experts)])
+            return Compressed.stack([self._quantise(matrices[number]) for number in range(experts)])
 
         return self.placeholder((experts, rows, columns), torch.float32, load)
 
@@ -178,4 +196,4 @@ class Ready:
                 target.replace_source_output(matrix)
         model.validate_nodes_and_infer_types()
         if self._waiting:
-            raise RuntimeError(f"{len(self._waiting)} matrices in four bits have no place in the traced model")
+            raise RuntimeError(f"{len(self._waiting)} compressed matrices have no place in the traced model")

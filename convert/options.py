@@ -42,13 +42,18 @@ FAST = "fast"  # rounding to the nearest, without calibration
 NNCFS = ("sym", "ratio", "backup_precision", "awq", "scale_estimation")  # options of NNCF's own algorithms
 
 
-def check_packed(options: ConvertOptions, recipe: str) -> None:
-    """Raise OptionError for options that a checkpoint packed by `recipe` does not allow."""
+def check_packed(options: ConvertOptions, recipe: str, with_lora: list[str]) -> None:
+    """Raise OptionError for options that a checkpoint packed by `recipe`, with LoRA beside some matrices, does not allow."""
     wish, plain = options.weight_format, ConvertOptions()
     if wish == "fp32":
         raise OptionError(
             f"the checkpoint is packed ({recipe}): --weight-format int4 keeps its numbers, int8 and fp16 unpack them, "
             f"{wish} adds nothing"
+        )
+    if wish == "int4" and with_lora:
+        raise OptionError(
+            f"the checkpoint is packed ({recipe}), and training left LoRA beside {len(with_lora)} packed matrices, like "
+            f"{with_lora[0]}: int4 keeps their numbers and cannot merge it; --weight-format int8 or fp16 unpacks and merges"
         )
     own = ("group_size", "ratio", "sym", "awq", "scale_estimation")
     given = ["--" + name.replace("_", "-") for name in own if getattr(options, name) != getattr(plain, name)]

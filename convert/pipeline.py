@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convert import contrast
 from convert.calibration import calibration_samples, calibration_tiles, divided, find_pictures, tiles_at_hand
 from convert.checkpoint import Checkpoint
-from convert.compress import check_group_size, compress, four_bits
+from convert.compress import check_group_size, compress, eight_bits, four_bits
 from convert.exact import Part
 from convert.four_bits import Ready
 from convert.lora import Later
@@ -83,7 +83,7 @@ def run(there: Path, source: str, final: Path, options: ConvertOptions) -> Summa
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
     if checkpoint.recipe is not None:
-        check_packed(options, str(checkpoint.recipe))
+        check_packed(options, str(checkpoint.recipe), checkpoint.packed_with_lora)
     formats = options.formats(parts_of(checkpoint.config), vision_is_6b=checkpoint.config.vision.qk_normalization)
     found = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     pictures, apart = divided(found)
@@ -152,6 +152,8 @@ def _convert_part(
     fours = checkpoint.recipe is not None or recipe is not None or _rounds_experts(checkpoint, options)
     if part == "language" and weight_format == "int4" and fours:
         ready = Ready(scratch.empty, partial(four_bits, group_size=options.nncf_group if recipe is None else recipe.group))
+    if part == "language" and weight_format == "int8" and checkpoint.recipe is None and _rounds_experts(checkpoint, options):
+        ready = Ready(scratch.empty, eight_bits)
     model = {
         "text_embeddings": lambda: trace_text_embeddings(load_text_embeddings(checkpoint, dtype)),
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
@@ -241,8 +243,9 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: Co
         if part == "text_embeddings":
             continue
         stored, cast = 4 if checkpoint.dtypes[name] == "F32" else 2, LOAD_TYPES.get(formats[part])
-        rounded = EXPERTS in name and formats[part] == "int4" and _rounds_experts(checkpoint, options)
-        wanted = cast.itemsize if cast else 0.55 if rounded else 4 if EXPERTS in name else stored
+        one_by_one = {"int4": 0.55, "int8": 1.01 if checkpoint.recipe is None else 4}.get(formats[part], 4)
+        rounded = EXPERTS in name and _rounds_experts(checkpoint, options)
+        wanted = cast.itemsize if cast else one_by_one if rounded else 4 if EXPERTS in name else stored
         copies[part] += weights * (
             stored if checkpoint.copies(name, later=_merges_later(formats[part], checkpoint, options)) else 0
         )

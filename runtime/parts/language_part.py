@@ -21,6 +21,7 @@ import openvino as ov
 
 from runtime.errors import DeviceError
 from runtime.parts.device import Placement, processor_class, widened
+from runtime.parts.experts import take_experts_apart
 from runtime.parts.kv_cache import KVCache
 from runtime.parts.paged_cache import FEW, PagedCache, page_shapes
 from runtime.parts.paged_rows import PagedRows
@@ -28,6 +29,7 @@ from runtime.parts.part import compile_part, compile_wider, leaving_file, read_p
 from runtime.parts.stateful_cache import StatefulCache, Turns
 
 PAGES = "KV_CACHE_PRECISION"
+TOKENS_FOR_ALL = 256  # of a prompt that packs experts: with 8 of 128 a token, one in 16 million is left out
 IDLE_CACHES = 2  # KV caches kept for stateless calls
 IDLE_SECONDS, GLANCE_SECONDS = 0.3, 0.05  # idle time before weights are packed, and how often it is checked
 ANSWERS_BEFORE = 4  # decode is compiled apart
@@ -37,8 +39,9 @@ class LanguagePart:
     """The part as it is placed, of `width` D; with `decode`, compiled a second time for decode.
 
     `later` is compiled for decode after `ANSWERS_BEFORE` answers, while idle if possible, else before the next answer: compiling
-    takes the time that some hundred tokens gain, which a single question would not win back. `reuse` off computes every prompt
-    anew. Several threads may use it at once, each with a cache of its own.
+    takes the time that some hundred tokens gain, which a single question would not win back. On a CPU, experts are taken apart in
+    the first compilation (experts.py): a token takes longer in it, so `later` follows the first answer. `reuse` off computes every
+    prompt anew. Several threads may use it at once, each with a cache of its own.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class LanguagePart:
         if self._cache_kind is PagedCache:
             placement = replace(placement, properties=_paged_properties(core, placement, decode or later))
         self._read = lambda: self._cache_kind.adapt(read_part(core, folder, placement, width))
-        self._compiled = compile_part(core, folder, self._read(), placement)
+        model = self._read()
+        self._apart = take_experts_apart(model) if self._cache_kind is PagedCache else []  # memory of the compiled part
+        self._compiled = compile_part(core, folder, model, placement)
         self._base: Any = self._compiled if self._cache_kind is PagedCache else Turns(self._compiled)  # of all caches
         second: dict[str, Any] = {}
         if decode is not None and self._cache_kind is PagedCache:
@@ -88,14 +93,16 @@ class LanguagePart:
         self._runs_to_pack = 2
         self._asked = threading.Event()
         self._background: Future[None] | None = None
-        self._answers = 0
+        self._answers = ANSWERS_BEFORE - 1 if self._apart else 0
 
     def pack(self) -> None:
         """Run a prompt and a token, unless that is done: devices pack weights on their first runs."""
         if self._runs_to_pack:
-            cache = self.new_cache()
-            for count in (FEW + 1, 1):
-                cache.feed(np.zeros((1, count, self._width), np.float32), np.ones((1, count), np.int64), np.zeros(count))
+            cache, prompt = self.new_cache(), np.zeros((1, FEW + 1, self._width), np.float32)
+            if self._apart:  # different tokens, for all experts of a layer
+                prompt = np.random.default_rng(0).standard_normal((1, TOKENS_FOR_ALL, self._width), np.float32)
+            for embeds in (prompt, prompt[:, :1]):
+                cache.feed(embeds, np.ones(embeds.shape[:2], np.int64), np.zeros(embeds.shape[1]))
 
     def pack_when_idle(self) -> None:
         """Pack in a thread once there is no request for a moment: two parts at once on few cores take longer than in turn."""

@@ -28,12 +28,13 @@ from runtime.folder.files import PART_FILES
 NAME = "tiny-qwen3-moe"
 
 
-def by_nncf(matrices: np.ndarray, group_size: int) -> dict[str, np.ndarray]:
+def by_nncf(matrices: np.ndarray, weight_format: str) -> dict[str, np.ndarray]:
     """What NNCF makes of a constant (E, rows, columns) of a graph."""
     x = opset.parameter([matrices.shape[0], -1, matrices.shape[2]], dtype=ov.Type.f32)
     model = ov.Model([opset.matmul(x, opset.constant(matrices, name="w"), False, True)], [x])
-    mode = nncf.CompressWeightsMode.INT4_ASYM
-    model = nncf.compress_weights(model, mode=mode, group_size=group_size, all_layers=True)
+    mode = nncf.CompressWeightsMode[f"{weight_format.upper()}_ASYM"]
+    options = {"group_size": 32, "all_layers": True} if weight_format == "int4" else {}
+    model = nncf.compress_weights(model, mode=mode, **options)
     return constants(model, "w")
 
 
@@ -43,13 +44,14 @@ def constants(model: ov.Model, name: str) -> dict[str, np.ndarray]:
     return {end: np.array(nodes[name + end].data).view(np.uint8).ravel() for end in ("", "/zero_point", "/scale")}
 
 
-def test_the_bytes_are_those_of_nncf(tiny, converted):
-    model = ov.Core().read_model(converted(tiny(NAME), group_size=32, verify=False) / PART_FILES["language"])
+@pytest.mark.parametrize(("weight_format", "options"), [("int4", {"group_size": 32}), ("int8", {})])
+def test_the_bytes_are_those_of_nncf(tiny, converted, weight_format, options):
+    model = ov.Core().read_model(converted(tiny(NAME), weight_format=weight_format, **options) / PART_FILES["language"])
     tensors = load_file(tiny(NAME) / "model.safetensors")
     for layer in range(2):
         for matrix in ("gate_proj", "up_proj", "down_proj"):
             own = [tensors[f"language_model.model.layers.{layer}.mlp.experts.{e}.{matrix}.weight"].float() for e in range(6)]
-            wanted = by_nncf(torch.stack(own).numpy(), 32)
+            wanted = by_nncf(torch.stack(own).numpy(), weight_format)
             found = constants(model, f"self.model.layers.{layer}.mlp.experts.{matrix}")
             for end, values in wanted.items():
                 assert np.array_equal(found[end], values), (layer, matrix, end)

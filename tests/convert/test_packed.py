@@ -179,6 +179,28 @@ def test_what_cannot_be_done_to_packed_numbers_is_told(packed, tmp_path, options
         convert(str(packed("tiny-qwen2")[0]), tmp_path / "out", ConvertOptions(**options))
 
 
+def test_lora_beside_packed_matrices_is_merged_where_they_are_unpacked(tiny, tmp_path):
+    """As PEFT saves a model that was trained over packed matrices; alpha is twice the rank."""
+    folder, wrapped, dice = tmp_path / "p", "language_model.base_model.model.", torch.Generator().manual_seed(0)
+    meant = pack(tiny("tiny-qwen2"), folder, "tiny-qwen2")
+    adapted = [name for name in meant if "q_proj" in name]
+    tensors = {
+        name.replace("language_model.", wrapped, 1): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    for name in adapted:
+        module, (rows, columns) = name.removesuffix(".weight").replace("language_model.", wrapped, 1), meant[name].shape
+        for stored in [stored for stored in tensors if stored.startswith(module + ".")]:
+            tensors[stored.replace(module, f"{module}.base_layer")] = tensors.pop(stored)
+        down, up = 0.1 * torch.randn(4, columns, generator=dice), 0.1 * torch.randn(rows, 4, generator=dice)
+        tensors[f"{module}.lora_A.default.weight"], tensors[f"{module}.lora_B.default.weight"] = down, up
+        meant[name] = meant[name] + 2 * (up.double() @ down.double()).numpy()
+    save_file(tensors, folder / "model.safetensors")
+    for name, tensor in opened(folder).tensors(meant, unpacked=torch.float32).items():
+        assert np.abs(tensor.numpy() - meant[name]).max() < 1e-6
+    with pytest.raises(OptionError, match=f"LoRA beside {len(adapted)} packed matrices, like {adapted[0]}: int4 keeps .* int8 or"):
+        convert(str(folder), tmp_path / "out")
+
+
 def opened(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder)
     checkpoint.check(expected_shapes(checkpoint.config, tied=is_tied(checkpoint)))
