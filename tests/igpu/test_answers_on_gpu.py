@@ -24,7 +24,7 @@ def cpu(shapes):
     return OVInternVLChatModel(shapes, "CPU", precision="accuracy")
 
 
-@pytest.fixture(scope="module", params=["GPU", "HETERO:GPU,CPU", "vision on the GPU", "language on the GPU"])
+@pytest.fixture(scope="module", params=["GPU", "vision on the GPU", "language on the GPU", "AUTO:GPU,CPU", "HETERO:GPU,CPU"])
 def gpu(request, shapes):
     placed = {
         "vision on the GPU": {"device": "CPU", "vision_device": "GPU"},

@@ -39,6 +39,7 @@ def test_the_plugin_gives_the_originals_numbers(golden, model):
             last = cache.feed(embeds[:, start:end], ones[:, start:end], None, visual=seen[:, start:end])
             assert difference(last[:, 0], golden[logits][:, end - 1]) < PARTS
     check_turns(golden, model)
+    check_edits(golden, model, features.numpy())
     wanted = golden["greedy_ids"]
     found = model.generate(golden["pixel_values"], golden["input_ids"], max_new_tokens=wanted.shape[1], **NEW_TOKENS)
     assert torch.equal(found, wanted)
@@ -58,3 +59,19 @@ def check_turns(golden, model):
         for text, cache, logits in zip(texts, caches, wanted, strict=True):
             found = cache.feed(model.embed_tokens(text[:, start:end]), np.ones((1, end - start), np.int64), None)
             assert difference(found[:, 0], logits[:, end - 1]) < PARTS
+
+
+def check_edits(golden, model, features):
+    """A second turn goes on after the first; an edited one computes what follows its first other token, and no more."""
+    ids, oracle, cache = golden["input_ids"].numpy(), LanguagePart(model.folder), model.new_cache()
+    seen, ones, total = visual(golden, "input_ids").numpy(), np.ones_like(ids), ids.shape[1]
+    after = int(np.flatnonzero(seen[0])[-1]) + 1  # the first token after the picture
+    late, early = ids.copy(), ids.copy()
+    late[:, total - 2] ^= 1  # few tokens are dropped: they are masked out
+    early[:, after] ^= 1  # many are: the state is written anew without them
+    for text, end, kept in ((ids, after + 2, 0), (ids, total, after + 2), (late, total, total - 2), (early, total, after)):
+        embeds, prompt = model.merge(text, features), slice(kept, end)
+        assert cache.keep(text[0, :end]) == kept
+        found = cache.feed(embeds[:, prompt], ones[:, prompt], None, visual=seen[:, prompt])
+        wanted = np.array(oracle.logits(embeds[:, :end], ones[:, :end], visual=seen[:, :end]))
+        assert difference(found[:, 0], wanted[:, -1]) < PARTS
