@@ -20,6 +20,7 @@ import numpy as np
 import openvino as ov
 
 from runtime.errors import DeviceError
+from runtime.parts import memory
 from runtime.parts.device import Placement, processor_class, widened
 from runtime.parts.experts import take_experts_apart
 from runtime.parts.kv_cache import KVCache
@@ -33,6 +34,7 @@ TOKENS_FOR_ALL = 256  # of a prompt that packs experts: with 8 of 128 a token, o
 IDLE_CACHES = 2  # KV caches kept for stateless calls
 IDLE_SECONDS, GLANCE_SECONDS = 0.3, 0.05  # idle time before weights are packed, and how often it is checked
 ANSWERS_BEFORE = 4  # decode is compiled apart
+FREE_FOR_SECOND = 2  # times the weights' size: available memory without which it is not, for it keeps weights of its own
 
 
 class LanguagePart:
@@ -63,6 +65,8 @@ class LanguagePart:
         self._read = lambda: self._cache_kind.adapt(read_part(core, folder, placement, width))
         model = self._read()
         self._apart = take_experts_apart(model) if self._cache_kind is PagedCache else []  # memory of the compiled part
+        if self._apart and decode is None:
+            later = later or placement  # experts that are apart take longer for single tokens
         self._compiled = compile_part(core, folder, model, placement)
         self._base: Any = self._compiled if self._cache_kind is PagedCache else Turns(self._compiled)  # of all caches
         second: dict[str, Any] = {}
@@ -115,10 +119,11 @@ class LanguagePart:
             self._when_idle(self.take_second)
 
     def take_second(self) -> None:
-        """Compile `later` now, if there is one that is not compiled yet."""
+        """Compile `later` now, if there is one that is not compiled yet and memory for it."""
         with self._lock:
             later, self._later = self._later, None
-        if later is None:
+        weights = (self._folder / self._placed[0].file).with_suffix(".bin").stat().st_size
+        if later is None or FREE_FOR_SECOND * weights > memory.of_machine()[1]:
             return
         try:
             self._second = later()

@@ -181,6 +181,17 @@ def test_what_the_class_of_a_processor_wants_comes_after_some_answers(shapes, mo
     assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
 
 
+def test_decode_is_not_compiled_apart_where_memory_is_short(shapes, monkeypatch):
+    wants = replace(device.PROCESSOR_CLASSES[-1], tokens={"INFERENCE_PRECISION_HINT": "f32"}, needs=frozenset())
+    monkeypatch.setattr(device, "PROCESSOR_CLASSES", (wants,))
+    size = (shapes / PART_FILES["language"]).with_suffix(".bin").stat().st_size
+    for available, made in ((2 * size - 1, False), (2 * size, True)):
+        monkeypatch.setattr(language_part.memory, "of_machine", lambda available=available: (10 * available, available))
+        part = OVInternVLChatModel(shapes).language_part
+        part.take_second()
+        assert (part._second is not None) == made
+
+
 def test_a_part_with_other_pages_is_told(tiny, converted, tmp_path):
     """Another model's of the same width."""
     own = shutil.copytree(converted(tiny("tiny-qwen2"), weight_format="fp32"), tmp_path / "model")
