@@ -50,7 +50,7 @@ def test_in_float32_the_answers_are_the_same(shapes):
     assert found == wanted  # wrong answers too, letter for letter
 
 
-def test_a_vision_part_that_computes_in_8_bits_on_a_cpu_does_so_here(converted):
+def test_a_vision_part_in_w8a8_gives_the_features_of_a_cpu(converted):
     folder = converted(CHECKPOINT, weight_format="int4")
     kinds = {node.get_type_name() for node in ov.Core().read_model(folder / PART_FILES["vision"]).get_ops()}
     assert "FakeQuantize" in kinds  # w8a8
