@@ -223,18 +223,31 @@ def _quantised_rows(block: ov.Tensor, mode: str) -> tuple[np.ndarray, np.ndarray
 
 def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
     """A matrix (rows, columns) in four bits, rounded as `compress` does with INT4_ASYM."""
+    codes, zeros, scales = _integers(matrix, "INT4_ASYM", group_size)
+    return FourBits(pairs(codes), zeros, scales)
+
+
+def eight_bits(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix (R, K) in eight bits as `compress` stores it: codes uint8 (R, K); zeros uint8 and scales float16, (R, 1) each."""
+    parts = [_integers(rows, "INT8_ASYM", -1) for rows in matrix.split(max(1, WEIGHTS_AT_ONCE // matrix.shape[1]))]
+    codes, zeros, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return codes, zeros, scales.half()
+
+
+def _integers(matrix: torch.Tensor, mode: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """NNCF's codes (R, K) uint8, zeros (R, G) uint8 and scales (R, G) float32 of a matrix."""
     _nncf()
     from nncf import CompressWeightsMode
     from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
     from nncf.quantization.algorithms.weight_compression.weight_lowering import do_integer_quantization
     from nncf.tensor import Tensor
 
-    config = WeightCompressionConfig(CompressWeightsMode.INT4_ASYM, group_size)
+    config = WeightCompressionConfig(CompressWeightsMode[mode], group_size)
     found = do_integer_quantization(Tensor(matrix.float().numpy()), config, reduction_axes=1)
     codes, zeros, scales = (
         torch.from_numpy(np.array(part.data)).reshape(len(matrix), -1) for part in (found.tensor, found.zero_point, found.scale)
     )
-    return FourBits(pairs(codes.to(torch.uint8)), zeros.to(torch.uint8), scales)
+    return codes.to(torch.uint8), zeros.to(torch.uint8), scales
 
 
 def check_group_size(widths: Iterable[int], group_size: int) -> None:
