@@ -166,6 +166,7 @@ class _Search:
     def __init__(self, trials: _Trials, journal: Journal, most: float, end: float):
         self._trials, self._journal, self._most, self._end = trials, journal, most, end
         self._passed, self._took = 0.0, 0.0  # seconds of the last pass and of the last trial
+        self._here: list[Tried] = []  # of this run
 
     def run(self) -> Tried:
         """The smallest trial that loses at most `most`, or, where time or the checkpoint allow none, the one that loses least."""
@@ -176,7 +177,10 @@ class _Search:
                     order = self._order(group)
                 if order is not None:
                     self._bisect(group, [order[:count] for count in range(len(order) + 1)])
-        return self._smallest or min(self._journal.tried, key=lambda one: one.kl)
+        while (found := self._smallest or min(self._journal.tried, key=lambda one: one.kl)) not in self._here:
+            self._journal.tried.remove(found)  # of an earlier run: promised is what the codes of this one lose
+            self._try(found.group, found.in_8_bits)
+        return found
 
     @property
     def _smallest(self) -> Tried | None:
@@ -213,18 +217,22 @@ class _Search:
         known = self._journal.find(group, in_8_bits)
         if known is not None:
             return known
-        passes = group != self._trials.group
-        now = time.monotonic()
-        if self._journal.tried and now + self._took + (self._passed if passes else 0.0) > self._end:
+        needed = self._took + (self._passed if group != self._trials.group else 0.0)
+        if self._journal.tried and time.monotonic() + needed > self._end:
             raise _OutOfTime
-        if passes:
+        return self._try(group, in_8_bits)
+
+    def _try(self, group: int, in_8_bits: tuple[str, ...]) -> Tried:
+        started = time.monotonic()
+        if group != self._trials.group:
             self._trials.quantised(group)
-            self._passed = time.monotonic() - now
-            now = time.monotonic()
+            self._passed = time.monotonic() - started
+            started = time.monotonic()
         lost = self._trials.lost(group, in_8_bits)
-        self._took = time.monotonic() - now
+        self._took = time.monotonic() - started
         one = Tried(group, in_8_bits, self._trials.bytes(group, in_8_bits), lost.kl, lost.same)
         self._journal.add(one)
+        self._here.append(one)
         print(f"tried {one}", flush=True)
         return one
 

@@ -18,7 +18,7 @@ from convert.quality import Measured
 from runtime.answer.model import OpenedModel
 
 ROOT = Path(__file__).parents[1]
-LENGTHS, JUDGED = (300, 3400, 8000), 96
+LENGTHS, JUDGED = (300, 3400, 8000), 64
 TEXT = (
     "docs/serving.md",
     "runtime/answer/chat_core.py",
@@ -33,12 +33,12 @@ SETTINGS = {  # what differs from EXACT; None is the runtime's default
     "keys and values in u8": {"KV_CACHE_PRECISION": "u8"},
     "keys in u8, values in u4": {"KEY_CACHE_PRECISION": "u8", "VALUE_CACHE_PRECISION": "u4"},
     "keys and values in u4": {"KEY_CACHE_PRECISION": "u4", "VALUE_CACHE_PRECISION": "u4"},
-    "activations in groups of 32": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
-    "activations in groups of 64": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"},
-    "activations in groups of 128": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"},
     "computed in bf16, keys and values in bf16": {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"},
     "computed in bf16, keys and values in u8": {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "u8"},
     "the default": None,
+    "activations in groups of 32": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
+    "activations in groups of 64": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"},
+    "activations in groups of 128": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"},
 }
 
 
