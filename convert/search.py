@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -137,23 +137,22 @@ def adapted(
             ask_reference(checkpoint, tokenizer, prompts, kept, scratch, bar)
         answers = [kept.answer(prompt.key) for prompt in prompts]
         trials = _Trials(checkpoint, tokenizer, Part(work, "vision"), scratch, answers)
-        found = _Search(trials, log, options.max_loss, started + 60 * options.minutes).run()
+        search = _Search(trials, log, options.max_loss, started + 60 * options.minutes)
+        found = search.run()
     took = (time.monotonic() - started) / 60
-    print(_result(found, trials, options, len(log.tried), took, journal), flush=True)
+    more = "; the time is over, a search with more --minutes goes on from there" if search.ended_early else ""
+    print(f"{_result(found, trials, options.max_loss)}; {len(log.tried)} trials, {took:.1f} minutes{more}", flush=True)
     model, fours = trials.quantised(found.group)
     model.model.rotary_emb = trials.rope
     told = {"max_loss": options.max_loss, **asdict(found), "trials": len(log.tried), "minutes": round(took, 1)}
     return model, fours, trials.recipe(found), told
 
 
-def _result(found: Tried, trials: _Trials, options: ConvertOptions, count: int, took: float, journal: Path) -> str:
-    most, all_in_8 = options.max_loss, trials.bytes(found.group, trials.units) / 1e6
-    assert most is not None
-    tried = f"{count} trials in {journal.name}, {took:.1f} minutes"
+def _result(found: Tried, trials: _Trials, most: float) -> str:
     if found.kl <= most:
-        return f"language: the smallest found that loses at most {most:g} is {found}; {tried}"
-    found_none = f"language: none found that loses at most {most:g}, int8 takes {all_in_8:.1f} MB"
-    return f"{found_none}; the best found is written: {found}; {tried}"
+        return f"language: the smallest found that loses at most {most:g} is {found}"
+    all_in_8 = trials.bytes(found.group, trials.units) / 1e6
+    return f"language: none found that loses at most {most:g}, int8 takes {all_in_8:.1f} MB; the best found is written: {found}"
 
 
 class _Search:
@@ -167,16 +166,19 @@ class _Search:
         self._trials, self._journal, self._most, self._end = trials, journal, most, end
         self._passed, self._took = 0.0, 0.0  # seconds of the last pass and of the last trial
         self._here: list[Tried] = []  # of this run
+        self.ended_early = False
 
     def run(self) -> Tried:
         """The smallest trial that loses at most `most`, or, where time or the checkpoint allow none, the one that loses least."""
         order: list[str] | None = None
-        with suppress(_OutOfTime):
+        try:
             for group in sorted(self._trials.groups):
                 if order is None and self._measure(group, ()).kl > self._most:
                     order = self._order(group)
                 if order is not None:
                     self._bisect(group, [order[:count] for count in range(len(order) + 1)])
+        except _OutOfTime:
+            self.ended_early = True
         while (found := self._smallest or min(self._journal.tried, key=lambda one: one.kl)) not in self._here:
             self._journal.tried.remove(found)  # of an earlier run: promised is what the codes of this one lose
             self._try(found.group, found.in_8_bits)

@@ -114,6 +114,7 @@ def test_a_loss_that_cannot_be_reached_in_the_time_writes_the_best_and_says_so(s
     assert f"trials are kept in out.tried.json, after {len(given)} trials of an earlier search" in out
     (line,) = [line for line in out.splitlines() if line.startswith("language: none")]
     assert line.startswith("language: none found that loses at most 1e-06, int8 takes 0.1 MB; the best found is written: groups of")
+    assert line.endswith("the time is over, a search with more --minutes goes on from there")
 
 
 class Additive:
