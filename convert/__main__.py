@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from convert import convert
-from convert.options import BACKUP_PRECISIONS, FAST, FORMATS, GROUP, RECIPES, VISION_FORMATS, ConvertOptions
+from convert.options import BACKUP_PRECISIONS, DEFAULT, FAST, FORMATS, GROUP, RECIPES, VISION_FORMATS, ConvertOptions
 from convert.serving import OVMS
 from runtime import __version__
 from runtime.errors import InternVLError, not_installed
@@ -51,16 +51,29 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument(
         "--recipe",
         choices=(*RECIPES, FAST),
-        default=default.recipe,
         help="of int4 in the language part: default, small (smallest) and exact (larger) are calibrated on the checkpoint's own "
-        "answers; fast only rounds (default: %(default)s)",
+        f"answers; fast only rounds (default: {DEFAULT})",
+    )
+    weights.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="KL",
+        help="search the smallest int4 of the language part that loses at most this (mean KL of the next token) on questions of "
+        "the search, instead of a recipe; goes on after an interruption (default: no search)",
+    )
+    weights.add_argument(
+        "--minutes",
+        type=float,
+        default=default.minutes,
+        metavar="M",
+        help="how long --max-loss may search; the conversion's own time is added (default: %(default)g)",
     )
     weights.add_argument(
         "--group-size",
         type=int,
         metavar="N",
         help="quantisation group of int4: weights that share a scale; -1 is one scale a row (default: "
-        f"{RECIPES[default.recipe].group}, small, fast and vision {GROUP}, exact {RECIPES['exact'].group})",
+        f"{RECIPES[DEFAULT].group}, small, fast and vision {GROUP}, exact {RECIPES['exact'].group})",
     )
     weights.add_argument(
         "--ratio",
@@ -154,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except BaseException as error:
         if interrupted.is_set():  # checked first: OpenVINO's C++ turns an interrupt into some other error
-            print("error: interrupted, nothing was written; run the same command to start again", file=sys.stderr)
+            again = "start again" if options["max_loss"] is None else "go on with the search"
+            print(f"error: interrupted, no folder was written; run the same command to {again}", file=sys.stderr)
             return EXIT_INTERRUPTED
         if isinstance(error, ModuleNotFoundError):
             error = not_installed(error, "convert")

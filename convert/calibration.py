@@ -29,6 +29,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TILES = 24  # of a dataset, for the vision part's activation ranges; each takes a second or two
 SEEN = 2  # photographs to calibrate on; the others are held out
 UNSEEN = 7  # seed of the drawn pictures that are held out
+CHOSEN = 11  # and of those by which a search chooses
 KEPT_APART = 4  # every fourth picture of a dataset is held out
 QUESTION = "Describe this picture in detail."
 
@@ -79,6 +80,11 @@ def tiles_kept_apart(side: int) -> list[np.ndarray]:
     """Held-out tiles (1, 3, S, S): a page, a chart, a photograph if there is one."""
     pictures = [scenes.page(UNSEEN), scenes.chart(UNSEEN), *scenes.photographs()[SEEN:]]
     return [_tile(picture, side) for picture in pictures]
+
+
+def tiles_to_choose_by(side: int) -> list[np.ndarray]:
+    """Tiles (1, 3, S, S) that are neither calibrated on nor in the proof: a page, a window."""
+    return [_tile(picture, side) for picture in (scenes.page(CHOSEN), scenes.window(CHOSEN))]
 
 
 def question_of(picture: Path) -> str:

@@ -229,7 +229,9 @@ def four_bits(matrix: torch.Tensor, group_size: int) -> FourBits:
 
 def eight_bits(matrix: torch.Tensor) -> EightBits:
     """A matrix (rows, columns) in eight bits, rounded as `compress` does with INT8_ASYM."""
-    return EightBits(*_rounded(matrix, "INT8_ASYM", -1))
+    parts = [_rounded(rows, "INT8_ASYM", -1) for rows in matrix.split(max(1, WEIGHTS_AT_ONCE // matrix.shape[1]))]
+    codes, zeros, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return EightBits(codes, zeros, scales.half())
 
 
 def _rounded(matrix: torch.Tensor, mode: str, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

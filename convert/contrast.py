@@ -53,6 +53,7 @@ OF_CHAT = {  # options for chat models only
     "serving": "--serving",
     "scale_estimation": "--scale-estimation",
     "reference_cache": "--reference-cache",
+    "max_loss": "--max-loss",
 }
 INTERNVIT_6B_FORMATS = ("fp32", "fp16", "int8", W8A8)
 

@@ -79,6 +79,10 @@ class FourBits(Compressed):
 class EightBits(Compressed):
     """Codes are uint8 (..., rows, columns); a row is one group."""
 
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Some rows of a matrix (rows, columns), dequantised to float32."""
+        return self.codes[first:last].float().sub_(self.zeros[first:last]).mul_(self.scales[first:last].float())
+
     def node(self, name: str, kind: ov.Type, empty: Empty) -> ov.Output:
         codes = _constant(self.codes, [*self.codes.shape], ov.Type.u8, name, empty)
         zeros = _constant(self.zeros, [*self.zeros.shape], ov.Type.u8, f"{name}/zero_point", empty)

@@ -38,7 +38,8 @@ RECIPES = {  # docs/quality.md lists what was tried
     "small": Recipe(128),
     "exact": Recipe(32, r"\.([vko]|down)_proj$"),
 }
-FAST = "fast"  # rounding to the nearest, without calibration
+DEFAULT, FAST = "default", "fast"  # fast: rounding to the nearest, without calibration
+SEARCHED = (128, 64, 32)  # quantisation groups that a search tries
 NNCFS = ("sym", "ratio", "backup_precision", "awq", "scale_estimation")  # options of NNCF's own algorithms
 
 
@@ -71,7 +72,9 @@ class ConvertOptions:
     weight_format: str = "int4"  # of the language part; `formats` derives the other parts' from it
     vision_weight_format: str = AUTO
     text_embeddings_weight_format: str | None = None
-    recipe: str = "default"  # of int4 in the language part: RECIPES, or fast
+    recipe: str | None = None  # of int4 in the language part: RECIPES, or fast; None is default
+    max_loss: float | None = None  # mean KL a token; the smallest recipe of the language part within it is searched
+    minutes: float = 30.0  # of that search
     group_size: int | None = None  # int4 weights that share a scale; -1 is one scale a row; None is the recipe's
     ratio: float = 1.0  # share of int4 layers; the rest has the backup precision
     sym: bool = False  # symmetric: no zero points
@@ -98,8 +101,9 @@ class ConvertOptions:
             if value is not None and value not in known:
                 raise OptionError(f"{name} {value!r} is not known; known are {', '.join(known)}")
         known_recipes = (*RECIPES, FAST)
-        if self.recipe not in known_recipes:
+        if self.recipe not in (None, *known_recipes):
             raise OptionError(f"recipe {self.recipe!r} is not known; known are {', '.join(known_recipes)}")
+        self._check_search()
         if self.recipe in ("small", "exact") and self._asks_nncf:
             raise OptionError(f"recipe {self.recipe} cannot use {', '.join(self._asks_nncf)}: leave one out")
         if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
@@ -115,12 +119,27 @@ class ConvertOptions:
             raise OptionError(
                 "the dataset is not used: leave it out; only w8a8, --awq, --scale-estimation and a --ratio below 1 calibrate on it"
             )
-        if self.reference_cache and not self.verify:
+        if self.reference_cache and not self.verify and self.max_loss is None:
             raise OptionError("the reference cache is not used without the proof: leave out --no-verify")
         if self.num_samples < 1:
             raise OptionError(f"num samples {self.num_samples} is not positive")
         if self.weight_format != "int4" and (self.awq or self.scale_estimation or self.ratio != 1):
             raise OptionError(f"awq, scale estimation and ratio are for weight format int4, not {self.weight_format}")
+
+    def _check_search(self) -> None:
+        if self.max_loss is None:
+            if self.minutes != type(self).minutes:
+                raise OptionError("the minutes are those of a search: give the loss with --max-loss, or leave them out")
+            return
+        if self.weight_format != "int4":
+            raise OptionError(f"max loss is for weight format int4, not {self.weight_format}: leave one out")
+        own = [*(["--recipe"] if self.recipe else []), *(["--group-size"] if self.group_size is not None else []), *self._asks_nncf]
+        if own:
+            raise OptionError(f"max loss searches the recipe: leave out {', '.join(own)}")
+        if not self.max_loss > 0:
+            raise OptionError(f"max loss {self.max_loss} is not above 0: give a mean KL a token, like 0.01")
+        if not self.minutes > 0:
+            raise OptionError(f"minutes {self.minutes:g} is not above 0: give the time that the search may take, like 30")
 
     @property
     def _asks_nncf(self) -> list[str]:
@@ -131,7 +150,9 @@ class ConvertOptions:
         """The recipe that calibrates int4 of the language part on the matrices' inputs; None where NNCF compresses it."""
         if self.weight_format != "int4" or self.recipe == FAST or self._asks_nncf:
             return None
-        recipe = RECIPES[self.recipe]
+        if self.max_loss is not None:
+            return Recipe(SEARCHED[-1])  # the least that every matrix must allow; the search finds the rest
+        recipe = RECIPES[self.recipe or DEFAULT]
         return recipe if self.group_size is None else replace(recipe, group=self.group_size)
 
     @property

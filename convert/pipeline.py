@@ -28,12 +28,13 @@ from convert.four_bits import Ready
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, Recipe, check_packed
 from convert.questions import CALIBRATION_TOKENS, OF_PICTURE_TOKENS, calibration_texts, questions_of_proof
-from convert.recipe import round_by_inputs, take_place
+from convert.recipe import SINGULAR, round_by_inputs, take_place
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
 from convert.reference.router import KEPT_EXACT
 from convert.reference.router import TENSORS as ROUTER
 from convert.scratch import Scratch
+from convert.search import adapted
 from convert.serving import add_to_repository, write_graph
 from convert.steps import BYTES_A_WEIGHT, LOAD_TYPES, Summary, in_8_bits, preprocessor_config, save_part, step, write_json
 from convert.tokenizer import context_id, generation_config, load_tokenizer, save_tokenizer
@@ -57,6 +58,7 @@ from runtime.parts import memory
 
 CONFIGURATION_CODE = "configuration_internvl_chat.py"  # ours, for optimum-intel
 TOKENIZER_BYTES = 40_000_000
+SEARCH_BYTES = 1.6  # a weight: in four and in eight bits
 
 
 def run(there: Path, source: str, final: Path, options: ConvertOptions) -> Summary:
@@ -88,6 +90,9 @@ def run(there: Path, source: str, final: Path, options: ConvertOptions) -> Summa
     found = find_pictures(options.dataset, options.num_samples) if options.dataset else []
     pictures, apart = divided(found)
     check_space(final, _expected_bytes(checkpoint, formats, options))
+    if options.max_loss is not None and _recipe(checkpoint, options) is None:
+        kind = "is packed" if checkpoint.recipe is not None else "has experts, which are rounded one by one"
+        raise OptionError(f"the checkpoint {kind}: --max-loss has nothing to search, leave it out")
     if checkpoint.recipe is None:
         recipe = _recipe(checkpoint, options)
         for part in {*formats} - {"text_embeddings"}:
@@ -123,7 +128,7 @@ def run(there: Path, source: str, final: Path, options: ConvertOptions) -> Summa
             with step("verify"):
                 cache = Path(options.reference_cache) if options.reference_cache else None
                 questions = questions_of_proof(checkpoint.config.tile_size, apart)
-                summary.report = verify(checkpoint, work, tokenizer, formats, questions, cache)
+                summary.report = verify(checkpoint, work, tokenizer, formats, questions, cache, summary.search)
             print(*summary.report.lines(), sep="\n", flush=True)
             summary.report.raise_if_drifted()
             summary.verify_seconds = time.monotonic() - started - summary.seconds
@@ -159,7 +164,7 @@ def _convert_part(
         "vision": lambda: trace_vision(load_vision(checkpoint, dtype, empty=scratch.empty, later=later)),
         "router": lambda: trace_router(load_router(checkpoint, dtype, empty=scratch.empty)),
         "language": lambda: trace_language(
-            _in_four_bits(checkpoint, tokenizer, work, recipe, scratch, ready)
+            _in_four_bits(checkpoint, tokenizer, work, recipe, scratch, ready, options, summary)
             if recipe is not None and ready is not None
             else load_language(checkpoint, dtype, head_only=True, empty=scratch.empty, later=later, ready=ready),
             quantised=dtype is None,
@@ -193,9 +198,21 @@ def _recipe(checkpoint: Checkpoint, options: ConvertOptions) -> Recipe | None:
 
 
 def _in_four_bits(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, work: Path, recipe: Recipe, scratch: Scratch, ready: Ready
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+    recipe: Recipe,
+    scratch: Scratch,
+    ready: Ready,
+    options: ConvertOptions,
+    summary: Summary,
 ) -> PreTrainedModel:
     """The language part with its matrices in `ready`, quantised to four bits on texts that the checkpoint itself writes."""
+    if options.max_loss is not None:
+        journal = summary.folder.with_name(f"{summary.folder.name}.tried.json")
+        model, found, recipe, summary.search = adapted(checkpoint, tokenizer, work, scratch, options, journal)
+        take_place(model, found, recipe, ready, partial(four_bits, group_size=recipe.group))
+        return model
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
     print("language: int4 calibrated on its own answers (GPTQ); --recipe fast is quicker and loses more", flush=True)
     rope = copy.deepcopy(model.model.rotary_emb)  # some models change it in a forward and cannot be traced afterwards
@@ -205,7 +222,7 @@ def _in_four_bits(
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
     model.model.rotary_emb = rope
     if rounded:
-        print(f"language: rounded to nearest, because the Hessian of their inputs is singular: {some(rounded)}", flush=True)
+        print(SINGULAR + some(rounded), flush=True)
     take_place(model, found, recipe, ready, partial(four_bits, group_size=recipe.group))
     return model
 
@@ -249,6 +266,7 @@ def _expected_bytes(checkpoint: Checkpoint, formats: dict[str, str], options: Co
         copies[part] += weights * (
             stored if checkpoint.copies(name, later=_merges_later(formats[part], checkpoint, options)) else 0
         )
+        copies[part] += weights * (SEARCH_BYTES if part == "language" and options.max_loss is not None else 0)
         copies[part] += weights * ((wanted if wanted != stored or EXPERTS in name else 0) + (stored if PACKED in name else 0))
     return int(sum(sizes.values()) + max(copies.values())) + TOKENIZER_BYTES
 

@@ -80,9 +80,10 @@ class Quality:
             "parts": {part: measured.to_dict() for part, measured in self.parts.items() if measured.tokens},
         }
 
-    def write(self, folder: Path) -> None:
-        """Write quality.json into the model folder. Raises OSError."""
-        (folder / QUALITY_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def write(self, folder: Path, search: dict[str, Any] | None = None) -> None:
+        """Write quality.json into the model folder, with what a `search` found. Raises OSError."""
+        told = self.to_dict() | ({"search": search} if search is not None else {})
+        (folder / QUALITY_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     def lines(self) -> list[str]:
         """A table for people."""

@@ -1,6 +1,6 @@
-"""The questions to a checkpoint, to calibrate its language part and to prove a folder; and the texts made from its answers.
+"""The questions to a checkpoint: to calibrate its language part, to choose a recipe, to prove a folder; texts from its answers.
 
-The two sets share no question and no picture (tests check it); tests/bench_quality.py, which judges recipes, has a third set.
+The sets share no question and no picture (tests check it); tests/bench_quality.py, which judges recipes, has one of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convert.answers import Question, prompts_of, write
-from convert.calibration import question_of, tile_of, tiles_kept_apart, tiles_seen
+from convert.calibration import question_of, tile_of, tiles_kept_apart, tiles_seen, tiles_to_choose_by
 from convert.checkpoint import Checkpoint
 from convert.exact import Part
 from convert.recipe import Texts
@@ -77,6 +77,27 @@ PACKAGES = (
     "packaging",
 )
 PASSAGE_TOKENS = 256
+
+# By their answers a search (search.py) chooses; it never sees those of the proof.
+CHOOSING = (
+    "Why do ships float although steel is heavier than water?",
+    "Write a Python function that merges two sorted lists.",
+    "Translate to Italian: The bakery opens before seven, and the first loaves are sold within minutes.",
+    "用一段话介绍一下西湖。",
+    "Give me a packing list for three days of hiking in the mountains.",
+    "Write a bash script that counts the lines of all .txt files in a folder.",
+    "What is the sum of the first ten odd numbers? Show how you found it.",
+    "Describe a kitchen where somebody has just baked bread.",
+    "Return a JSON object that describes a bus stop: name, position, lines.",
+    "Explain the difference between a virus and a bacterium.",
+    "请写一个SQL语句，删除重复的行。",
+    "Wie entsteht ein Regenbogen? Antworte in zwei Sätzen.",
+    "Write a thank-you note to a neighbour who watered the plants.",
+    "Compare three kinds of renewable energy in a Markdown table.",
+    "What does the HTTP status code 304 mean, and when is it sent?",
+    "Write the first lines of a detective story that begins in a museum.",
+)
+OF_CHOSEN = ("What can be read here?", "Describe the window and what is in it.")  # a page, a window
 
 PROOF = (
     "Who painted the Mona Lisa, and where does it hang?",
@@ -159,6 +180,12 @@ def packed(texts: list[Tensor], visual: list[Tensor]) -> Texts:
     joined = [[torch.cat([kind[number] for number in row]) for row in rows] for kind in (texts, visual)]
     there = [torch.ones(len(row), dtype=torch.int64) for row in joined[0]]
     return Texts(*(pad_sequence(kind, batch_first=True) for kind in (joined[0], there, joined[1])))
+
+
+def questions_of_choosing(side: int) -> list[Question]:
+    """The questions by which a search chooses, some about drawn pictures that nothing else uses."""
+    own = [Question(text, tile) for text, tile in zip(OF_CHOSEN, tiles_to_choose_by(side), strict=True)]
+    return [*(Question(text) for text in CHOOSING), *own]
 
 
 def questions_of_proof(side: int, pictures: Iterable[Path] = ()) -> list[Question]:

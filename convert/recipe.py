@@ -23,6 +23,7 @@ from convert.options import Recipe
 from convert.reference.language import LlamaWithVisualExperts
 from convert.reference.model import multiplying_quickly, quick_type
 
+SINGULAR = "language: rounded to nearest, because the Hessian of their inputs is singular: "
 Empty = Callable[..., Tensor]
 NORMS = ("input_layernorm", "post_attention_layernorm")
 POWERS = (0.25, 0.5, 0.75, 1.0)
@@ -42,17 +43,18 @@ class Texts:
 
 @torch.no_grad()
 def round_by_inputs(
-    model: PreTrainedModel, texts: Texts, recipe: Recipe, empty: Empty, reached: Callable[[], Any]
+    model: PreTrainedModel, texts: Texts, recipe: Recipe, empty: Empty, reached: Callable[[], Any], *, both: bool = False
 ) -> tuple[dict[str, FourBits], list[str]]:
     """The matrices of a decoder's layers in four bits, by name, and the names of those that were only rounded: singular Hessian.
 
     Where some channels after a norm are much larger than others, a scale moves from the norm into the next matrices' columns, in
     `model` too: X diag(s)^-1 diag(s) W, J. Lin et al. 2023, arXiv:2306.00978 (AWQ). `empty` gives the memory of the results;
-    `reached` is called once per matrix.
+    `reached` is called once per matrix. With `both`, a matrix in four bits also stays in `model` with that scale, so that the
+    model in full precision computes as before.
     """
     layers: nn.ModuleList = model.model.layers
     spares = partial(recipe.spares, depth=len(layers))
-    walk = _Walk(texts.mask.bool(), recipe.group, spares, empty, reached, quick_type())
+    walk = _Walk(texts.mask.bool(), recipe.group, spares, both, empty, reached, quick_type())
     names: dict[Any, str] = {module: f"layers.{name}" for name, module in layers.named_modules() if type(module) is nn.Linear}
     norms = [module for name, module in layers.named_modules() if name.endswith(NORMS)]
     if isinstance(model, LlamaWithVisualExperts):  # its visual experts read the second norm too
@@ -97,13 +99,14 @@ class _Walk:
         mask: Tensor,
         group: int,
         spares: Callable[[str], bool],
+        both: bool,
         empty: Empty,
         reached: Callable[[], Any],
         kind: torch.dtype,
     ):
         self.found: dict[str, FourBits] = {}
         self.rounded: list[str] = []
-        self._mask, self._group, self._spares = mask, group, spares
+        self._mask, self._group, self._spares, self._both = mask, group, spares, both
         self._empty, self._reached, self._kind = empty, reached, kind
         self._norm: tuple[Any, Tensor] | None = None
         self._seen: _Seen | None = None
@@ -119,11 +122,11 @@ class _Walk:
         if seen.divisor is not None:
             x = x / seen.divisor
             matrix = matrix * seen.divisor
-        if self._spares(name):
-            if seen.divisor is not None:
-                kept = self._empty(matrix.shape, dtype=module.weight.dtype).copy_(matrix)
-                module.weight = nn.Parameter(kept, requires_grad=False)
-        else:
+        spared = self._spares(name)
+        if seen.divisor is not None and (spared or self._both):
+            kept = self._empty(matrix.shape, dtype=module.weight.dtype).copy_(matrix)
+            module.weight = nn.Parameter(kept, requires_grad=False)
+        if not spared:
             four = gptq(matrix, seen.inputs)
             if seen.inputs.factors is None:
                 self.rounded.append(name)

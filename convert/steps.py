@@ -39,6 +39,7 @@ class Summary:
     part_bytes: dict[str, int] = field(default_factory=dict)
     widths: dict[str, dict[str, float]] = field(default_factory=dict)
     proof: str = ""  # of a vision part in w8a8
+    search: dict[str, Any] | None = None  # of --max-loss
     report: Report | None = None
 
     def lines(self) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -101,12 +102,14 @@ def verify(
     formats: dict[str, str],
     questions: Sequence[Question],
     cache: Path | None = None,
+    search: dict[str, Any] | None = None,
 ) -> Report:
     """Compare a folder with the reference: each part on a small input, and all parts on the answers to `questions`.
 
     Every part gets the reference's input, so that a difference is its own. The small input is one random tile and a short prompt,
     in which the language part gets two rows of the tile; that suffices. The reference's results are stored in `cache`, and read
-    from it if they are there. Writes the quality into the folder. Raises OptionError for another checkpoint's cache.
+    from it if they are there. Writes the quality, and what a `search` found, into the folder. Raises OptionError for another
+    checkpoint's cache.
     """
     scratch = Scratch(folder)
     prompts = prompts_of(questions, tokenizer, checkpoint.config.tokens_per_tile)
@@ -119,7 +122,7 @@ def verify(
         rows = _compare_parts(checkpoint, folder, tokenizer, formats, kept, bar)
         answers = ((kept.answer(prompt.key), prompt.tile) for prompt in prompts)
         quality = measure(folder, answers, len(prompts), bar.update)
-    quality.write(folder)
+    quality.write(folder, search)
     return Report(rows, quality)
 
 

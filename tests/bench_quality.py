@@ -1,8 +1,9 @@
 """python -m tests.bench_quality CHECKPOINT FOLDER...: the judge of a recipe, on a checkpoint that has been trained.
 
 Questions and texts here are neither those that a recipe is calibrated on (CALIBRATION, MODULES, PACKAGES of convert/questions.py)
-nor those by which recipes were chosen (PROOF). Answers are the reference's own, texts are passages of Python's library and of our
-documents; both are read by the language part alone, with the reference's inputs. Ends with a line of JSON.
+nor those by which recipes were chosen (PROOF; CHOOSING by a search). Answers are the reference's own, texts are passages of
+Python's library and of our documents; both are read by the language part alone, with the reference's inputs. Ends with a line of
+JSON.
 """
 
 from __future__ import annotations

@@ -25,4 +25,7 @@ def read_quality(folder: Path) -> dict[str, str]:
     if first is not None:
         whole += f", first other (median) {first}"
     rows = {"quality": f"{whole}; {told['tokens']} tokens of {told['questions']} answers"}
+    if "search" in told:
+        found = told["search"]
+        rows["searched"] = f"language KL {found['kl']:.5f} of at most {found['max_loss']:g}, on the answers that it chose by"
     return rows | ({"quality by part": "; ".join(f"{part} {line}" for part, line in parts.items())} if parts else {})

@@ -104,6 +104,7 @@ def _pad_tokens(model: ov.Model, attention: Sequence[ov.Node], multiple: int) ->
     if not 0 < padding <= MOST_PADDING * count or len(starts) != 1:
         return None
     (start,) = starts
+    looking = {node.get_name() for node in attention}
     reached, cuts, shapes = {start.get_name()}, [], []
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
@@ -122,7 +123,7 @@ def _pad_tokens(model: ov.Model, attention: Sequence[ov.Node], multiple: int) ->
             kind in PER_TOKEN
             or (kind in LAST_AXIS and [*_constant(node, LAST_AXIS[kind])] in ([-1], [len(node.get_input_partial_shape(0)) - 1]))
             or (kind == "MatMul" and fed == [0])
-            or node.get_name() in {each.get_name() for each in attention}
+            or node.get_name() in looking
         ):
             return None
         reached.add(node.get_name())

@@ -210,7 +210,7 @@ def test_an_interrupted_conversion_leaves_nothing(tiny, tmp_path, sent):
     process.send_signal(sent)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "error: interrupted, nothing was written" in err
+    assert "error: interrupted, no folder was written; run the same command to start again" in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 

@@ -18,7 +18,17 @@ from convert.answers import TOKENS, Kept, fingerprint, prompts_of
 from convert.checkpoint import Checkpoint
 from convert.exact import LanguagePart
 from convert.quality import Measured
-from convert.questions import CALIBRATION, MODULES, OF_PICTURES, OF_SEEN, PROOF, packed, questions_of_proof
+from convert.questions import (
+    CALIBRATION,
+    CHOOSING,
+    MODULES,
+    OF_CHOSEN,
+    OF_PICTURES,
+    OF_SEEN,
+    PROOF,
+    packed,
+    questions_of_proof,
+)
 from convert.reference.model import InternVLChatModel
 from convert.tokenizer import load_tokenizer
 from runtime.__main__ import main as runtime
@@ -113,7 +123,7 @@ def test_the_median_of_the_first_other_token_counts_answers_without_one():
 
 
 def test_calibration_and_proof_have_nothing_in_common():
-    asked = [*CALIBRATION, *OF_SEEN, *PROOF, *OF_PICTURES, *JUDGING]
+    asked = [*CALIBRATION, *OF_SEEN, *CHOOSING, *OF_CHOSEN, *PROOF, *OF_PICTURES, *JUDGING]
     assert len({*asked}) == len(asked)
     assert not {*MODULES} & {file.stem for file, _ in TEXTS}
 
