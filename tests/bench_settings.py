@@ -16,11 +16,9 @@ import torch
 
 from convert.quality import Measured
 from runtime.answer.model import OpenedModel
-from runtime.parts import paged_cache
 
 ROOT = Path(__file__).parents[1]
 LENGTHS, JUDGED = (300, 3400, 8000), 64
-LEAST_PAGE = 16  # tokens
 TEXT = (
     "docs/serving.md",
     "runtime/answer/chat_core.py",
@@ -46,7 +44,6 @@ SETTINGS = {  # what differs from EXACT; None is the runtime's default
 
 def read(folder: Path, config: dict[str, str] | None, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
     """The log probabilities (JUDGED, V) of the tokens behind each length, teacher-forced; a token judged is a decode step."""
-    paged_cache.FIRST_PAGES = -(-(lengths[-1] + JUDGED) // LEAST_PAGE)  # pages of 4 bits cannot grow: OpenVINO has no views of them
     model = OpenedModel(folder, "CPU", ov_config=config, tuned=False)
     model.wait_until_packed()
     model.language_part.take_second()  # decode is compiled apart after some answers, where that is the default

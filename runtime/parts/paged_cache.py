@@ -131,7 +131,7 @@ class PagedCache(KVCache):
         for name in self._shapes:
             theirs, ours = donor._tensors[name], self._tensors[name]
             for source, target in zip(donor._tables[0], table, strict=False):
-                _pages_of(theirs, source, source + 1).copy_to(_pages_of(ours, target, target + 1))
+                _pages_of(ours, target, target + 1)[:] = _pages_of(theirs, source, source + 1)
         self._tables, self._lengths = [table], [count * self._page]
         self._keys = keys[: count * self._page].copy()
 
@@ -229,7 +229,7 @@ class PagedCache(KVCache):
         for name, (kind, shape) in self._shapes.items():
             tensor = ov.Tensor(kind, ov.Shape([pages, *shape]))
             if self._pages:
-                self._tensors[name].copy_to(_pages_of(tensor, 0, self._pages))
+                _pages_of(tensor, 0, self._pages)[:] = _pages_of(self._tensors[name], 0, self._pages)
             self._tensors[name] = tensor
             for request in self._requests():
                 request.set_tensor(name, tensor)
@@ -240,7 +240,7 @@ class PagedCache(KVCache):
     def _copy_page(self, source: int, target: int) -> None:
         for name in self._shapes:
             tensor = self._tensors[name]
-            _pages_of(tensor, source, source + 1).copy_to(_pages_of(tensor, target, target + 1))
+            _pages_of(tensor, target, target + 1)[:] = _pages_of(tensor, source, source + 1)
 
 
 def page_shapes(compiled: ov.CompiledModel) -> dict[str, tuple[ov.Type, list[int]]]:
@@ -249,7 +249,7 @@ def page_shapes(compiled: ov.CompiledModel) -> dict[str, tuple[ov.Type, list[int
     return {name: (port.element_type, [side.get_length() for side in [*port.partial_shape][1:]]) for name, port in ports.items()}
 
 
-def _pages_of(tensor: ov.Tensor, start: int, end: int) -> ov.Tensor:
-    """A view of some pages of a cache tensor (pages, ...)."""
-    shape = [*tensor.shape]
-    return ov.Tensor(tensor, ov.Coordinate([start, *[0] * (len(shape) - 1)]), ov.Coordinate([end, *shape[1:]]))
+def _pages_of(tensor: ov.Tensor, start: int, end: int) -> np.ndarray:
+    """The bytes of some pages of a cache tensor (pages, ...), to read or write: OpenVINO has no views of numbers of 4 bits."""
+    page = tensor.byte_size // tensor.shape[0]
+    return tensor.data.reshape(-1).view(np.uint8)[start * page : end * page]

@@ -18,7 +18,7 @@ from runtime import OVInternVLChatModel
 from runtime.errors import DeviceError
 from runtime.folder.files import DECODE_FILE, PART_FILES, TUNED_FILE, save_model
 from runtime.folder.settings import keep, machine, reset
-from runtime.parts import device, language_part
+from runtime.parts import device, language_part, paged_cache
 from runtime.parts.paged_cache import FEW
 from runtime.parts.rows import to_int8_rows
 
@@ -179,6 +179,22 @@ def test_what_the_class_of_a_processor_wants_comes_after_some_answers(shapes, mo
     talk.ask("Which shape is purple?", images=[PICTURE], temperature=1.0, seed=1)
     assert talk._cache._decode is talk._cache._prefill, "a seed repeats what it gave before"
     assert model.start_conversation().ask("Which shape is purple?", images=[PICTURE]) == "circle"
+
+
+@pytest.mark.parametrize("pages", ["u4", "u8", "f16", "bf16"])
+def test_pages_of_any_precision_grow_and_are_copied(shapes, monkeypatch, pages):
+    """The oracle is a cache that has room from the start, and a conversation that copies nothing."""
+    if pages == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    config = {"KEY_CACHE_PRECISION": pages, "VALUE_CACHE_PRECISION": pages}
+    answers = []
+    for first_pages in (64, 1):
+        monkeypatch.setattr(paged_cache, "FIRST_PAGES", first_pages)
+        model = OVInternVLChatModel(shapes, ov_config=config)
+        for _ in range(2):  # the second one copies the pages of the first
+            answers.append(model.start_conversation().ask("Describe the picture.", images=[PICTURE]))
+    assert len({*answers}) == 1
+    assert len(answers[0].split()) > 5
 
 
 def test_decode_is_not_compiled_apart_where_memory_is_short(shapes, monkeypatch):
