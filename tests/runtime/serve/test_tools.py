@@ -118,15 +118,17 @@ def test_drawn_calls_fit_their_schemas(model):  # noqa: F811
     """By the native engine, which bounds white space."""
     with serving(NativeEngine(model)) as (address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
-        found = []
-        for seed in range(12):
+        drawn: set[str] = set()
+        for seed in range(40):
             options = {"tools": TOOLS, "tool_choice": "required", "temperature": 2.0, "seed": seed, "max_tokens": 200}
-            found.append(ask(client, **options).choices[0])
-            for call in found[-1].message.tool_calls or []:
-                if found[-1].finish_reason == "tool_calls":
+            choice = ask(client, **options).choices[0]
+            for call in choice.message.tool_calls or []:
+                if choice.finish_reason == "tool_calls":
                     jsonschema.validate(json.loads(call.function.arguments), CITY if call.function.name == "weather" else {})
-        whole = [choice for choice in found if choice.finish_reason == "tool_calls"]
-        assert {call.function.name for choice in whole for call in choice.message.tool_calls} == {"weather", "now"}
+                    drawn.add(call.function.name)
+            if seed >= 7 and drawn == {"weather", "now"}:
+                break
+        assert drawn == {"weather", "now"}
 
 
 @pytest.mark.parametrize("choice", ["auto", "none"])

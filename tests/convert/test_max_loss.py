@@ -1,4 +1,4 @@
-"""python -m pytest tests/convert/test_search.py
+"""python -m pytest tests/convert/test_max_loss.py
 
 --max-loss: the smallest recipe under a loss, what is written loses what was promised, an interrupted search goes on.
 """
