@@ -122,15 +122,17 @@ class LanguagePart:
         """Compile `later` now, if there is one that is not compiled yet and memory for it."""
         with self._lock:
             later, self._later = self._later, None
+        if later is None:
+            return
         weights = (self._folder / self._placed[0].file).with_suffix(".bin").stat().st_size
-        if later is None or FREE_FOR_SECOND * weights > memory.of_machine()[1]:
+        if FREE_FOR_SECOND * weights > memory.of_machine()[1]:
             return
         try:
             self._second = later()
         except DeviceError:  # decode goes on as before
             return
-        self._runs_to_pack = 2
-        self.pack()
+        self._runs_to_pack = 1  # a prompt is read as before
+        self.new_cache().feed(np.zeros((1, 1, self._width), np.float32), np.ones((1, 1), np.int64), np.zeros(1))
 
     def _when_idle(self, work: Callable[[], None]) -> None:
         """Run `work` in a thread once there is no request for `IDLE_SECONDS`; not when the program ends before."""
