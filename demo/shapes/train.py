@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from demo.shapes.curriculum import STARTS
 from demo.shapes.layout import PRESETS, build_tokenizer, config_json
@@ -201,24 +203,27 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a checkpoint in the published layout."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name.removeprefix("vision.")
-            if name.startswith("vision.")
-            else "language_model." + name.removeprefix("language."): tensor
-            for name, tensor in self.average.items()
-            if not name.startswith("look")
-        }
-        stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        self.tokenizer.save_pretrained(folder)
-        end = self.config_json["llm_config"]["eos_token_id"]
-        for name, content in (
-            ("config.json", self.config_json),
-            ("generation_config.json", {"eos_token_id": [end], "max_new_tokens": 256, "do_sample": False}),
-            ("preprocessor_config.json", {"size": SIDE, "crop_size": SIDE, "do_resize": True}),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_checkpoint(folder, self.average, self.tokenizer, self.config_json)
+
+
+def save_checkpoint(folder: Path, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast, config: dict[str, Any]) -> None:
+    """Write a student's weights in bfloat16 as a checkpoint in the published layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name.removeprefix("vision.") if name.startswith("vision.") else "language_model." + name.removeprefix("language."): tensor
+        for name, tensor in weights.items()
+        if not name.startswith("look")
+    }
+    stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    end = config["llm_config"]["eos_token_id"]
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", {"eos_token_id": [end], "max_new_tokens": 256, "do_sample": False}),
+        ("preprocessor_config.json", {"size": SIDE, "crop_size": SIDE, "do_resize": True}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def open_run(folder: Path) -> Run:
