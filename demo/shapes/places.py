@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ from demo.shapes.samples import IGNORED, Encoder, even_weights
 from demo.shapes.scenes import Scene, make_scene
 from demo.shapes.student import Student
 from demo.shapes.texts import DIGITS
-from demo.shapes.train import save_checkpoint
+from demo.shapes.train import save_checkpoint, stay, worker_count
 from runtime.answer.boxes import FULL, find_boxes, intersection_over_union
 from runtime.folder.config import InternVLConfig
 from runtime.media.tiles import choose_grid, cut_pixels, normalise
@@ -366,18 +367,22 @@ def overlap(one: Tensor, other: Tensor) -> Tensor:
 def teach_places(
     folder: Path, output: Path | None, options: PlaceOptions, *, minutes: float = 1e9, saved_every: int = 100
 ) -> Places:
-    """Run one stage until its steps are done or `minutes` have passed; the joint stage writes a checkpoint at its end."""
+    """Run one stage until its steps are done, `minutes` have passed or the process is asked to end.
+
+    The joint stage writes a checkpoint when its steps are done.
+    """
     places = Places(folder, options)
     places.load()
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     started = time.monotonic()
-    workers = max(1, min(12, (os.cpu_count() or 2) - 1))
     loader = DataLoader(
         PlaceSteps(options, places.encoder),
         batch_size=None,
         sampler=range(places.step, options.steps),
-        num_workers=workers,
+        num_workers=worker_count(),
         prefetch_factor=4,
-        collate_fn=list,
+        worker_init_fn=stay,
     )
     with (folder / f"{options.stage}.jsonl").open("a", encoding="utf-8") as log:
         for samples in loader:
@@ -391,8 +396,9 @@ def teach_places(
                     file=log,
                     flush=True,
                 )
-            if time.monotonic() - started > 60 * minutes:
+            if asked or time.monotonic() - started > 60 * minutes:
                 break
+    signal.signal(signal.SIGTERM, before)
     places.save()
     if output and options.stage == "joint" and places.step == options.steps:
         save_checkpoint(output, places.average, places.tokenizer, places.config_json)

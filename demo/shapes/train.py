@@ -233,7 +233,7 @@ def open_run(folder: Path) -> Run:
     return run
 
 
-def _stay(_: int) -> None:
+def stay(_: int) -> None:
     """Ignore SIGTERM, which service managers send to the whole group: the process that saves handles it and ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -251,9 +251,9 @@ def train(
         steps,
         batch_size=None,
         sampler=range(run.step, options.steps),
-        num_workers=_workers(),
+        num_workers=worker_count(),
         prefetch_factor=4,
-        worker_init_fn=_stay,
+        worker_init_fn=stay,
     )
     started = time.monotonic()
     bar = tqdm(loader, initial=run.step, total=options.steps, unit="step", mininterval=5, file=sys.stderr)
@@ -281,5 +281,6 @@ def train(
     return run
 
 
-def _workers() -> int:
+def worker_count() -> int:
+    """Processes that draw scenes beside the one that trains."""
     return max(1, min(12, (os.cpu_count() or 2) - 1))
