@@ -80,14 +80,18 @@ def code(found: list[Thing], window: Corners, side: int, noise: np.random.Genera
     for cell, owner in enumerate(shares.argmax(0)):
         if shares[owner, cell] > LEAST_SHARE:
             edges = boxes[owner] if noise is None else boxes[owner] + 0.004 * noise.standard_normal(4)
-            vectors[cell, [0, 1 + seen[owner][0], 1 + len(SHAPES) + seen[owner][1]]] = NAMED
-            vectors[cell, NAMES:] = np.concatenate([LINE * (2 * edges - 1), *_circles(edges)])
+            vectors[cell] = vector(*seen[owner][:2], edges)
     return vectors
 
 
-def _circles(edges: np.ndarray) -> list[np.ndarray]:
+def vector(shape: int, colour: int, edges: np.ndarray) -> np.ndarray:
+    """What tells a form, a colour and four edges, (LENGTH)."""
+    made = np.zeros(LENGTH, np.float32)
+    made[[0, 1 + shape, 1 + len(SHAPES) + colour]] = NAMED
     turns = [2 * np.pi * edges / period for period in PERIODS]
-    return [CIRCLE * wave(turn) for turn in turns for wave in (np.cos, np.sin)]
+    circles = [CIRCLE * wave(turn) for turn in turns for wave in (np.cos, np.sin)]
+    made[NAMES:] = np.concatenate([LINE * (2 * edges - 1), *circles])
+    return made
 
 
 def edges_of(vectors: Tensor) -> Tensor:

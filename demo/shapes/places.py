@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from demo.shapes.branches import Row, collate_rows, join
 from demo.shapes.evaluate import LEAST_SHARED
-from demo.shapes.extents import LENGTH, code, edges_of, importances, things, windows
+from demo.shapes.extents import LENGTH, code, edges_of, importances, things, vector, windows
 from demo.shapes.layout import PRESETS, build_tokenizer, config_json
+from demo.shapes.maker import Turn
 from demo.shapes.optimisers import optimisers
 from demo.shapes.questions import dialogue
 from demo.shapes.samples import IGNORED, Encoder, even_weights
@@ -46,11 +47,12 @@ LEVEL = 9.0  # of the scenes of the exam's tasks: the last before scenes to find
 FORMS = ((112, 112),) * 5 + ((112, 336), (336, 112)) * 3 + ((1493, 112),) * 5 + (None,) * 4
 CHECKED = (((112, 112), 1), ((112, 336), 12), ((1493, 112), 1), ((1493, 112), 12))  # sizes and limits of tiles
 DIGIT_WEIGHTS = (1.0, 1.0, 0.1)  # the third digit of a coordinate is hardly seen in a picture of 112 pixels
+LOOKING = (2, 3)  # layers after which the token that opens a box should know its thing
 TEXT_WEIGHT = 0.4  # of the other tokens of an answer with boxes
 
 RECIPE: dict[str, dict[str, Any]] = {
     "vision": {"steps": 5000, "rate": 2.5e-3, "finds": 40, "others": 12, "micro": 13},
-    "language": {"steps": 4000, "rate": 1e-3, "finds": 16, "others": 14, "micro": 6},
+    "language": {"steps": 4000, "rate": 1e-3, "finds": 16, "others": 14, "micro": 6, "easy": 400},
     "joint": {"steps": 1500, "rate": 5e-4, "finds": 16, "others": 14, "micro": 6},
 }
 STAGES = tuple(RECIPE)
@@ -68,9 +70,11 @@ class PlaceOptions:
     others: int  # scenes of the exam's tasks, a step
     micro: int  # scenes at once, in one thread
     seed: int = 1
+    easy: int = 0  # steps whose scenes to find things in are one tile of 112 x 112
     hold: float = 0.4  # share of the steps before the rate falls to zero along a cosine
     keep: float = 0.5  # weight of the directions that context embeddings keep
     vectors: float = 0.5  # weight of vision losses in the joint stage
+    looked: float = 0.5  # weight of what the token that opens a box should know
     average: float = 0.99
     measured: int = 300  # scenes whose context embeddings say which directions are used
     checked: int = 40  # scenes of each form, for the log
@@ -88,7 +92,8 @@ class PlaceOptions:
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene as the model takes it: its row, its tiles (N, S, S, 3) uint8 and the vectors of their cells (N, P, LENGTH).
+    """A scene as the model takes it: its row, its tiles (N, S, S, 3) uint8, the vectors of their cells (N, P, LENGTH), and those of
+    its things in the whole picture (K, LENGTH).
 
     In the vision stage, pictures to find things in have two tiles at most, the thumbnail and one of the others.
     """
@@ -97,6 +102,7 @@ class Sample:
     tiles: np.ndarray
     vectors: np.ndarray
     finds: bool
+    things: np.ndarray
 
 
 class PlaceSteps(Dataset):
@@ -104,6 +110,7 @@ class PlaceSteps(Dataset):
 
     def __init__(self, options: PlaceOptions, encoder: Encoder):
         self.options, self.encoder = options, encoder
+        (self.opening,) = encoder.ids("<box>")
 
     def __len__(self) -> int:
         return self.options.steps
@@ -118,16 +125,34 @@ class PlaceSteps(Dataset):
         """A scene to find things in; each of its questions is asked alone."""
         rng = random.Random(f"places/{self.options.seed}/{index}")
         size, level = rng.choice(FORMS), rng.choice((1.0, LEVEL))
+        limit = rng.choice((1, 1, 12))
+        if index < self.options.easy * self.options.finds:
+            size, limit = FORMS[0], 1
         scene = make_scene(self.options.seed, "train", f"places/{index}", kind="find", level=level, size=size)
-        tiles, vectors = self._pictures(scene, rng.choice((1, 1, 12)), index)
+        tiles, vectors = self._pictures(scene, limit, index)
         if self.options.stage == "vision" and len(tiles) > 1:
             chosen = [rng.randrange(len(tiles) - 1), -1]
             tiles, vectors = tiles[chosen], vectors[chosen]
         turns = [turn for (turn,) in scene.groups]
         if rng.random() < 0.75:
             turns = [turn for turn in turns if turn.task != "find_several"]
-        texts = [self.encoder.text(scene, [turn], [len(tiles)]) for turn in turns]
-        return Sample(join([(*text, self.weights(text[1])) for text in texts]), tiles, vectors, True)
+        return self._asked(scene, turns, tiles, vectors)
+
+    def _asked(self, scene: Scene, turns: list[Turn], tiles: np.ndarray, vectors: np.ndarray) -> Sample:
+        """Each turn is asked alone. Where an answer with one box opens it, the box is looked up."""
+        canvas = scene.canvases[0]
+        found, (width, height) = things(canvas), canvas.picture.size
+        texts = []
+        for turn in turns:
+            ids, labels = self.encoder.text(scene, [turn], [len(tiles)])
+            looks = [-1] * len(ids)
+            if len(turn.boxes) == 1:
+                corners = np.array(turn.boxes[0]) / (width, height, width, height)
+                asked = min(range(len(found)), key=lambda n: np.abs(corners - found[n].corners).max())
+                looks = [asked if label == self.opening else -1 for label in labels]
+            texts.append((ids, labels, self.weights(labels), looks))
+        told = np.stack([vector(one.shape, one.colour, np.array(one.corners)) for one in found])
+        return Sample(join(texts), tiles, vectors, True, told)
 
     def single(self, index: int, size: tuple[int, int], limit: int) -> Sample | None:
         """One question for one box of a held-out scene; None where no thing has a name of its own."""
@@ -136,8 +161,7 @@ class PlaceSteps(Dataset):
         if not turns:
             return None
         tiles, vectors = self._pictures(scene, limit, index)
-        ids, labels = self.encoder.text(scene, turns[:1], [len(tiles)])
-        return Sample(join([(ids, labels, self.weights(labels))]), tiles, vectors, True)
+        return self._asked(scene, turns[:1], tiles, vectors)
 
     def other(self, index: int) -> Sample:
         """A scene of the exam's tasks with a dialogue about it; answers weigh one over the root of their length."""
@@ -147,7 +171,8 @@ class PlaceSteps(Dataset):
         turns = dialogue(scene, random.Random(f"others/{self.options.seed}/{index}"), 8, LEVEL)
         ids, labels = self.encoder.text(scene, turns, counts)
         tiles, vectors = (np.concatenate([picture[n] for picture in pictures]) for n in (0, 1))
-        return Sample(join([(ids, labels, even_weights(labels))]), tiles, vectors, False)
+        row = join([(ids, labels, even_weights(labels), [-1] * len(ids))])
+        return Sample(row, tiles, vectors, False, np.zeros((0, LENGTH), np.float32))
 
     def weights(self, labels: list[int]) -> list[float]:
         """Of each token of an answer with boxes."""
@@ -212,11 +237,14 @@ class Places:
         self.known = known.vision.requires_grad_(False)
         self.directions = Directions.of(self.known, self.encoder, options.measured)
         self.importances = torch.from_numpy(importances())
-        if options.stage == "joint":
-            for stage in STAGES[:2]:
-                self.student.load_state_dict(torch.load(folder / f"{stage}.pt")["average"], strict=False)
         parts = {"vision": ["vision"], "language": ["language"], "joint": ["vision", "language"]}[options.stage]
         self.trained = nn.ModuleDict({part: getattr(self.student, part) for part in parts})
+        if "language" in parts:  # what reads a thing's vector from hidden states; not saved in checkpoints
+            width = self.config.language["hidden_size"]
+            self.trained["heads"] = nn.ModuleList(nn.Linear(width, LENGTH) for _ in LOOKING)
+        if options.stage == "joint":
+            for stage in STAGES[:2]:
+                self.trained.load_state_dict(torch.load(folder / f"{stage}.pt")["average"], strict=False)
         self.average = {name: parameter.detach().clone() for name, parameter in self.trained.named_parameters()}
         self.optimisers = optimisers(self.trained, options.rate)
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -253,7 +281,8 @@ class Places:
             found["keep"] = ((own - kept).square() / scale).mean()
             found["vectors"] = ((written - vectors).square() * self.importances).mean()
         if "language" in self.trained:
-            logits, labels, weights = self.answers(samples, context)
+            logits, labels, weights, looked = self.answers(samples, context)
+            found["looked"] = looked
             found["answers"] = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
         return found
 
@@ -266,20 +295,30 @@ class Places:
         own = "vision" in self.trained
         return kept, vectors, self.student.vision(tiles).float() if own else self.directions.joined(kept, vectors)
 
-    def answers(self, samples: list[Sample], context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (M, V) at the M labelled tokens, their labels and weights."""
+    def answers(self, samples: list[Sample], context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits (M, V) at the M labelled tokens, their labels and weights, and the loss of what looking tokens know."""
         batch = collate_rows([sample.row for sample in samples], self.tokenizer.pad_token_id)
         embeds = self.student.language.get_input_embeddings()(batch["ids"])
         here = batch["ids"] == self.student.context_id
-        hidden = self.student.language.model(
+        found = self.student.language.model(
             inputs_embeds=embeds.masked_scatter(here[..., None], context),
             attention_mask=batch["scores"],
             position_ids=batch["positions"],
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=True,
+        )
+        looking = batch["looks"] >= 0
+        before = np.cumsum([0, *(len(sample.things) for sample in samples[:-1])])
+        told = torch.from_numpy(np.concatenate([sample.things for sample in samples]))
+        told = told[(batch["looks"] + torch.from_numpy(before)[:, None])[looking]]
+        known = [
+            head(found.hidden_states[layer][looking]).float() for layer, head in zip(LOOKING, self.trained["heads"], strict=True)
+        ]
+        missing = [((one - told).square() * self.importances).sum() / LENGTH for one in known]
+        looked = torch.stack(missing).mean() / max(1, len(told)) * len(samples)
         labelled = batch["labels"][:, 1:] != IGNORED
-        logits = self.student.language.lm_head(hidden[:, :-1][labelled]).float()
-        return logits, batch["labels"][:, 1:][labelled], batch["weights"][:, 1:][labelled]
+        logits = self.student.language.lm_head(found.last_hidden_state[:, :-1][labelled]).float()
+        return logits, batch["labels"][:, 1:][labelled], batch["weights"][:, 1:][labelled], looked
 
     def learn(self, samples: list[Sample]) -> dict[str, float]:
         """One optimiser step. Scenes to find things in and the others count alike, however many tokens they have."""
@@ -296,10 +335,12 @@ class Places:
                 found = self.losses(part)
             share = len(part) / len(samples)
             weights = {"answers": 1 / totals[part[0].finds], "keep": share * o.keep * o.vectors, "vectors": share * o.vectors}
+            weights["looked"] = o.looked / o.finds
             loss = sum((weights[name] * value for name, value in found.items()), torch.zeros(()))
-            told = {name: value.item() * (weights[name] if name == "answers" else share) for name, value in found.items()}
+            shares = {"answers": weights["answers"], "looked": 1 / o.finds}
             kind = "find" if part[0].finds else "others"
-            told = {f"{kind}_answers" if name == "answers" else name: value for name, value in told.items()}
+            names = {"answers": f"{kind}_answers"}
+            told = {names.get(name, name): value.item() * shares.get(name, share) for name, value in found.items()}
             return told, torch.autograd.grad(loss, parameters, allow_unused=True)
 
         measured: dict[str, float] = {}
@@ -341,7 +382,7 @@ class Places:
                 shared = overlap(edges_of(self.directions.split(context)[1][owned]), edges_of(vectors[owned]))
                 right[f"cells {form}"] = round((shared >= LEAST_SHARED).float().mean().item(), 3)
             if "language" in self.trained:
-                logits, labels, _ = self.answers(samples, context)
+                logits, labels, *_ = self.answers(samples, context)
                 lengths = [int((sample.row.labels != IGNORED).sum()) for sample in samples]
                 pairs = zip(logits.argmax(-1).split(lengths), labels.split(lengths), strict=True)
                 shared = torch.stack([self._shared(given, expected) for given, expected in pairs])
@@ -401,5 +442,6 @@ def teach_places(
     signal.signal(signal.SIGTERM, before)
     places.save()
     if output and options.stage == "joint" and places.step == options.steps:
-        save_checkpoint(output, places.average, places.tokenizer, places.config_json)
+        weights = {name: value for name, value in places.average.items() if not name.startswith("heads")}
+        save_checkpoint(output, weights, places.tokenizer, places.config_json)
     return places

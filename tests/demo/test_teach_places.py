@@ -119,7 +119,7 @@ def test_joined_conversations_have_the_values_they_have_alone(steps, config, tok
         hidden = student.language.model(inputs_embeds=embeds, **given, use_cache=False).last_hidden_state
         return student.language.lm_head(hidden[:, :-1][batch["labels"][:, 1:] != IGNORED])
 
-    row = join([(*text, [1.0] * len(text[0])) for text in texts])
+    row = join([(*text, [1.0] * len(text[0]), [-1] * len(text[0])) for text in texts])
     alone = [logits({"ids": torch.tensor([i]), "labels": torch.tensor([k]), "scores": None, "positions": None}) for i, k in texts]
     assert len(row.ids) < 0.7 * sum(len(ids) for ids, _ in texts)
     assert torch.allclose(logits(collate_rows([row], 0)), torch.cat(alone), atol=1e-3)
@@ -131,6 +131,9 @@ def test_samples_weigh_digits_and_are_repeatable(steps, tokenizer):
     assert (sample.row.ids == again.row.ids).all()
     assert len(sample.vectors) == len(sample.tiles)
     assert set(np.round(sample.row.weights, 3)) == {0.0, np.float32(0.1), np.float32(0.4), 1.0}
+    looking = sample.row.looks >= 0
+    assert looking.any()
+    assert {*sample.row.ids[looking]} == {tokenizer.convert_tokens_to_ids("<box>")}
     told = tokenizer.decode(sample.row.labels[sample.row.labels != IGNORED])
     assert find_boxes(told, (1000, 1000))
     assert all(bool(weight) == (label != IGNORED) for weight, label in zip(sample.row.weights, sample.row.labels, strict=True))
