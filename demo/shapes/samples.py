@@ -101,6 +101,7 @@ def collate(samples: list[tuple[list[int], list[int], np.ndarray, np.ndarray]], 
     weights = torch.ones(labels.shape)
     if even:
         for row, (_, expected, _, _) in enumerate(samples):
-            weights[row, : len(expected)] = torch.tensor(even_weights(expected))
+            own = torch.tensor(even_weights(expected))
+            weights[row, : len(expected)] = torch.where(own > 0, own, 1.0)
     tiles, looks = (torch.from_numpy(np.concatenate([sample[n] for sample in samples])) for n in (2, 3))
     return {"ids": ids, "labels": labels, "weights": weights, "tiles": tiles, "looks": looks}
