@@ -42,7 +42,7 @@ def join(texts: Sequence[tuple[list[int], list[int], list[float], list[int]]]) -
         start = min(shared, _common(first, text[0]))
         own = len(text[0]) - start
         for joined, part in zip((ids, labels, weights, looks), text, strict=True):
-            joined.extend(part[start:])  # type: ignore[arg-type]
+            joined.extend(part[start:])
         positions += range(start, start + own)
         branch += [number] * own
         seen += [start] * own
