@@ -1,4 +1,4 @@
-"""python -m demo.shapes {evaluate,train,export,draw}: the arguments, one call, one table."""
+"""python -m demo.shapes {evaluate,train,places,export,draw}: the arguments, one call, one table."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def parser() -> argparse.ArgumentParser:
     v.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     v.add_argument("--minutes", type=float, default=1e9, help="stop after that long, to resume later")
 
+    v = verbs.add_parser("places", help="teach a checkpoint to answer with boxes, one stage a call; resumes an interrupted one")
+    v.add_argument("run", metavar="RUN", type=Path, help="folder of the stages: their states and logs")
+    v.add_argument("stage", choices=["vision", "language", "joint"], help="joint starts from the two others")
+    v.add_argument("--steps", type=int, metavar="N", help="of the stage (default: the recipe's)")
+    v.add_argument("--start", default=str(CHECKPOINT), metavar="CHECKPOINT", help="what is taught (default: the shipped one)")
+    v.add_argument("--output", metavar="CHECKPOINT", type=Path, help="checkpoint to write at the end of joint")
+    v.add_argument("--seed", type=int, help="of scenes")
+    v.add_argument("--rate", type=float, help="highest learning rate")
+    v.add_argument("--minutes", type=float, default=1e9, help="stop after that long, to resume later")
+
     v = verbs.add_parser("export", help="write the averaged weights of a run as they are now")
     v.add_argument("run", metavar="RUN", type=Path)
     v.add_argument("output", metavar="CHECKPOINT", type=Path)
@@ -61,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     try:
-        {"evaluate": _evaluate, "train": _train, "export": _export, "draw": _draw}[options.pop("verb")](**options)
+        {"evaluate": _evaluate, "train": _train, "places": _places, "export": _export, "draw": _draw}[options.pop("verb")](
+            **options
+        )
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error, 'convert,demo')}", file=sys.stderr)
         return 2
@@ -90,6 +102,13 @@ def _train(run: Path, output: Path, device: str, minutes: float, **changes: obje
     done = train(run, output, TrainOptions(**chosen), device=device, minutes=minutes)  # type: ignore[arg-type]
     if done.step == done.options.steps:
         _evaluate(output, "CPU", 0, limit=1000)
+
+
+def _places(run: Path, output: Path | None, minutes: float, **changes: object) -> None:
+    from demo.shapes.places import PlaceOptions, teach_places
+
+    chosen = {name: value for name, value in changes.items() if value is not None}
+    teach_places(run, output, PlaceOptions.of(**chosen), minutes=minutes)  # type: ignore[arg-type]
 
 
 def _export(run: Path, output: Path) -> None:

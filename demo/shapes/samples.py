@@ -77,6 +77,15 @@ class Encoder:
         return looks
 
 
+def even_weights(labels: list[int]) -> list[float]:
+    """One over the square root of its answer's length for each token of an answer, 0 for the others."""
+    weights: list[float] = []
+    for known, run in groupby(labels, lambda label: label != IGNORED):
+        length = len(list(run))
+        weights += [length**-0.5 if known else 0.0] * length
+    return weights
+
+
 Batch = dict[str, Tensor]
 
 
@@ -92,11 +101,7 @@ def collate(samples: list[tuple[list[int], list[int], np.ndarray, np.ndarray]], 
     weights = torch.ones(labels.shape)
     if even:
         for row, (_, expected, _, _) in enumerate(samples):
-            start = 0
-            for known, run in groupby(expected, lambda label: label != IGNORED):
-                end = start + len(list(run))
-                if known:
-                    weights[row, start:end] = (end - start) ** -0.5
-                start = end
+            own = torch.tensor(even_weights(expected))
+            weights[row, : len(expected)] = torch.where(own > 0, own, 1.0)
     tiles, looks = (torch.from_numpy(np.concatenate([sample[n] for sample in samples])) for n in (2, 3))
     return {"ids": ids, "labels": labels, "weights": weights, "tiles": tiles, "looks": looks}

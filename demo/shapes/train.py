@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from demo.shapes.curriculum import STARTS
 from demo.shapes.layout import PRESETS, build_tokenizer, config_json
@@ -201,24 +203,27 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a checkpoint in the published layout."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name.removeprefix("vision.")
-            if name.startswith("vision.")
-            else "language_model." + name.removeprefix("language."): tensor
-            for name, tensor in self.average.items()
-            if not name.startswith("look")
-        }
-        stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        self.tokenizer.save_pretrained(folder)
-        end = self.config_json["llm_config"]["eos_token_id"]
-        for name, content in (
-            ("config.json", self.config_json),
-            ("generation_config.json", {"eos_token_id": [end], "max_new_tokens": 256, "do_sample": False}),
-            ("preprocessor_config.json", {"size": SIDE, "crop_size": SIDE, "do_resize": True}),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_checkpoint(folder, self.average, self.tokenizer, self.config_json)
+
+
+def save_checkpoint(folder: Path, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast, config: dict[str, Any]) -> None:
+    """Write a student's weights in bfloat16 as a checkpoint in the published layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name.removeprefix("vision.") if name.startswith("vision.") else "language_model." + name.removeprefix("language."): tensor
+        for name, tensor in weights.items()
+        if not name.startswith("look")
+    }
+    stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    end = config["llm_config"]["eos_token_id"]
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", {"eos_token_id": [end], "max_new_tokens": 256, "do_sample": False}),
+        ("preprocessor_config.json", {"size": SIDE, "crop_size": SIDE, "do_resize": True}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def open_run(folder: Path) -> Run:
@@ -228,7 +233,7 @@ def open_run(folder: Path) -> Run:
     return run
 
 
-def _stay(_: int) -> None:
+def stay(_: int) -> None:
     """Ignore SIGTERM, which service managers send to the whole group: the process that saves handles it and ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -246,9 +251,9 @@ def train(
         steps,
         batch_size=None,
         sampler=range(run.step, options.steps),
-        num_workers=_workers(),
+        num_workers=worker_count(),
         prefetch_factor=4,
-        worker_init_fn=_stay,
+        worker_init_fn=stay,
     )
     started = time.monotonic()
     bar = tqdm(loader, initial=run.step, total=options.steps, unit="step", mininterval=5, file=sys.stderr)
@@ -276,5 +281,6 @@ def train(
     return run
 
 
-def _workers() -> int:
+def worker_count() -> int:
+    """Processes that draw scenes beside the one that trains."""
     return max(1, min(12, (os.cpu_count() or 2) - 1))
