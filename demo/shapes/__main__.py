@@ -105,7 +105,8 @@ def _train(run: Path, output: Path, device: str, minutes: float, **changes: obje
 
 
 def _places(run: Path, output: Path | None, minutes: float, **changes: object) -> None:
-    from demo.shapes.places import PlaceOptions, teach_places
+    from demo.shapes.place_samples import PlaceOptions
+    from demo.shapes.places import teach_places
 
     chosen = {name: value for name, value in changes.items() if value is not None}
     teach_places(run, output, PlaceOptions.of(**chosen), minutes=minutes)  # type: ignore[arg-type]

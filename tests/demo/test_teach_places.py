@@ -18,7 +18,8 @@ from convert.reference.model import InternVLChatModel
 from demo.shapes.branches import collate_rows, join
 from demo.shapes.extents import LENGTH, NAMED, code, edges_of, things, windows
 from demo.shapes.layout import PRESETS, build_tokenizer, config_json
-from demo.shapes.places import STAGES, PlaceOptions, PlaceSteps, overlap, teach_places
+from demo.shapes.place_samples import STAGES, PlaceOptions, PlaceSteps
+from demo.shapes.places import overlap, teach_places
 from demo.shapes.samples import IGNORED, Encoder
 from demo.shapes.scenes import make_scene
 from demo.shapes.student import Student
