@@ -186,7 +186,7 @@ def _compress_vocabulary_matrix(model: ov.Model, mode: str) -> bool:
 
 
 def _vocabulary_matrix(model: ov.Model) -> ov.Node | None:
-    """The embedding table (text embeddings) or the head's matrix; None for the vision part."""
+    """The embedding table (text embeddings) or the head's matrix; None for the vision part and for a matrix that is compressed."""
     if not any(port.get_any_name() in ("logits", "inputs_embeds") for port in model.outputs):
         return None
     node = model.get_results()[0]
@@ -195,7 +195,7 @@ def _vocabulary_matrix(model: ov.Model) -> ov.Node | None:
     node = node.input_value({"Gather": 0, "MatMul": 1}[node.get_type_name()]).get_node()
     while node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
-    return node
+    return node if node.get_type_name() == "Constant" else None
 
 
 def _row_blocks(matrix: ov.Node) -> Iterator[ov.Tensor]:

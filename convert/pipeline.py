@@ -28,7 +28,7 @@ from convert.four_bits import Ready
 from convert.lora import Later
 from convert.options import AUTO, W8A8, ConvertOptions, Recipe, check_packed
 from convert.questions import CALIBRATION_TOKENS, OF_PICTURE_TOKENS, calibration_texts, questions_of_proof
-from convert.recipe import SINGULAR, round_by_inputs, take_place
+from convert.recipe import SINGULAR, exchange, matrices_of, round_by_inputs, take_place
 from convert.reference.language import EXPERTS, PACKED, language_kind
 from convert.reference.model import expected_shapes, is_tied, load_language, load_router, load_text_embeddings, load_vision
 from convert.reference.router import KEPT_EXACT
@@ -214,10 +214,11 @@ def _in_four_bits(
         take_place(model, found, recipe, ready, partial(four_bits, group_size=recipe.group))
         return model
     model = load_language(checkpoint, None, head_only=True, empty=scratch.empty)
+    recipe = exchange(model, recipe)
     print("language: int4 calibrated on its own answers (GPTQ); --recipe fast is quicker and loses more", flush=True)
     rope = copy.deepcopy(model.model.rotary_emb)  # some models change it in a forward and cannot be traced afterwards
-    matrices = sum(type(module) is torch.nn.Linear for module in model.model.layers.modules())
-    with tqdm(total=CALIBRATION_TOKENS + OF_PICTURE_TOKENS + matrices, desc="Calibrating int4", disable=None, leave=False) as bar:
+    steps = CALIBRATION_TOKENS + OF_PICTURE_TOKENS + len(matrices_of(model))
+    with tqdm(total=steps, desc="Calibrating int4", disable=None, leave=False) as bar:
         texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)
     model.model.rotary_emb = rope

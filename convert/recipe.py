@@ -7,7 +7,7 @@ is in memory at a time. Takes a decoder and its inputs; knows nothing of checkpo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 POWERS = (0.25, 0.5, 0.75, 1.0)
 HELPS = 0.95  # scaling must lower the loss to this share; smaller gains are noise
 TRIED_ROWS = 512
+HEAD = "lm_head"
 LEAST_SIZE, TINY = 1e-2, 1e-6  # lower bounds of a column's mean size: a share of the overall mean, plus a constant
 
 
@@ -41,11 +42,32 @@ class Texts:
     visual: Tensor
 
 
+def exchange(model: PreTrainedModel, recipe: Recipe) -> Recipe:
+    """The recipe for this decoder: with as many of the last layers in 8 bits as a head in four bits pays for, a third at most.
+
+    A head that pays for none stays in 8 bits.
+    """
+    if not recipe.exchanged:
+        return recipe
+    saved = model.lm_head.weight.numel()
+    depth, costs = len(model.model.layers), dict[int, int]()
+    for name, module in matrices_of(model).items():
+        if not recipe.spares(name, depth):
+            layer = int(name.split(".")[1])
+            costs[layer] = costs.get(layer, 0) + module.weight.numel()
+    last = 0
+    while last < depth // 3 and (saved := saved - costs.get(depth - 1 - last, 0)) >= 0:
+        last += 1
+    return replace(recipe, exchanged=last > 0, last_in_8_bits=last)
+
+
 @torch.no_grad()
 def round_by_inputs(
     model: PreTrainedModel, texts: Texts, recipe: Recipe, empty: Empty, reached: Callable[[], Any], *, both: bool = False
 ) -> tuple[dict[str, FourBits], list[str]]:
     """The matrices of a decoder's layers in four bits, by name, and the names of those that were only rounded: singular Hessian.
+
+    With `recipe.exchanged` the head is one of them.
 
     Where some channels after a norm are much larger than others, a scale moves from the norm into the next matrices' columns, in
     `model` too: X diag(s)^-1 diag(s) W, J. Lin et al. 2023, arXiv:2306.00978 (AWQ). `empty` gives the memory of the results;
@@ -55,7 +77,7 @@ def round_by_inputs(
     layers: nn.ModuleList = model.model.layers
     spares = partial(recipe.spares, depth=len(layers))
     walk = _Walk(texts.mask.bool(), recipe.group, spares, both, empty, reached, quick_type())
-    names: dict[Any, str] = {module: f"layers.{name}" for name, module in layers.named_modules() if type(module) is nn.Linear}
+    names: dict[Any, str] = {module: name for name, module in matrices_of(model).items()}
     norms = [module for name, module in layers.named_modules() if name.endswith(NORMS)]
     if isinstance(model, LlamaWithVisualExperts):  # its visual experts read the second norm too
         norms = [module for name, module in layers.named_modules() if name.endswith(NORMS[0])]
@@ -64,13 +86,15 @@ def round_by_inputs(
         for module, name in names.items():
             module.__class__ = _Watched
             module.walk, module.called = walk, name
-        hidden_states(model, texts.embeds, texts.mask, texts.visual)
+        states = hidden_states(model, texts.embeds, texts.mask, texts.visual)
     finally:
         for module in names:
             module.__class__ = nn.Linear
             del module.walk, module.called
         for hook in hooks:
             hook.remove()
+    if recipe.exchanged:
+        walk.head(model.lm_head.weight, states)
     return walk.found, walk.rounded
 
 
@@ -127,14 +151,24 @@ class _Walk:
             kept = self._empty(matrix.shape, dtype=module.weight.dtype).copy_(matrix)
             module.weight = nn.Parameter(kept, requires_grad=False)
         if not spared:
-            four = gptq(matrix, seen.inputs)
-            if seen.inputs.factors is None:
-                self.rounded.append(name)
-            self.found[name] = FourBits(self._empty(four.codes.shape, dtype=torch.uint8).copy_(four.codes), four.zeros, four.scales)
-            matrix = four.unpack(torch.empty(matrix.shape, dtype=self._kind))
+            self._quantise(name, matrix, seen.inputs)
+            matrix = self.found[name].unpack(torch.empty(matrix.shape, dtype=self._kind))
         self._reached()
         out = F.linear(x.to(self._kind), matrix.to(self._kind)).to(x.dtype)
         return out if module.bias is None else out + module.bias
+
+    def head(self, matrix: Tensor, states: Tensor) -> None:
+        """Quantise the head (V, D) by its inputs (B, T, D)."""
+        inputs = Inputs(matrix.shape[1], matrix.shape[1] if self._group == -1 else self._group)
+        with multiplying_quickly():
+            inputs.add(states[self._mask])
+        self._quantise(HEAD, matrix, inputs)
+
+    def _quantise(self, name: str, matrix: Tensor, inputs: Inputs) -> None:
+        four = gptq(matrix, inputs)
+        if inputs.factors is None:
+            self.rounded.append(name)
+        self.found[name] = FourBits(self._empty(four.codes.shape, dtype=torch.uint8).copy_(four.codes), four.zeros, four.scales)
 
     def _look(self, module: nn.Linear, x: Tensor) -> _Seen:
         """The statistics of x, computed once for all matrices that read it; the first of them chooses the divisor."""
@@ -180,12 +214,18 @@ def take_place(
 
     A matrix that the pass did not use (of a visual expert that got no token) is rounded by `plain`.
     """
-    layers = model.model.layers
-    for name, module in layers.named_modules():
-        called = f"layers.{name}"
-        if type(module) is not nn.Linear or recipe.spares(called, len(layers)):
-            continue
+    depth = len(model.model.layers)
+    replaced = {name: module for name, module in matrices_of(model).items() if not recipe.spares(name, depth)}
+    if recipe.exchanged:
+        replaced[HEAD] = model.lm_head
+    for name, module in replaced.items():
         matrix = module.weight
-        load = partial(found.pop, called) if called in found else partial(plain, matrix)
+        load = partial(found.pop, name) if name in found else partial(plain, matrix)
         # float16, as packed matrices are: bfloat16 adds a conversion between codes and products
         module.weight = nn.Parameter(ready.placeholder(matrix.shape, torch.float16, load), requires_grad=False)
+
+
+def matrices_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The matrices of a decoder's layers, by the names that recipes use."""
+    layers = model.model.layers.named_modules()
+    return {f"layers.{name}": module for name, module in layers if type(module) is nn.Linear}

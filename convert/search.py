@@ -36,7 +36,7 @@ from convert.four_bits import EightBits, FourBits
 from convert.options import SEARCHED, ConvertOptions, Recipe
 from convert.quality import Measured
 from convert.questions import CALIBRATION_TOKENS, OF_PICTURE_TOKENS, calibration_texts, questions_of_choosing
-from convert.recipe import SINGULAR, Texts, round_by_inputs
+from convert.recipe import HEAD, SINGULAR, Texts, matrices_of, round_by_inputs
 from convert.reference.model import ROWS_AT_ONCE, load_language
 from convert.scratch import Scratch
 from convert.verify import ask_reference, reference_steps
@@ -47,7 +47,6 @@ from runtime.errors import CheckpointError, OptionError
 THIRDS = ("early", "middle", "late")
 TOGETHER = {"k_proj": "k/v_proj", "v_proj": "k/v_proj"}  # small and of one kind: one trial for both
 FOUR, EIGHT, OF_GROUP, OF_ROW = 0.5, 1.0, 2.5, 3.0  # bytes a weight; of a group's and of a row's scale and zero point
-HEAD = "head"
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ class _Trials:
             raise CheckpointError("the checkpoint's answers are empty: there is no loss to search by, leave out --max-loss")
         model = self._load()
         self.rope = copy.deepcopy(model.model.rotary_emb)  # some models change it in a forward
-        matrices = _matrices(model)
+        matrices = matrices_of(model)
         self._shapes = {name: tuple(module.weight.shape) for name, module in matrices.items()}
         self._depth, self._head_shape = len(model.model.layers), tuple(model.lm_head.weight.shape)
         self.units = tuple(dict.fromkeys(self._unit(name) for name in matrices))
@@ -296,7 +295,7 @@ class _Trials:
             )
         if rounded:
             print(SINGULAR + some(rounded), flush=True)
-        for name, module in _matrices(self._model).items():
+        for name, module in matrices_of(self._model).items():
             if name not in self._found:  # of a visual expert that got no token
                 self._found[name] = four_bits(module.weight, group)
         self._eights[HEAD] = self._eight(self._model.lm_head.weight)
@@ -314,7 +313,7 @@ class _Trials:
         measured = Measured()
         rows: list[Tensor] = []
         batches = [[one for one in self._answers if bool(one.visual.any()) == pictured] for pictured in (False, True)]
-        with _computing(_matrices(model), partial(self._matrix, in_8_bits)):
+        with _computing(matrices_of(model), partial(self._matrix, in_8_bits)):
             for batch in filter(None, batches):
                 inputs = [
                     [torch.from_numpy(kind) for kind in kinds] for kinds in zip(*((o.embeds, o.visual) for o in batch), strict=True)
@@ -339,12 +338,6 @@ class _Trials:
         if name not in self._eights:
             self._eights[name] = self._eight(module.weight)
         return self._eights[name].rows(0, len(module.weight))
-
-
-def _matrices(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The matrices of a decoder's layers, by the names that recipes use."""
-    layers = model.model.layers.named_modules()
-    return {f"layers.{name}": module for name, module in layers if type(module) is nn.Linear}
 
 
 class _Replaced(nn.Linear):

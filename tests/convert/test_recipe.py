@@ -4,18 +4,22 @@ int4 by what matrices see: GPTQ against its definition, what it saves, and that 
 """
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
+import openvino as ov
 import openvino_genai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from convert import ConvertOptions, convert, questions
+from convert import ConvertOptions, convert, pipeline, questions
 from convert.checkpoint import Checkpoint
 from convert.compress import four_bits
 from convert.gptq import DAMPINGS, HIGHEST, Inputs, gptq, scales_and_zeros
 from convert.options import RECIPES
+from convert.recipe import exchange
 from convert.tokenizer import load_tokenizer
 from runtime.errors import OptionError
 from tests.conftest import DATA
@@ -109,6 +113,20 @@ def test_the_default_spares_keys_values_and_later_attention_outputs():
     assert not RECIPES["default"].spares("layers.23.mlp.down_proj", 24)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "last"), [(1000, 3), (170, 1), (150, 0)], ids=["a third of the layers at most", "one is paid", "none is paid"]
+)
+def test_a_head_in_four_bits_pays_for_the_last_layers(vocabulary, last):
+    """Queries and outputs 64 x 64, three matrices 64 x 32: 10,240 weights, of which outputs are in 8 bits at any rate there."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, num_hidden_layers=9, **sizes))
+    recipe = exchange(model, RECIPES["default"])
+    assert (recipe.last_in_8_bits, recipe.exchanged) == (last, last > 0)
+    spared = [n for n in range(9) if recipe.spares(f"layers.{n}.mlp.down_proj", 9)]
+    assert spared == list(range(9 - last, 9))
+    assert exchange(model, RECIPES["small"]) == RECIPES["small"]
+
+
 def test_the_default_loses_less_than_rounding(folders):
     default, fast = (folders[recipe].report.quality.parts["language"] for recipe in ("default", "fast"))
     assert default.kl < 0.7 * fast.kl
@@ -162,9 +180,17 @@ def test_other_decoders_take_it_too(tiny, tmp_path, name):
     assert made.widths["language"]["int4"] > 0.7
 
 
-def test_openvino_genai_opens_the_folder_and_answers_as_we_do(converted):
-    source = DATA / "golden" / "qwen2"
-    folder = converted(source, recipe="default", weight_format="int4", group_size=32, vision_weight_format="int8", verify=False)
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_openvino_genai_opens_the_folder_and_answers_as_we_do(tmp_path, monkeypatch, exchanged):
+    """Also where the head is in four bits and the last layer in eight, which this small vocabulary would not pay for."""
+    if exchanged:
+        monkeypatch.setattr(pipeline, "exchange", lambda _, recipe: replace(recipe, last_in_8_bits=1))
+    source, folder = DATA / "golden" / "qwen2", tmp_path / "folder"
+    convert(str(source), folder, ConvertOptions(vision_weight_format="int8", verify=False))
+    part = ov.Core().read_model(folder / "openvino_language_model.xml")
+    kinds = {op.get_friendly_name(): op.get_element_type() for op in part.get_ops() if op.get_type_name() == "Constant"}
+    for name, four in (("lm_head.", exchanged), ("layers.1.mlp.down_proj.", not exchanged), ("layers.0.mlp.down_proj.", True)):
+        assert {kinds[one] for one in kinds if name in one and one.endswith("weight")} == {ov.Type.u4 if four else ov.Type.u8}
     checkpoint, wide = Checkpoint(source), picture(200, 100, 1)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     pipe = openvino_genai.VLMPipeline(str(folder), "CPU", ATTENTION_BACKEND="SDPA", **exact)
