@@ -25,13 +25,14 @@ from runtime.media.tiles import choose_grid, cut_pixels
 LEVEL = 9.0  # of the scenes of the exam's tasks: the last before scenes to find things in join
 # Pictures to find things in: a tile, three of them, a band that is cut and squeezed as 4000 x 300 is, and any form.
 FORMS = ((112, 112),) * 5 + ((112, 336), (336, 112)) * 3 + ((1493, 112),) * 5 + (None,) * 4
+LIMITS = {"vision": (1, 1, 12), "language": (1, 1, 12), "joint": (1, 12, 12)}  # of the tiles of a picture
 DIGIT_WEIGHTS = (1.0, 1.0, 0.1)  # the third digit of a coordinate is hardly seen in a picture of 112 pixels
 TEXT_WEIGHT = 0.4  # of the other tokens of an answer with boxes
 
 RECIPE: dict[str, dict[str, Any]] = {
     "vision": {"steps": 5000, "rate": 2.5e-3, "finds": 40, "others": 12, "micro": 13},
-    "language": {"steps": 4000, "rate": 1e-3, "finds": 16, "others": 14, "micro": 6, "easy": 400},
-    "joint": {"steps": 1500, "rate": 5e-4, "finds": 16, "others": 14, "micro": 6},
+    "language": {"steps": 2050, "rate": 1e-3, "finds": 16, "others": 14, "micro": 6, "easy": 400},
+    "joint": {"steps": 1300, "rate": 5e-4, "finds": 16, "others": 14, "micro": 6},
 }
 STAGES = tuple(RECIPE)
 
@@ -103,7 +104,7 @@ class PlaceSteps(Dataset):
         """A scene to find things in; each of its questions is asked alone."""
         rng = random.Random(f"places/{self.options.seed}/{index}")
         size, level = rng.choice(FORMS), rng.choice((1.0, LEVEL))
-        limit = rng.choice((1, 1, 12))
+        limit = rng.choice(LIMITS[self.options.stage])
         if index < self.options.easy * self.options.finds:
             size, limit = FORMS[0], 1
         scene = make_scene(self.options.seed, "train", f"places/{index}", kind="find", level=level, size=size)
