@@ -47,10 +47,10 @@ def parser() -> argparse.ArgumentParser:
 
     v = verbs.add_parser("places", help="teach a checkpoint to answer with boxes, one stage a call; resumes an interrupted one")
     v.add_argument("run", metavar="RUN", type=Path, help="folder of the stages: their states and logs")
-    v.add_argument("stage", choices=["vision", "language", "joint"], help="joint starts from the two others")
+    v.add_argument("stage", choices=["vision", "language", "joint", "mend"], help="joint starts from both, mend from joint")
     v.add_argument("--steps", type=int, metavar="N", help="of the stage (default: the recipe's)")
     v.add_argument("--start", default=str(CHECKPOINT), metavar="CHECKPOINT", help="what is taught (default: the shipped one)")
-    v.add_argument("--output", metavar="CHECKPOINT", type=Path, help="checkpoint to write at the end of joint")
+    v.add_argument("--output", metavar="CHECKPOINT", type=Path, help="checkpoint to write at the end of joint or mend")
     v.add_argument("--seed", type=int, help="of scenes")
     v.add_argument("--rate", type=float, help="highest learning rate")
     v.add_argument("--minutes", type=float, default=1e9, help="stop after that long, to resume later")

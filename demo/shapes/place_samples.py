@@ -25,7 +25,7 @@ from runtime.media.tiles import choose_grid, cut_pixels
 LEVEL = 9.0  # of the scenes of the exam's tasks: the last before scenes to find things in join
 # Pictures to find things in: a tile, three of them, a band that is cut and squeezed as 4000 x 300 is, and any form.
 FORMS = ((112, 112),) * 5 + ((112, 336), (336, 112)) * 3 + ((1493, 112),) * 5 + (None,) * 4
-LIMITS = {"vision": (1, 1, 12), "language": (1, 1, 12), "joint": (1, 12, 12)}  # of the tiles of a picture
+LIMITS = {"vision": (1, 1, 12), "language": (1, 1, 12), "joint": (1, 12, 12), "mend": (1, 12, 12)}  # of the tiles of a picture
 DIGIT_WEIGHTS = (1.0, 1.0, 0.1)  # the third digit of a coordinate is hardly seen in a picture of 112 pixels
 TEXT_WEIGHT = 0.4  # of the other tokens of an answer with boxes
 
@@ -33,6 +33,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "vision": {"steps": 5000, "rate": 2.5e-3, "finds": 40, "others": 12, "micro": 13},
     "language": {"steps": 2050, "rate": 1e-3, "finds": 16, "others": 14, "micro": 6, "easy": 400},
     "joint": {"steps": 1300, "rate": 5e-4, "finds": 16, "others": 14, "micro": 6},
+    "mend": {"steps": 1500, "rate": 5e-4, "finds": 8, "others": 28, "micro": 6, "keep": 2.0},
 }
 STAGES = tuple(RECIPE)
 

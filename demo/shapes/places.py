@@ -1,9 +1,10 @@
-"""Teach a trained checkpoint to say where things are, in three stages, without losing what it can.
+"""Teach a trained checkpoint to say where things are, in four stages, without losing what it can.
 
 vision: tiles -> context embeddings that keep the directions the language model uses and carry the vectors of `extents.py` in the
 others. language: answers from embeddings of the untaught vision part with the true vectors added, so that it needs no vision stage
-and both can run side by side. joint: everything together, on what the vision part really writes. Scenes of the exam's own tasks are
-part of every stage. A stage is a pure function of its options and of the stages before it, and resumes from its state file.
+and both can run side by side. joint: everything together, on what the vision part really writes. mend: the same, with more scenes
+of the exam's own tasks, which are part of every stage. A stage is a pure function of its options and of the stages before it, and
+resumes from its state file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from demo.shapes.evaluate import LEAST_SHARED
 from demo.shapes.extents import LENGTH, edges_of, importances
 from demo.shapes.layout import PRESETS, build_tokenizer, config_json
 from demo.shapes.optimisers import optimisers
-from demo.shapes.place_samples import LEVEL, STAGES, PlaceOptions, PlaceSteps, Sample
+from demo.shapes.place_samples import LEVEL, PlaceOptions, PlaceSteps, Sample
 from demo.shapes.samples import IGNORED, Encoder
 from demo.shapes.scenes import make_scene
 from demo.shapes.student import Student
@@ -40,6 +41,7 @@ from runtime.folder.config import InternVLConfig
 from runtime.media.tiles import normalise
 
 CHECKED = (((112, 112), 1), ((112, 336), 12), ((1493, 112), 1), ((1493, 112), 12))  # sizes and limits of tiles
+BEFORE = {"joint": ("vision", "language"), "mend": ("joint",)}  # stages whose weights a stage of both parts starts from
 LOOKING = (2, 3)  # layers after which the token that opens a box should know its thing
 
 
@@ -89,14 +91,13 @@ class Places:
         self.known = known.vision.requires_grad_(False)
         self.directions = Directions.of(self.known, self.encoder, options.measured)
         self.importances = torch.from_numpy(importances())
-        parts = {"vision": ["vision"], "language": ["language"], "joint": ["vision", "language"]}[options.stage]
+        parts = ["vision", "language"] if options.stage in BEFORE else [options.stage]
         self.trained = nn.ModuleDict({part: getattr(self.student, part) for part in parts})
         if "language" in parts:  # what reads a thing's vector from hidden states; not saved in checkpoints
             width = self.config.language["hidden_size"]
             self.trained["heads"] = nn.ModuleList(nn.Linear(width, LENGTH) for _ in LOOKING)
-        if options.stage == "joint":
-            for stage in STAGES[:2]:
-                self.trained.load_state_dict(torch.load(folder / f"{stage}.pt")["average"], strict=False)
+        for stage in BEFORE.get(options.stage, ()):
+            self.trained.load_state_dict(torch.load(folder / f"{stage}.pt")["average"], strict=False)
         self.average = {name: parameter.detach().clone() for name, parameter in self.trained.named_parameters()}
         self.optimisers = optimisers(self.trained, options.rate)
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -281,7 +282,7 @@ def teach_places(
 ) -> Places:
     """Run one stage until its steps are done, `minutes` have passed or the process is asked to end.
 
-    The joint stage writes a checkpoint when its steps are done.
+    Joint and mend write a checkpoint when their steps are done.
     """
     places = Places(folder, options)
     places.load()
@@ -312,7 +313,7 @@ def teach_places(
                 break
     signal.signal(signal.SIGTERM, before)
     places.save()
-    if output and options.stage == "joint" and places.step == options.steps:
+    if output and options.stage in BEFORE and places.step == options.steps:
         weights = {name: value for name, value in places.average.items() if not name.startswith("heads")}
         save_checkpoint(output, weights, places.tokenizer, places.config_json)
     return places
