@@ -20,25 +20,27 @@ GROUP = 128  # of int4 by rounding
 class Recipe:
     """int4 of a language part: the size of a quantisation group, and the names of the matrices that are int8.
 
-    The head is int8, or, with `exchanged`, in four bits; the bytes that this saves make the last layers int8, whose errors cost
-    answers the most.
+    Errors of the later layers cost answers the most: `late_in_8_bits` are names from a third of the depth on. The head is int8,
+    or, with `exchanged`, in four bits, and the bytes that this saves make the last layers int8.
     """
 
     group: int
     in_8_bits: str = r"^$"
+    late_in_8_bits: str = r"^$"
     exchanged: bool = False
     last_in_8_bits: int = 0  # layers; of a checkpoint, see recipe.exchange
 
     def spares(self, name: str, depth: int) -> bool:
         """Whether the matrix `layers.N...` of a decoder of `depth` layers is int8."""
-        last = int(name.split(".")[1]) >= depth - self.last_in_8_bits
-        return last or bool(re.search(self.in_8_bits, name))
+        layer = int(name.split(".")[1])
+        late = 3 * layer >= depth and re.search(self.late_in_8_bits, name)
+        return bool(layer >= depth - self.last_in_8_bits or late or re.search(self.in_8_bits, name))
 
 
 RECIPES = {  # docs/quality.md lists what was tried
-    "default": Recipe(32, r"\.[kv]_proj$", exchanged=True),
+    "default": Recipe(64, r"\.[kv]_proj$", r"\.o_proj$", exchanged=True),
     "small": Recipe(128),
-    "exact": Recipe(32, r"\.([vko]|down)_proj$"),
+    "exact": Recipe(32, r"\.[kv]_proj$", r"\.o_proj$", exchanged=True),
 }
 DEFAULT, FAST = "default", "fast"  # fast: rounding to the nearest, without calibration
 SEARCHED = (128, 64, 32)  # quantisation groups that a search tries

@@ -105,16 +105,19 @@ def folders(tiny, tmp_path_factory):
     }
 
 
-def test_the_default_spares_keys_and_values():
-    names = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.qkv_proj", "mlp.down_proj")
-    assert [name for name in names if RECIPES["default"].spares(f"layers.7.{name}", 24)] == ["self_attn.k_proj", "self_attn.v_proj"]
+def test_the_default_spares_keys_values_and_later_attention_outputs():
+    spared = [name for name in ("k", "v", "o", "q", "qkv") if RECIPES["default"].spares(f"layers.7.self_attn.{name}_proj", 24)]
+    assert spared == ["k", "v"]
+    spared = [name for name in ("k", "v", "o", "q", "qkv") if RECIPES["default"].spares(f"layers.8.self_attn.{name}_proj", 24)]
+    assert spared == ["k", "v", "o"]
+    assert not RECIPES["default"].spares("layers.23.mlp.down_proj", 24)
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "last"), [(1000, 3), (230, 1), (220, 0)], ids=["a third of the layers at most", "one is paid", "none is paid"]
+    ("vocabulary", "last"), [(1000, 3), (170, 1), (150, 0)], ids=["a third of the layers at most", "one is paid", "none is paid"]
 )
 def test_a_head_in_four_bits_pays_for_the_last_layers(vocabulary, last):
-    """Queries and outputs 64 x 64, three matrices 64 x 32: 14,336 weights a layer, or 224 rows of the head."""
+    """Queries 64 x 64, three matrices 64 x 32, outputs in 8 bits at any rate: 10,240 weights a layer, or 160 rows of the head."""
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, num_hidden_layers=9, **sizes))
     recipe = exchange(model, RECIPES["default"])
