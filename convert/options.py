@@ -38,7 +38,7 @@ class Recipe:
 
 
 RECIPES = {  # docs/quality.md lists what was tried
-    "default": Recipe(64, r"\.[kv]_proj$", r"\.o_proj$", exchanged=True),
+    "default": Recipe(64, r"\.[kv]_proj$", r"\.o_proj$"),
     "small": Recipe(128),
     "exact": Recipe(32, r"\.[kv]_proj$", r"\.o_proj$", exchanged=True),
 }
