@@ -51,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument(
         "--recipe",
         choices=(*RECIPES, FAST),
-        help="of int4 in the language part: default, small (smallest) and exact (larger) are calibrated on the checkpoint's own "
-        f"answers; fast only rounds (default: {DEFAULT})",
+        help="of int4 in the language part: default, small (smallest) and exact (loses least, slower) are calibrated on the "
+        f"checkpoint's own answers; fast only rounds (default: {DEFAULT})",
     )
     weights.add_argument(
         "--max-loss",

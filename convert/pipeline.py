@@ -217,7 +217,7 @@ def _in_four_bits(
     recipe = exchange(model, recipe)
     print("language: int4 calibrated on its own answers (GPTQ); --recipe fast is quicker and loses more", flush=True)
     rope = copy.deepcopy(model.model.rotary_emb)  # some models change it in a forward and cannot be traced afterwards
-    steps = CALIBRATION_TOKENS + OF_PICTURE_TOKENS + len(matrices_of(model))
+    steps = CALIBRATION_TOKENS + OF_PICTURE_TOKENS + len(matrices_of(model)) + recipe.exchanged
     with tqdm(total=steps, desc="Calibrating int4", disable=None, leave=False) as bar:
         texts = calibration_texts(checkpoint, model, tokenizer, Part(work, "vision"), bar.update)
         found, rounded = round_by_inputs(model, texts, recipe, scratch.empty, bar.update)

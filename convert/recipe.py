@@ -163,6 +163,7 @@ class _Walk:
         with multiplying_quickly():
             inputs.add(states[self._mask])
         self._quantise(HEAD, matrix, inputs)
+        self._reached()
 
     def _quantise(self, name: str, matrix: Tensor, inputs: Inputs) -> None:
         four = gptq(matrix, inputs)
