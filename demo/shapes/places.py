@@ -39,6 +39,7 @@ from demo.shapes.scenes import make_scene
 from demo.shapes.student import Student
 from demo.shapes.train import save_checkpoint, stay, worker_count
 from runtime.answer.boxes import FULL, find_boxes, intersection_over_union
+from runtime.errors import OptionError
 from runtime.folder.config import InternVLConfig
 from runtime.media.tiles import normalise
 
@@ -80,6 +81,9 @@ class Places:
 
     def __init__(self, folder: Path, options: PlaceOptions):
         self.folder, self.options = folder, options
+        for stage in BEFORE.get(options.stage, ()):
+            if not (folder / f"{stage}.pt").exists():
+                raise OptionError(f"{options.stage} starts from the stage {stage}, which {folder} does not hold: run that first")
         folder.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         torch.manual_seed(options.seed)
